@@ -1,0 +1,51 @@
+# Everything a newcomer or a CI machine runs. It needs python3 (3.11 or newer, with venv) and make; what else is
+# needed is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo calibrate-demo test slow lint format clean
+
+help: ## Say what can be made
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-15s %s\n' "$$name" "$$text"; done
+
+# The environment is made again when what it is made from has changed.
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " \
+		+ sys.version.split()[0] + "; name one with: make PYTHON=python3.12")'
+	@echo "installing into $(VENV); the first time this fetches PyTorch and takes minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Export and build the shipped digits model, make digits with it
+	$(BIN)/tc-deploy export calibration/digits -o engines/digits
+	$(BIN)/tc-deploy build engines/digits
+	$(BIN)/python examples/digits_demo.py
+
+calibrate-demo: $(INSTALLED) ## Make the digits model's plan again (it is committed)
+	$(BIN)/tc-deploy calibrate calibration/recipes/digits.toml -o calibration/digits
+
+test: lint ## Check the style, the types and the imports, then run the tests
+	$(BIN)/pytest
+
+slow: $(INSTALLED) ## Run the tests that take long
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED) ## Check the style, the types and the imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Rewrite the code in the house style
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Remove caches and the demo's engines, not the environment
+	rm -rf engines/digits dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find tc_deploy tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+import sys
+
+from tc_deploy.cli import main
+
+sys.exit(main())

@@ -1,0 +1,33 @@
+"""Token-cached Diffusion Transformers as compiled engines.
+
+``load`` opens a built bundle and returns the pipeline that runs it::
+
+    import tc_deploy
+
+    with tc_deploy.load("engines/digits") as pipeline:
+        images = pipeline(class_labels=[7], seed=0)
+
+Everything else is a command: see ``tc-deploy --help``. Importing the package imports no engine and no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tc_deploy.runtime.pipeline import load as load
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from tc_deploy.runtime.pipeline import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,125 @@
+"""ONNX Runtime on the CPU: the embedded default and the reference.
+
+Its engines are the bundle's ONNX graphs as they are: ONNX Runtime compiles them when a session is made, for the very
+machine it runs on, so a target of this backend holds no copy of them, only the settings and the checks of its build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_ERRORS_ONLY = 3
+_PROVIDERS = ["CPUExecutionProvider"]
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "ONNX Runtime is not installed; install tc-deploy[cpu] (or tc-deploy[cuda], never both)"
+        ) from None
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise BackendError(
+            "ONNX Runtime is broken: onnxruntime and onnxruntime-gpu were installed over each other;"
+            " uninstall both, then install one (tc-deploy doctor shows it)"
+        )
+    return onnxruntime
+
+
+class OrtBuffer:
+    """An OrtValue on the CPU over a numpy array that this object owns."""
+
+    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._array = np.zeros(shape, dtype)
+        # On the CPU the OrtValue shares the array's memory, so host writes need no copy into it.
+        self.value: onnxruntime.OrtValue = _onnxruntime().OrtValue.ortvalue_from_numpy(self._array)
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in; it must have the buffer's dtype and shape."""
+        np.copyto(self._array, array, casting="no")
+
+    def read(self) -> NDArray[Any]:
+        """A copy."""
+        return self._array.copy()
+
+
+class OrtBoundGraph:
+    """A session with all its inputs and outputs bound."""
+
+    def __init__(self, session: Any, binding: Any) -> None:
+        self._session, self._binding = session, binding
+
+    def run(self) -> None:
+        """Run it; the outputs are there on return."""
+        self._session.run_with_iobinding(self._binding)
+
+
+class OrtGraph:
+    """One session."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtBoundGraph:
+        """Fix the buffers by tensor name."""
+        binding = self._session.io_binding()
+        for name, buffer in inputs.items():
+            binding.bind_ortvalue_input(name, cast("OrtBuffer", buffer).value)
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, cast("OrtBuffer", buffer).value)
+        return OrtBoundGraph(self._session, binding)
+
+
+class OrtDevice:
+    """The CPU, with the threads that a target's options grant.
+
+    Args:
+        threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (the physical cores).
+    """
+
+    def __init__(self, *, threads: int) -> None:
+        self._module = _onnxruntime()
+        self._options = self._module.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._options.log_severity_level = _ERRORS_ONLY
+        # The graphs of a bundle run in turn, each with threads of its own: those that wait must not spin, or they
+        # take the cores from those that work.
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> OrtBuffer:
+        """Allocate, filled with zeros."""
+        return OrtBuffer(dtype, shape)
+
+    def load(self, path: Path) -> Graph:
+        """Make a session of an ONNX file; its external data lies beside it."""
+        try:
+            return OrtGraph(self._module.InferenceSession(path, self._options, providers=_PROVIDERS))
+        except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
+            message = str(error).strip().splitlines()[0]
+            raise BackendError(f"{path}: ONNX Runtime refuses the graph: {message}") from error
+
+
+class OnnxRuntime:
+    """The backend."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        """ONNX Runtime's version."""
+        return str(_onnxruntime().__version__)
+
+    def open(self, options: Mapping[str, Any]) -> OrtDevice:
+        """Open the CPU."""
+        return OrtDevice(**options)

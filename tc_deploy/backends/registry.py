@@ -1,0 +1,21 @@
+"""The engine kinds by name."""
+
+from __future__ import annotations
+
+from tc_deploy.backends.base import Backend
+from tc_deploy.backends.onnxruntime import OnnxRuntime
+from tc_deploy.errors import UsageError
+
+BACKENDS: dict[str, Backend] = {OnnxRuntime.name: OnnxRuntime()}
+DEFAULT = OnnxRuntime.name
+
+
+def backend(name: str) -> Backend:
+    """The engine kind of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    return BACKENDS[name]

@@ -1,0 +1,264 @@
+"""Artefact folders on disk: canonical JSON, checksums, all-or-nothing writes.
+
+In: a folder and what stands in it. Out: a folder that is either whole or not there. A folder's ``manifest.json`` (a
+plan's ``plan.json``) is written last and names every other file with its size and SHA-256, so a reader that found it
+and checked it has the whole thing. Never: follows a path out of its folder, or touches a folder it did not make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from tc_deploy.errors import BundleError, StorageError
+
+MANIFEST = "manifest.json"
+_UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+    | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG}
+)
+
+
+class Document(BaseModel):
+    """Base of everything that is stored as JSON: frozen, unknown keys refused, numbers finite (JSON has no NaN)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+DocumentT = TypeVar("DocumentT", bound=Document)
+
+
+class FileRecord(Document):
+    """One file of a folder."""
+
+    size_bytes: int
+    sha256: str
+
+
+def canonical_json(value: Any) -> str:
+    """The one way in which a value is written: sorted keys, two spaces, a final newline.
+
+    Raises:
+        ValueError: a number is not finite; JSON has no NaN.
+    """
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """SHA-256 of ``data`` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes as 64 hexadecimal digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_records(folder: Path, names: list[str]) -> dict[str, FileRecord]:
+    """Size and SHA-256 of files in ``folder``, by their path inside it."""
+    return {
+        name: FileRecord(size_bytes=(folder / name).stat().st_size, sha256=sha256_of_file(folder / name))
+        for name in names
+    }
+
+
+def check_files(folder: Path, records: dict[str, FileRecord]) -> None:
+    """Compare the files of ``folder`` with what its manifest says of them.
+
+    Raises:
+        BundleError: a name leads out of the folder, or a file is missing, of another size, or altered.
+    """
+    for name, record in records.items():
+        path = folder / name
+        try:
+            _check_file(folder, path, name, record)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a symlink loop, before Python 3.13
+            raise BundleError(f"{folder}: {name!r} cannot be read: {error}; make the folder again") from None
+
+
+def _check_file(folder: Path, path: Path, name: str, record: FileRecord) -> None:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: the file {name!r} lies outside the folder; do not use it, make the folder again")
+    if not path.is_file():
+        raise BundleError(f"{folder}: {name} is missing; make the folder again")
+    size = path.stat().st_size
+    if size != record.size_bytes:
+        raise BundleError(
+            f"{path}: expected {record.size_bytes} bytes, found {size}; the file is truncated or altered,"
+            " make the folder again"
+        )
+    found = sha256_of_file(path)
+    if found != record.sha256:
+        raise BundleError(
+            f"{path}: expected SHA-256 {record.sha256[:12]}…, found {found[:12]}…; the file was altered,"
+            " make the folder again"
+        )
+
+
+def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> DocumentT:
+    """Read a JSON document.
+
+    Args:
+        kind: the class to read it as.
+        path: the file.
+        what: what a user calls it, for messages.
+        maker: the command that makes it.
+
+    Raises:
+        BundleError: the file is missing, no JSON, or not of this kind and version.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path.parent} holds no {what} ({path.name} is missing); make one with: {maker}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from None
+    try:
+        from_json(text, allow_inf_nan=False)
+        return kind.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = ".".join(str(part) for part in first["loc"]) + f": {first['msg']}"
+    except ValueError as error:
+        reason = f"not JSON: {error}"
+    raise BundleError(f"{path}: not a {what} of this version: {reason}; make it again with: {maker}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _exclusive(destination: Path, lock_file: Path) -> Iterator[None]:
+    """Hold the lock of ``destination``, without waiting for it, and leave no lock file behind.
+
+    The file is unlinked while the lock is held: filelock then sees that a waiter's file has lost its name. Unlinked
+    after the release, or by one that never held it, the next two processes would lock different files.
+    """
+    lock = FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageError(f"another process is writing {destination}; wait for it to end") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_file.unlink()
+        lock.release()
+
+
+def _settle(destination: Path, backup: Path, marker: str) -> None:
+    """Decide between a folder and what it replaces: a whole new one wins, otherwise the old one comes back."""
+    if not backup.exists():
+        return
+    if (destination / marker).is_file():
+        shutil.rmtree(backup)
+    elif not destination.exists() or not any(destination.iterdir()):
+        backup.rename(destination)
+
+
+def _check_replaceable(destination: Path, marker: str) -> None:
+    if not destination.exists() or (destination / marker).is_file():
+        return
+    if not destination.is_dir() or any(destination.iterdir()):
+        raise StorageError(
+            f"{destination} exists and holds no {marker}, so it is not a folder that this command may replace;"
+            " choose another output or remove it"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
+    """Make a folder all at once, or not at all.
+
+    Yields a temporary folder beside ``destination``. When the block ends without an error its files are flushed to
+    disk and it takes the place of ``destination``; otherwise it is removed and ``destination`` stays as it was. What
+    a killed process left beside ``destination`` is put right by the next call.
+
+    Args:
+        destination: the folder to make; a symbolic link is followed. One that exists is replaced only if it holds
+            ``marker`` or nothing.
+        marker: the file by which a folder of this kind is known; the block must write it.
+
+    Raises:
+        StorageError: the place cannot be written, holds something else, or another process is writing it.
+    """
+    destination = Path(os.path.realpath(destination))
+    parent, name = destination.parent, destination.name
+    temporary, backup, lock_file = (parent / f".{name}.tc-deploy-{part}" for part in ("new", "old", "lock"))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(destination, lock_file):
+            _settle(destination, backup, marker)
+            _check_replaceable(destination, marker)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            try:
+                yield temporary
+                if not (temporary / marker).is_file():
+                    raise RuntimeError(f"nothing wrote {marker} into the new {destination}")
+                for path in [*temporary.rglob("*"), temporary]:
+                    _sync(path)
+                if destination.exists():
+                    destination.rename(backup)
+                temporary.rename(destination)
+                _sync(parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                _settle(destination, backup, marker)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise StorageError(f"{destination} cannot be written: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file all at once (temporary file, flush, rename).
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file all at once (temporary file, flush, rename).
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {_reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,43 @@
+"""What a step costs: FLOPs counted by PyTorch on the very modules that are exported."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord, CostRecord, pruned_blocks
+from tc_deploy.schedule import PHASES
+from tc_deploy.tokencache.forward import run_cached, run_full
+
+
+@torch.no_grad()
+def count_flops(model: DiffusionTransformer, cache: CacheRecord) -> CostRecord:
+    """FLOPs of a full step and of each phase's cached step, for one row of the model's batch.
+
+    Only what PyTorch counts (matrix products, convolutions, attention): what is left is element-wise and bound by
+    memory, so a step that computes nothing counts its embeddings, modulations and head, and is not free.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn((1, *model.geometry.latent_shape), generator=generator),
+        "timestep": torch.zeros(1),
+        **model.random_conditions(1, generator),
+    }
+    # The math kernel is made of the products that the counter knows; fused CPU kernels are not in its tables.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            _, noted = run_full(model, cache, inputs)
+        full = counter.get_total_flops()
+        cached = []
+        for phase in PHASES:
+            keep_counts = cache.keep_counts[phase - 1]
+            pruned = pruned_blocks(keep_counts, model.geometry.tokens)
+            rows = [torch.arange(keep_counts[block]) for block in pruned]
+            index = torch.cat(rows)[None] if rows else None
+            depth = cache.forecast_order + 1
+            with FlopCounterMode(display=False) as counter:
+                run_cached(model, cache, phase, inputs, [noted] * depth, torch.ones(1, depth) / depth, index)
+            cached.append(counter.get_total_flops())
+    return CostRecord(full_flops=full, cached_flops=(cached[0], cached[1]))

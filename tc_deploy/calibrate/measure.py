@@ -1,0 +1,71 @@
+"""What a plan costs in quality, against the model's own full run and against running fewer steps at equal cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.schedule import Schedule
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, psnr_db
+from tc_deploy.types import IntArray
+
+FIRST_SEED = 1_000_000
+"""Measurement draws its noise from here on; training draws from the recipe's seed, which lies far below."""
+BATCH = 16
+
+
+def measure(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    cache: CacheRecord,
+    schedule: Schedule,
+    token_index: Mapping[int, IntArray],
+    cost_in_full_steps: float,
+    samples: int,
+) -> MeasuredRecord:
+    """Run the plan, the full run and the full run with fewer steps from the same noise.
+
+    Args:
+        model: the model.
+        sampling: the sampler with all its steps.
+        cache: the plan's cache settings.
+        schedule: the plan's schedule.
+        token_index: the plan's index tables by phase.
+        cost_in_full_steps: the plan's cost; fewer steps get it rounded up.
+        samples: how many pictures to compare.
+    """
+    fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
+    fewer = dataclasses.replace(sampling, steps=fewer_steps)
+    seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
+    full, planned, shortened = [], [], []
+    for start in range(0, samples, BATCH):
+        draws = [draw(model, seed) for seed in seeds[start : start + BATCH]]
+        noise = torch.cat([noise for noise, _ in draws])
+        conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+
+        def run(sampling: Sampling, steps: TokenCachedSteps | None) -> torch.Tensor:
+            function = steps or (lambda _, inputs: model.forward(inputs))
+            return denoise(model, sampling, noise, conditions, function)  # noqa: B023 - called in this turn only
+
+        full.append(run(sampling, None))
+        planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, token_index)))
+        shortened.append(run(fewer, None))
+    reference = torch.cat(full)
+    return MeasuredRecord(
+        seeds=seeds,
+        psnr_db=round(psnr_db(torch.cat(planned), reference), 2),
+        fewer_steps=fewer_steps,
+        fewer_steps_psnr_db=round(psnr_db(torch.cat(shortened), reference), 2),
+    )
+
+
+def draw(model: DiffusionTransformer, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Noise (1, C, H, W) and conditions of one sample, a function of its seed."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((1, *model.geometry.latent_shape), generator=generator)
+    return noise, model.random_conditions(1, generator)

@@ -1,0 +1,136 @@
+"""What a user asks calibration for: a TOML file with command-line overrides, validated at the edge.
+
+    model = "../../examples/digits-dit"     # relative to the recipe
+
+    [sampling]
+    steps = 50
+    guidance_scale = 2.0
+
+    [schedule]
+    boundary = 25
+    k1 = 4
+    k2 = 2
+
+    [cache]
+    keep_ratio = [0.0, 0.25]                # phase 1, phase 2: share of all tokens that a cached step computes
+    attention = "all"
+    forecast_order = 1
+
+    [predictor]
+    iterations = 200
+
+Every key but ``model`` has a default; an unknown key is refused.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+
+from tc_deploy.bundle import Document
+from tc_deploy.errors import UsageError
+from tc_deploy.types import Attention, Reuse
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class SamplingRecipe(Document):
+    """The sampling run that the plan is for."""
+
+    steps: PositiveInt = 50
+    guidance_scale: float | None = None
+    """None leaves guidance out: one model call per sample."""
+    set_timesteps_kwargs: dict[str, Any] = {}
+    """Passed to the scheduler's set_timesteps, for example ``mu`` where the shift is dynamic."""
+
+
+class ScheduleRecipe(Document):
+    """TPRR; the defaults are those of docs/quality.md."""
+
+    boundary: NonNegativeInt | None = None
+    """First step of phase 2; None means half of the steps."""
+    k1: PositiveInt = 4
+    k2: PositiveInt = 2
+
+
+class CacheRecipe(Document):
+    """What a cached step computes and what it takes from the cache."""
+
+    keep_ratio: tuple[Ratio, Ratio] = (0.0, 0.0)
+    """Per phase, the share of all tokens of all blocks that a cached step computes."""
+    keep_counts: tuple[tuple[NonNegativeInt, ...], tuple[NonNegativeInt, ...]] | None = None
+    """Per phase, tokens per block (or one number for all blocks), set by hand: no predictor is trained and
+    ``keep_ratio`` plays no part."""
+    multiple: PositiveInt = 8
+    """Keep counts are multiples of this (tensor cores like 8), or all tokens."""
+    reuse: Reuse = Reuse.BRANCH
+    attention: Attention = Attention.ALL
+    forecast_order: Annotated[int, Field(ge=0, le=2)] = 1
+
+
+class PredictorRecipe(Document):
+    """Training of the Cache Predictor."""
+
+    iterations: PositiveInt = 200
+    batch_size: PositiveInt = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    budget_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the term that drives the mean importance to the keep ratio."""
+
+
+class MeasureRecipe(Document):
+    """Measurement of the finished plan against the model's own full run, on seeds of its own."""
+
+    samples: NonNegativeInt = 32
+    """0 leaves the measurement out."""
+
+
+class Recipe(Document):
+    """All of it."""
+
+    model: str
+    seed: NonNegativeInt = 0
+    sampling: SamplingRecipe = SamplingRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    cache: CacheRecipe = CacheRecipe()
+    predictor: PredictorRecipe = PredictorRecipe()
+    measure: MeasureRecipe = MeasureRecipe()
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a recipe, or make one for a model folder.
+
+    Args:
+        path: a ``.toml`` file, or a model folder, which is a recipe with defaults only.
+        overrides: dotted keys, for example ``{"schedule.k1": 4}``; None values are passed over.
+
+    Raises:
+        UsageError: the file is missing or no TOML, a key is unknown, or a value is out of range.
+    """
+    values: dict[str, Any] = {"model": str(path)}
+    if path.suffix == ".toml":
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such recipe") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UsageError(f"{path}: not a TOML file: {error}") from None
+        if isinstance(values.get("model"), str):
+            values["model"] = str(path.parent / values["model"])
+    for key, value in overrides.items():
+        if value is not None:
+            *tables, name = key.split(".")
+            place = values
+            for table in tables:
+                place = place.setdefault(table, {})
+            place[name] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from None

@@ -1,0 +1,214 @@
+"""Calibrate: a checkpoint and a recipe to a plan ``calibration/NAME``.
+
+The same recipe, checkpoint and seed give the same plan, byte for byte, on one machine. A run that was killed goes on
+where it stood: its state lies in ``calibration/.NAME.work`` until the plan is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tc_deploy.bundle import canonical_json, sha256_of_bytes
+from tc_deploy.calibrate.cost import count_flops
+from tc_deploy.calibrate.measure import measure
+from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.training import record_trajectories, train_predictor
+from tc_deploy.errors import StorageError
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.plan import (
+    CacheRecord,
+    OriginRecord,
+    Plan,
+    SamplingRecord,
+    ScheduleRecord,
+    check_keep_counts,
+    importance_name,
+    pruned_blocks,
+    save_plan,
+    tables_record,
+    token_index_name,
+)
+from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.tokencache.selection import keep_counts_from_importance, select_tokens, spread_importance
+from tc_deploy.types import FloatArray, IntArray
+
+Report = Callable[[str, int, int], None]
+"""(what is being done, done, of how many)."""
+
+PHASE_2_STARTS_AT = 0.5
+"""Default boundary as a share of the steps; docs/quality.md shows what it was chosen by."""
+
+
+def calibrate(
+    recipe: Recipe,
+    destination: Path,
+    report: Report = lambda what, done, total: None,
+) -> Plan:
+    """Make a plan.
+
+    Args:
+        recipe: what to make.
+        destination: ``calibration/NAME``; a plan that exists is replaced.
+        report: told how far each part is.
+
+    Raises:
+        ModelError: the checkpoint or its scheduler cannot be loaded.
+        PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
+        StorageError: the destination cannot be written.
+    """
+    report("loading the checkpoint", 0, 1)
+    model = load_model(Path(recipe.model))
+    sampling = Sampling(
+        scheduler=load_scheduler(Path(recipe.model)),
+        steps=recipe.sampling.steps,
+        guidance_scale=recipe.sampling.guidance_scale,
+        set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
+    )
+    boundary = recipe.schedule.boundary
+    schedule = Schedule(
+        steps=sampling.steps,
+        boundary=round(PHASE_2_STARTS_AT * sampling.steps) if boundary is None else boundary,
+        k1=recipe.schedule.k1,
+        k2=recipe.schedule.k2,
+    )
+    work = destination.parent / f".{destination.name}.work"
+    importance, manual = _importance(recipe, model, sampling, schedule, work, report)
+    keep_counts = _keep_counts(recipe, model, schedule, importance)
+    for phase in PHASES:
+        check_keep_counts(
+            keep_counts[phase - 1], len(model.blocks), model.geometry.tokens, f"{recipe.model}: phase {phase}"
+        )
+    cache = _cache_record(recipe, keep_counts)
+    token_index = {
+        phase: np.stack([select_tokens(importance[step], keep_counts[phase - 1]) for step in steps])
+        for phase in PHASES
+        if (steps := schedule.cached_steps(phase)) and pruned_blocks(keep_counts[phase - 1], model.geometry.tokens)
+    }
+    tables: dict[str, FloatArray | IntArray] = {token_index_name(phase): table for phase, table in token_index.items()}
+    if not manual:
+        for phase in token_index:
+            tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
+    cost = count_flops(model, cache)
+    scheduler = sampling.fresh_scheduler()
+    plan = Plan(
+        model=model.record(),
+        sampling=SamplingRecord(
+            scheduler_class=type(sampling.scheduler).__name__,
+            scheduler_config=_plain_config(sampling.scheduler),
+            set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
+            timesteps=tuple(float(timestep) for timestep in scheduler.timesteps),
+            guidance_scale=sampling.guidance_scale,
+        ),
+        schedule=ScheduleRecord(
+            steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2
+        ),
+        cache=cache,
+        cost=cost,
+        origin=OriginRecord(
+            method="manual" if manual else "predictor",
+            seed=recipe.seed,
+            settings=recipe.model_dump(mode="json", include={"predictor", "measure"})
+            | {"keep_ratio": list(recipe.cache.keep_ratio), "multiple": recipe.cache.multiple},
+        ),
+        measured=None,
+        tables=tables_record(tables),
+    )
+    if recipe.measure.samples:
+        report("measuring against the full run", 0, 1)
+        measured = measure(
+            model, sampling, cache, schedule, token_index, plan.cost_in_full_steps(), recipe.measure.samples
+        )
+        plan = plan.model_copy(update={"measured": measured})
+    save_plan(plan, tables, destination)
+    shutil.rmtree(work, ignore_errors=True)
+    report("done", 1, 1)
+    return plan
+
+
+def _importance(
+    recipe: Recipe, model: DiffusionTransformer, sampling: Sampling, schedule: Schedule, work: Path, report: Report
+) -> tuple[FloatArray, bool]:
+    """Scores (T, L, N) of every step, and whether they were set by hand (no predictor trained)."""
+    blocks, tokens = len(model.blocks), model.geometry.tokens
+    trivial = all(ratio in (0.0, 1.0) for ratio in recipe.cache.keep_ratio)
+    if recipe.cache.keep_counts is not None or trivial:
+        return np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)]), True
+    identity = canonical_json(
+        {"recipe": recipe.model_dump(mode="json", exclude={"measure"}), "weights": model.weights_sha256}
+    )
+    folder = work / sha256_of_bytes(identity.encode())[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error.strerror}") from None
+    trajectories = _trajectories(recipe, model, sampling, folder / "trajectories.safetensors", report)
+    scores = train_predictor(
+        model,
+        _cache_record(recipe, ((0,) * blocks, (0,) * blocks)),
+        schedule,
+        recipe.cache.keep_ratio,
+        trajectories,
+        recipe.predictor,
+        recipe.seed,
+        folder / "predictor.safetensors",
+        lambda done, loss: report("training the Cache Predictor", done, recipe.predictor.iterations),
+    )
+    return scores.numpy(), False
+
+
+def _trajectories(
+    recipe: Recipe, model: DiffusionTransformer, sampling: Sampling, path: Path, report: Report
+) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError):
+        pass
+    seeds = range(recipe.seed, recipe.seed + recipe.predictor.batch_size)
+    trajectories = record_trajectories(
+        model, sampling, seeds, lambda step: report("sampling trajectories", step + 1, sampling.steps)
+    )
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in trajectories.items()}, part)
+    part.replace(path)
+    return trajectories
+
+
+def _keep_counts(
+    recipe: Recipe, model: DiffusionTransformer, schedule: Schedule, importance: FloatArray
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def of_phase(phase: int) -> tuple[int, ...]:
+        if recipe.cache.keep_counts is not None:
+            given = recipe.cache.keep_counts[phase - 1]
+            return given * len(model.blocks) if len(given) == 1 else given
+        steps = schedule.cached_steps(phase)
+        per_block = importance[list(steps) or slice(None)].mean(axis=(0, 2))
+        ratio = recipe.cache.keep_ratio[phase - 1]
+        return keep_counts_from_importance(per_block, ratio, model.geometry.tokens, recipe.cache.multiple)
+
+    return of_phase(1), of_phase(2)
+
+
+def _cache_record(recipe: Recipe, keep_counts: tuple[tuple[int, ...], tuple[int, ...]]) -> CacheRecord:
+    return CacheRecord(
+        reuse=recipe.cache.reuse,
+        attention=recipe.cache.attention,
+        forecast_order=recipe.cache.forecast_order,
+        keep_counts=keep_counts,
+    )
+
+
+def _plain_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration as JSON knows it, without diffusers' own bookkeeping."""
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in config.items()}
+

@@ -1,0 +1,196 @@
+"""Training of the Cache Predictor by superposition, on the model's own sampling trajectories.
+
+In: a frozen model, a sampler, a schedule. Out: scores (T, L, N). Every random choice is a function of (seed,
+iteration), and the state is saved as it goes, so a run that was killed continues and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tc_deploy.calibrate.measure import draw
+from tc_deploy.calibrate.recipe import PredictorRecipe
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord
+from tc_deploy.schedule import FULL, Schedule
+from tc_deploy.tokencache.forward import run_full, run_superposed
+from tc_deploy.tokencache.predictor import CachePredictor
+from tc_deploy.tokencache.sampler import Sampling, denoise
+
+SAVE_EVERY = 20
+
+
+def record_trajectories(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    seeds: range,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Tensor]:
+    """Sample, and keep what went into the model.
+
+    Args:
+        model: the model.
+        sampling: the sampler.
+        seeds: one sample each.
+        on_step: told the number of each step that is done.
+
+    Returns:
+        ``hidden_states`` (T, model batch, C, H, W), ``timestep`` (T,), and each condition (model batch, ...).
+    """
+    draws = [draw(model, seed) for seed in seeds]
+    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+    seen: list[Mapping[str, Tensor]] = []
+
+    def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:
+        seen.append(inputs)
+        on_step(step)
+
+    noise = torch.cat([noise for noise, _ in draws])
+    denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs), note)
+    return {
+        "hidden_states": torch.stack([inputs["hidden_states"] for inputs in seen]),
+        "timestep": torch.stack([inputs["timestep"][0] for inputs in seen]),
+        **{name: seen[0][name] for name in conditions},
+    }
+
+
+def train_predictor(
+    model: DiffusionTransformer,
+    cache: CacheRecord,
+    schedule: Schedule,
+    keep_ratio: tuple[float, float],
+    trajectories: Mapping[str, Tensor],
+    recipe: PredictorRecipe,
+    seed: int,
+    state: Path,
+    on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+) -> Tensor:
+    """Train g(l, t), then score every step.
+
+    The loss of one iteration is the error that superposition leaves in the tokens behind the last block, relative to
+    that of taking every value from the cache, plus ``budget_weight * (mean importance - keep ratio) ** 2``.
+
+    Args:
+        model: the model, frozen.
+        cache: reuse, attention, forecast order.
+        schedule: which steps are cached, and from which full steps.
+        keep_ratio: wanted mean importance per phase.
+        trajectories: from :func:`record_trajectories`.
+        recipe: iterations, batch, learning rate, budget weight.
+        seed: of initial weights and of every draw.
+        state: file to save to and to continue from; one that does not fit is not read.
+        on_iteration: told the number of iterations done and the last loss.
+
+    Returns:
+        (T, L, N) importance in (0, 1), for every step.
+    """
+    torch.manual_seed(seed)
+    tokens, blocks = model.geometry.tokens, len(model.blocks)
+    timesteps = trajectories["timestep"]
+    predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2)
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=recipe.learning_rate)
+    weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order))
+    cached_steps = [step for step, variant in enumerate(schedule.variants) if variant != FULL]
+    done = _load(state, predictor, optimizer)
+    on_iteration(done, float("nan"))
+    for iteration in range(done, recipe.iterations if cached_steps else 0):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        step = cached_steps[int(torch.randint(len(cached_steps), (), generator=generator))]
+        rows = torch.randperm(trajectories["hidden_states"].shape[1], generator=generator)[: recipe.batch_size]
+        history = _history(model, cache, schedule, trajectories, step, rows)
+        inputs = _inputs(model, trajectories, step, rows)
+        combine = weights[step].expand(len(rows), -1)
+
+        def last_tokens(
+            importance: Tensor,
+            inputs: Mapping[str, Tensor] = inputs,
+            history: list[dict[str, Tensor]] = history,
+            combine: Tensor = combine,
+        ) -> Tensor:
+            return _last_tokens(
+                model, lambda: run_superposed(model, cache, inputs, history, combine, importance)
+            )
+
+        with torch.no_grad():
+            wanted = last_tokens(torch.ones(blocks, tokens))
+            unpruned_error = (last_tokens(torch.zeros(blocks, tokens)) - wanted).pow(2).mean().clamp_min(1e-12)
+        importance = predictor(timesteps[step])
+        error = (last_tokens(importance) - wanted).pow(2).mean() / unpruned_error
+        budget = (importance.mean() - keep_ratio[schedule.variants[step] - 1]) ** 2
+        loss = error + recipe.budget_weight * budget
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (iteration + 1) % SAVE_EVERY == 0 or iteration + 1 == recipe.iterations:
+            _save(state, predictor, optimizer, iteration + 1)
+        on_iteration(iteration + 1, float(loss.detach()))
+    with torch.no_grad():
+        return torch.stack([predictor(timestep) for timestep in timesteps])
+
+
+def _history(
+    model: DiffusionTransformer,
+    cache: CacheRecord,
+    schedule: Schedule,
+    trajectories: Mapping[str, Tensor],
+    step: int,
+    rows: Tensor,
+) -> list[dict[str, Tensor]]:
+    """Caches of the full steps before ``step``, latest first, as they stand on the true trajectory."""
+    depth = cache.forecast_order + 1
+    full = [earlier for earlier in range(step) if schedule.variants[earlier] == FULL][-depth:][::-1]
+    with torch.no_grad():
+        history = [run_full(model, cache, _inputs(model, trajectories, earlier, rows))[1] for earlier in full]
+    return history + [history[0]] * (depth - len(history))
+
+
+def _inputs(
+    model: DiffusionTransformer, trajectories: Mapping[str, Tensor], step: int, rows: Tensor
+) -> dict[str, Tensor]:
+    conditions = {item.name: trajectories[item.name][rows] for item in model.geometry.conditions}
+    timestep = trajectories["timestep"][step].expand(len(rows))
+    return {"hidden_states": trajectories["hidden_states"][step, rows], "timestep": timestep, **conditions}
+
+
+def _last_tokens(model: DiffusionTransformer, run: Callable[[], Tensor]) -> Tensor:
+    """The tokens behind the last block, (B, N, D), while ``run`` runs the model."""
+    seen: list[Tensor] = []
+    hook = model.blocks[-1].register_forward_hook(lambda module, arguments, output: seen.append(output))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen[-1]
+
+
+def _save(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam, iteration: int) -> None:
+    tensors = {f"predictor/{name}": value for name, value in predictor.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+    part = path.with_suffix(".part")
+    save_file({**tensors, "iteration": torch.tensor(iteration)}, part)
+    os.replace(part, path)
+
+
+def _load(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam) -> int:
+    """Continue from a saved state; returns the iterations done, 0 where there is no readable state."""
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError):
+        return 0
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in stored.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            moments.setdefault(int(index), {})[key] = value
+    prefix = "predictor/"
+    predictor.load_state_dict({name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return int(stored["iteration"])

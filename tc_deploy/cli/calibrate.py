@@ -1,0 +1,74 @@
+"""``tc-deploy calibrate``: a checkpoint and a recipe to a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tc_deploy.cli.progress import progress_bar
+from tc_deploy.types import Attention, Reuse
+
+
+def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str, str] | None) -> Any:  # noqa: ARG001
+    if not value:
+        return None
+    try:
+        return [[int(number) for number in phase.split(",")] for phase in value]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers with commas between them, found {' '.join(value)}") from None
+
+
+@click.command()
+@click.argument("source", metavar="RECIPE|MODEL", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
+@click.option("--steps", "sampling.steps", type=int, help="Denoising steps of the sampling run.")
+@click.option("--guidance-scale", "sampling.guidance_scale", type=float, help="Classifier-free guidance.")
+@click.option("--boundary", "schedule.boundary", type=int, help="First step of phase 2.")
+@click.option("--k1", "schedule.k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")
+@click.option("--k2", "schedule.k2", type=int, help="Phase 2, likewise.")
+@click.option(
+    "--keep-ratio",
+    "cache.keep_ratio",
+    type=(float, float),
+    metavar="PHASE1 PHASE2",
+    help="Share of all tokens that a cached step computes; blocks and tokens are chosen by the Cache Predictor.",
+)
+@click.option(
+    "--keep-counts",
+    "cache.keep_counts",
+    type=(str, str),
+    metavar="PHASE1 PHASE2",
+    callback=_counts,
+    help="Tokens per block set by hand, like 0,0,16,64, or one number for every block. Nothing is trained.",
+)
+@click.option("--reuse", "cache.reuse", type=click.Choice([choice.value for choice in Reuse]))
+@click.option("--attention", "cache.attention", type=click.Choice([choice.value for choice in Attention]))
+@click.option("--forecast-order", "cache.forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
+@click.option("--iterations", "predictor.iterations", type=int, help="Training of the Cache Predictor.")
+@click.option("--samples", "measure.samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
+@click.option("--seed", "seed", type=int)
+def command(source: Path, output: Path, **overrides: Any) -> None:
+    """Make a plan: which tokens, in which blocks, at which steps.
+
+    RECIPE is a TOML file (calibration/recipes/), MODEL a diffusers folder; options override the recipe. A run that
+    was stopped continues when it is started again.
+    """
+    from tc_deploy.calibrate.recipe import read_recipe
+    from tc_deploy.calibrate.stage import calibrate
+
+    recipe = read_recipe(source, overrides)
+    with progress_bar() as report:
+        plan = calibrate(recipe, output, report)
+    schedule = plan.tprr()
+    click.echo(f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False)
+    click.echo(f"{100 * plan.cost_ratio():.1f} % of the full run's FLOPs")
+    if plan.measured is not None:
+        found = plan.measured
+        click.echo(
+            f"PSNR to the full run {found.psnr_db:.1f} dB; {found.fewer_steps} full steps, which cost as much:"
+            f" {found.fewer_steps_psnr_db:.1f} dB ({len(found.seeds)} unseen seeds)"
+        )
+        if found.psnr_db <= found.fewer_steps_psnr_db:
+            click.echo("warning: running fewer steps is better than this plan at equal cost; do not use it", err=True)

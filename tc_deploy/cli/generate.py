@@ -1,0 +1,112 @@
+"""``tc-deploy generate``: built engines to pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.bundle import write_bytes
+from tc_deploy.cli.progress import progress_bar
+from tc_deploy.errors import UsageError
+
+LARGEST_DEFAULT_BATCH = 16
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--class-label", "labels", type=int, multiple=True, required=True, help="May be given several times.")
+@click.option("-n", "--count", type=int, help="Pictures to make, labels in turn; one per label if not given.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Picture i has seed SEED + i.")
+@click.option("--guidance-scale", type=float, help="Instead of the plan's.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A .png sheet, or .npy latents.")
+@click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
+@click.option("--backend", help="Which of the bundle's engines.")
+@click.option("--batch-size", type=int, help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given.")
+@click.option("--zoom", type=click.IntRange(1, 64), default=1, show_default=True, help="Enlarge the sheet's pixels.")
+def command(
+    bundle: Path,
+    labels: tuple[int, ...],
+    count: int | None,
+    seed: int,
+    guidance_scale: float | None,
+    output: Path,
+    full: bool,
+    backend: str | None,
+    batch_size: int | None,
+    zoom: int,
+) -> None:
+    """Make pictures with the engines of BUNDLE (engines/NAME)."""
+    from tc_deploy.runtime.pipeline import load
+
+    if output.suffix not in (".png", ".npy"):
+        raise UsageError(f"{output}: the output must end in .png (a sheet) or .npy (latents)")
+    count = len(labels) if count is None else count
+    if count < 1:
+        raise UsageError(f"-n must be at least 1, found {count}")
+    wanted = [labels[index % len(labels)] for index in range(count)]
+    with load(bundle, backend, batch_size=batch_size or _default_batch(bundle, count)) as pipeline:
+        if output.suffix == ".png" and not pipeline.manifest.pixels:
+            raise UsageError(f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.npy')}")
+        pipeline.warmup()
+        with progress_bar() as report:
+            start_s = time.perf_counter()
+            result = pipeline(
+                class_labels=wanted,
+                seed=seed,
+                guidance_scale=guidance_scale,
+                full=full,
+                on_step=lambda first, step: report(f"pictures from {first}", step.index + 1, step.total),
+            )
+            elapsed_s = time.perf_counter() - start_s
+    write_bytes(output, _npy(result.latents) if result.images is None or output.suffix == ".npy" else _png(result.images, zoom))
+    click.echo(
+        f"{output}: {count} pictures, {result.steps_full} full + {result.steps_cached} cached steps,"
+        f" {elapsed_s:.2f} s with {pipeline.backend}"
+    )
+
+
+def _default_batch(bundle: Path, count: int) -> int | None:
+    from tc_deploy.manifest import read_manifest
+
+    return min(count, LARGEST_DEFAULT_BATCH) if read_manifest(bundle).batch_size is None else None
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _png(images: NDArray[np.uint8], zoom: int) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    sheet = Image.fromarray(sheet_of(images))
+    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def sheet_of(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay pictures out in rows, as close to a square as their number allows.
+
+    Args:
+        images: (n, H, W) or (n, H, W, 3).
+
+    Returns:
+        (rows * H, columns * W) or with 3 channels; places without a picture are black.
+    """
+    count, height, width = images.shape[:3]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.zeros((rows * height, columns * width, *images.shape[3:]), np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = image
+    return sheet

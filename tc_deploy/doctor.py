@@ -1,0 +1,305 @@
+"""What this machine can run, and why not the rest.
+
+In: the machine. Out: a :class:`Report`. Never: imports torch, changes anything, or guesses: what was not tried says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from tc_deploy import __version__
+
+EXTRA_BY_MODULE = {
+    "accelerate": "compile",
+    "diffusers": "compile",
+    "onnx": "compile",
+    "onnx_ir": "compile",
+    "onnxscript": "compile",
+    "torch": "compile",
+    "transformers": "compile",
+    "onnxruntime": "cpu",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "openvino": "openvino",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "sklearn": "examples",
+}
+"""The extra of tc-deploy that brings a library, by the name under which Python imports it."""
+
+COMPILE_DISTRIBUTIONS = ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript")
+ONNXRUNTIME_DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "onnxruntime-directml",
+    "onnxruntime-qnn",
+)
+"""Distributions that all install the one module ``onnxruntime``."""
+PLANNED_ENGINES = {
+    "ONNX Runtime, CUDA": "onnxruntime-gpu",
+    "TensorRT": "tensorrt",
+    "TensorRT-RTX": "tensorrt_rtx",
+    "OpenVINO": "openvino",
+}
+"""Engines for which this version has no backend, with the distribution that brings each."""
+DRIVER_TIMEOUT_S = 20.0
+"""nvidia-smi can hang on a broken driver; it answers in a few seconds on a sound one, even with many GPUs."""
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+"""What decides a CPU engine's speed, by Linux's names."""
+
+_NEGATION = (
+    b'\x08\t:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14"
+)
+"""An ONNX model of one node, y = -x, so that the engine can be tried where onnx is not installed."""
+
+
+class Status(StrEnum):
+    """Whether a stage can run here."""
+
+    OK = "ok"
+    MISSING = "missing"
+    """Something must be installed."""
+    BROKEN = "broken"
+    """It is installed and does not work."""
+    PLANNED = "not yet"
+    """This version of tc-deploy cannot use it, installed or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One thing that tc-deploy does, and whether this machine can."""
+
+    name: str
+    status: Status
+    detail: str
+    cure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU as the driver names it."""
+
+    name: str
+    driver: str
+    memory_mib: int | None
+    compute_capability: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What was found out about the machine, before any judgement."""
+
+    python: str
+    system: str
+    cpu: str
+    cpu_features: tuple[str, ...]
+    cores: int
+    memory_mib: int | None
+    gpus: tuple[Gpu, ...]
+    gpu_note: str
+    """Why ``gpus`` is empty; empty itself where it is not."""
+    versions: Mapping[str, str]
+    """Versions of the installed distributions that matter here, by name."""
+    providers: tuple[str, ...]
+    """What onnxruntime says it was built with; empty where it does not import."""
+    onnxruntime_error: str | None
+    """Why onnxruntime does not work; None where it works or is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The judgement on the facts."""
+
+    tc_deploy: str
+    facts: Facts
+    stages: tuple[Stage, ...]
+    problems: tuple[str, ...]
+    """What is installed wrongly, each with its cure."""
+    can_run: bool
+    """Whether the default path, ONNX Runtime on the CPU, can run here."""
+
+
+def examine() -> Report:
+    """Look at this machine and judge it."""
+    return report_from_facts(gather_facts())
+
+
+def report_from_facts(facts: Facts) -> Report:
+    """Judge what was found; a pure function."""
+    cpu = _cpu_stage(facts)
+    stages = (_compile_stage(facts), cpu, *_planned_stages(facts))
+    return Report(
+        tc_deploy=__version__,
+        facts=facts,
+        stages=stages,
+        problems=_problems(facts),
+        can_run=cpu.status is Status.OK,
+    )
+
+
+def _compile_stage(facts: Facts) -> Stage:
+    name = "calibrate, export (PyTorch)"
+    missing = [distribution for distribution in COMPILE_DISTRIBUTIONS if distribution not in facts.versions]
+    if missing:
+        cure = "pip install 'tc-deploy[compile]'; not needed to build and run engines from exported graphs"
+        return Stage(name=name, status=Status.MISSING, detail=f"not installed: {', '.join(missing)}", cure=cure)
+    return Stage(name=name, status=Status.OK, detail=_versions_line(facts, COMPILE_DISTRIBUTIONS))
+
+
+def _installed_onnxruntimes(facts: Facts) -> list[str]:
+    return [distribution for distribution in ONNXRUNTIME_DISTRIBUTIONS if distribution in facts.versions]
+
+
+def _cpu_stage(facts: Facts) -> Stage:
+    name = "build, run (ONNX Runtime, CPU)"
+    installed = _installed_onnxruntimes(facts)
+    if facts.onnxruntime_error is not None:
+        cure = f"pip uninstall -y {' '.join(installed or ['onnxruntime'])}; then pip install 'tc-deploy[cpu]'"
+        return Stage(name=name, status=Status.BROKEN, detail=facts.onnxruntime_error, cure=cure)
+    if not installed:
+        detail = "onnxruntime is not installed"
+        return Stage(name=name, status=Status.MISSING, detail=detail, cure="pip install 'tc-deploy[cpu]'")
+    if "CPUExecutionProvider" not in facts.providers:
+        detail = f"onnxruntime has no CPUExecutionProvider, only: {', '.join(facts.providers) or 'none'}"
+        return Stage(name=name, status=Status.BROKEN, detail=detail, cure="install a stock build of onnxruntime")
+    return Stage(name=name, status=Status.OK, detail=_versions_line(facts, installed) + "; ran a one-node graph")
+
+
+def _planned_stages(facts: Facts) -> list[Stage]:
+    stages = []
+    for engine, distribution in PLANNED_ENGINES.items():
+        version = facts.versions.get(distribution)
+        found = f"{distribution} {version} is installed, but" if version else "not installed, and"
+        detail = f"{found} this version of tc-deploy has no backend for it yet"
+        stages.append(Stage(name=f"build, run ({engine})", status=Status.PLANNED, detail=detail))
+    return stages
+
+
+def _problems(facts: Facts) -> tuple[str, ...]:
+    installed = _installed_onnxruntimes(facts)
+    if len(installed) < 2:
+        return ()
+    problem = (
+        f"{' and '.join(installed)} are installed together and overwrite each other's files; removing one breaks the"
+        f" other. Remove all, then install one: pip uninstall -y {' '.join(installed)}; pip install 'tc-deploy[cpu]'"
+    )
+    return (problem,)
+
+
+def _versions_line(facts: Facts, distributions: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"{distribution} {facts.versions[distribution]}" for distribution in distributions)
+
+
+def gather_facts() -> Facts:
+    """Look at this machine."""
+    cpu, cpu_features = _cpu()
+    gpus, gpu_note = _gpus()
+    versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, *PLANNED_ENGINES.values()))
+    providers, onnxruntime_error = _try_onnxruntime()
+    return Facts(
+        python=platform.python_version(),
+        system=platform.platform(),
+        cpu=cpu,
+        cpu_features=cpu_features,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_mib=_memory_mib(),
+        gpus=gpus,
+        gpu_note=gpu_note,
+        versions=versions,
+        providers=providers,
+        onnxruntime_error=onnxruntime_error,
+    )
+
+
+def _versions(distributions: tuple[str, ...]) -> dict[str, str]:
+    versions = {}
+    for distribution in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[distribution] = importlib.metadata.version(distribution)
+    return versions
+
+
+def _try_onnxruntime() -> tuple[tuple[str, ...], str | None]:
+    """The providers that onnxruntime offers, and what is wrong with it."""
+    try:
+        import numpy as np
+        import onnxruntime
+
+        providers = tuple(onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(_NEGATION, providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {"x": np.ones(1, dtype=np.float32)})
+    except ModuleNotFoundError as error:
+        return (), None if error.name == "onnxruntime" else f"onnxruntime does not import: {error}"
+    except Exception as error:  # noqa: BLE001 - a half-deleted installation fails in ways that nobody can list
+        return (), f"onnxruntime is installed and does not work: {type(error).__name__}: {error}"
+    return providers, None if y.tolist() == [-1.0] else f"onnxruntime computes wrongly: -1 came out as {y.tolist()}"
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """The CPU's name and the features of it that matter."""
+    name = platform.processor() or platform.machine()
+    features: tuple[str, ...] = ()
+    with contextlib.suppress(OSError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+        fields = {key.strip(): value.strip() for key, _, value in lines}
+        name = fields.get("model name", name)
+        found = set(fields.get("flags", fields.get("Features", "")).split())
+        features = tuple(feature for feature in CPU_FEATURES if feature in found)
+    return name, features
+
+
+def _memory_mib() -> int | None:
+    """Memory of the machine or of its container, whichever is less; None where the system does not say."""
+    sizes = []
+    with contextlib.suppress(OSError, ValueError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(sizes) // 2**20 if sizes else None
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    """The NVIDIA GPUs, and why there are none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        driver = Path("/proc/driver/nvidia/version").exists()
+        return (), "an NVIDIA driver is loaded, but nvidia-smi is not found" if driver else "no NVIDIA driver found"
+    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
+    try:
+        answer = subprocess.run(  # noqa: S603 - no shell, nothing of the user's in the arguments
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=DRIVER_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return (), f"nvidia-smi did not answer within {DRIVER_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        return (), f"nvidia-smi cannot be run: {error.strerror}"
+    if answer.returncode != 0:
+        said = " ".join((answer.stdout or answer.stderr).split())
+        return (), f"nvidia-smi failed: {said or f'exit code {answer.returncode}'}"
+    gpus = tuple(_gpu_from_line(line) for line in answer.stdout.splitlines() if line.count(",") >= 3)
+    return gpus, "" if gpus else "the NVIDIA driver found no GPU"
+
+
+def _gpu_from_line(line: str) -> Gpu:
+    name, driver, memory, capability = (part.strip() for part in line.rsplit(",", 3))
+    return Gpu(
+        name=name,
+        driver=driver,
+        memory_mib=int(memory) if memory.isdecimal() else None,
+        compute_capability=capability,
+    )

@@ -1,0 +1,72 @@
+"""The errors that a user can meet, each with its exit code.
+
+    TcDeployError                 1
+    ├── UsageError                2   an option or argument is out of range or does not fit the others
+    ├── ModelError                3   a checkpoint is missing, half-written, of an unknown class or in a pickle format
+    ├── PlanError                 4   a plan is malformed, or made for another model, step count or size
+    ├── BundleError               5   an artefact folder is missing, incomplete or altered
+    ├── ExportError               6   a graph or a scheduler cannot be exported, or the graph departs from PyTorch
+    ├── BackendError              7   an engine cannot be built or loaded here; names the extra to install
+    ├── StorageError              8   an output cannot be written
+    └── Cancelled               130   the caller stopped a run between two steps
+
+A message says what is wrong, where, what was expected and found, and how to mend it, in one line.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TcDeployError(Exception):
+    """Base of every error that is the user's to mend; its text is shown without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(TcDeployError):
+    """An option or argument is out of range, or does not fit the others."""
+
+    exit_code = 2
+
+
+class ModelError(TcDeployError):
+    """A checkpoint is missing, half-written, of a class without a family, or in a pickle format."""
+
+    exit_code = 3
+
+
+class PlanError(TcDeployError):
+    """A plan is malformed, or was made for another model, step count or size."""
+
+    exit_code = 4
+
+
+class BundleError(TcDeployError):
+    """An artefact folder is missing, incomplete, altered, or of another kind than the command needs."""
+
+    exit_code = 5
+
+
+class ExportError(TcDeployError):
+    """A graph or scheduler cannot be exported, or an exported graph departs from PyTorch."""
+
+    exit_code = 6
+
+
+class BackendError(TcDeployError):
+    """An engine cannot be built or loaded on this machine."""
+
+    exit_code = 7
+
+
+class StorageError(TcDeployError):
+    """An output cannot be written."""
+
+    exit_code = 8
+
+
+class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked for, not a failure
+    """The caller stopped a run between two steps; the pipeline stays usable."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Plan and checkpoint to ONNX graphs that share one weights file, with the solver as a graph of its own."""

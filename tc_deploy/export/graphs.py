@@ -1,0 +1,163 @@
+"""The full and the cached step as modules with flat, named tensors, and as ONNX models.
+
+In: a model and a plan. Out: one :class:`StepGraph` per variant, whose inputs and outputs are tensors in a fixed order
+with fixed names, and its ONNX model. Never: writes a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor, nn
+
+from tc_deploy.errors import ExportError
+from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, SAMPLE, TOKEN_INDEX, history_name
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.schedule import FULL
+from tc_deploy.tokencache.forward import cached_tensors, run_cached, run_full
+
+OPSET = 20
+
+
+class StepGraph(nn.Module):
+    """One variant of a step, as an exporter wants it: positional tensors in, a tuple of tensors out.
+
+    Args:
+        model: the model.
+        cache: keep counts, reuse, attention, forecast order.
+        variant: 0 for the full step, 1 or 2 for the cached step of that phase.
+        phases: the phases in use; the full step's outputs are what their cached steps read.
+    """
+
+    def __init__(self, model: DiffusionTransformer, cache: CacheRecord, variant: int, phases: Sequence[int]) -> None:
+        super().__init__()
+        self.module = model.module
+        self.model, self.cache, self.variant = model, cache, variant
+        depth = cache.forecast_order + 1
+        if variant == FULL:
+            self.cache_names = cached_tensors(model, cache, phases)
+            self.input_names = model.input_names
+            self.output_names = (SAMPLE, *self.cache_names)
+            return
+        self.cache_names = cached_tensors(model, cache, (variant,))
+        self.history_names = tuple(history_name(name, age) for age in range(depth) for name in self.cache_names)
+        self.pruned = pruned_blocks(cache.keep_counts[variant - 1], model.geometry.tokens)
+        self.input_names = (
+            *model.input_names,
+            *((FORECAST_WEIGHTS,) if depth > 1 and self.cache_names else ()),
+            *((TOKEN_INDEX,) if self.pruned else ()),
+            *self.history_names,
+        )
+        self.output_names = (SAMPLE,)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
+        given = dict(zip(self.input_names, tensors, strict=True))
+        inputs = {name: given[name] for name in self.model.input_names}
+        if self.variant == FULL:
+            sample, noted = run_full(self.model, self.cache, inputs)
+            return (sample, *(noted[name] for name in self.cache_names))
+        ages = range(self.cache.forecast_order + 1)
+        history = [{name: given[history_name(name, age)] for name in self.cache_names} for age in ages]
+        weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
+        sample = run_cached(
+            self.model, self.cache, self.variant, inputs, history, weights, given.get(TOKEN_INDEX)
+        )
+        return (sample,)
+
+
+def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_batch: bool) -> ir.Model:
+    """Export one variant.
+
+    Args:
+        graph: the variant.
+        example: a tensor for each of ``graph.input_names``; at least 2 samples where the batch is dynamic.
+        dynamic_batch: leave the batch axis open; otherwise it is fixed to the example's. Token counts are static.
+
+    Returns:
+        The model with its weights still in memory (they are the module's own tensors, not copies), inputs and
+        outputs in order and named, without the exporter's notes on local files.
+
+    Raises:
+        ExportError: PyTorch's exporter refuses the graph.
+    """
+    axes = {0: torch.export.Dim(MODEL_BATCH, min=1)}
+    arguments = tuple(example[name] for name in graph.input_names)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.eval(),
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(graph.input_names),
+                output_names=list(graph.output_names),
+                dynamic_shapes=((axes,) * len(arguments),) if dynamic_batch else None,
+                custom_translation_table=_TRANSLATIONS,
+                external_data=False,
+                optimize=True,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"PyTorch cannot export variant {graph.variant}: {str(error).strip().splitlines()[0]}") from error
+    if program is None:
+        raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
+    model: ir.Model = program.model
+    _strip_notes(model)
+    return model
+
+
+def _strip_notes(model: ir.Model) -> None:
+    """Remove stack traces and docs: they are twelve times the graph's size, name local files and vary by machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _squeeze_dim(self: Any, dim: int) -> Any:
+    """aten::squeeze.dim leaves an axis that is not 1 alone; onnxscript 0.7.2 emits Squeeze all the same."""
+    if len(self.shape) == 0 or self.shape[dim] != 1:
+        return op.Identity(self)
+    return op.Squeeze(self, [dim])
+
+
+def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:
+    """A single-operand permutation (unpatchify) is a Transpose: engines run it faster, and Einsum has no bf16."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    if "," not in left and len(set(left)) == len(left) and sorted(left) == sorted(right):
+        return op.Transpose(tensors[0], perm=[left.index(axis) for axis in right])
+    return op.Einsum(*tensors, equation=equation)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.squeeze.dim: _squeeze_dim,
+    torch.ops.aten.einsum.default: _einsum,
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress prints and deprecation warnings of its own code away from the user."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)

@@ -1,0 +1,131 @@
+"""The solver as an ONNX graph: guidance, then one update of the sampler, then the model's next input.
+
+In: how far the update looks back, and the shapes. Out: an ONNX model of elementwise operations without weights; the
+numbers of :class:`tc_deploy.export.solver.SolverTable` are its inputs. Never: knows a scheduler, or imports torch.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from tc_deploy.errors import ExportError
+from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, history_name
+
+OPSET = 20
+IR_VERSION = 10
+
+MODEL_OUTPUT = "model_output"
+LATENTS = "latents"
+GUIDED_OUTPUT = "guided_output"
+COEFFICIENTS = "coefficients"
+INPUT_SCALE = "input_scale"
+GUIDANCE_SCALE = "guidance_scale"
+NEXT_LATENTS = "next_latents"
+HIDDEN_STATES = "hidden_states"
+
+
+def solver_model(
+    table_history: int, latent_shape: tuple[int, ...], output_channels: int, guided: bool, batch: int | None
+) -> ir.Model:
+    """Build the solver's graph.
+
+    With B samples, G = 2 if guided else 1, h = ``table_history``, and all tensors float32:
+
+    ==================== ============================ ==============================================================
+    input                shape                        holds
+    ==================== ============================ ==============================================================
+    ``model_output``     (G*B, output_channels, H, W) the model's output; rows 0..B-1 conditional, the rest
+                                                      unconditional; channels from C on (a learned variance) are unused
+    ``latents``          (B, C, H, W)                 x_s
+    ``latents.j``        (B, C, H, W)                 x_{s-j}, for j = 1..h; finite before step 0, where the
+                                                      coefficient is 0
+    ``guided_output.j``  (B, C, H, W)                 m_{s-j}, likewise
+    ``coefficients``     (B, 2(h+1))                  row s of the table; per sample, so that the samples of a batch
+                                                      may stand at different steps
+    ``input_scale``      (B,)                         scale of the next model input, element s+1 of the table
+    ``guidance_scale``   (B,)                         g, only if guided
+    ==================== ============================ ==============================================================
+
+    ==================== ============================ ==============================================================
+    output               shape                        holds
+    ==================== ============================ ==============================================================
+    ``next_latents``     (B, C, H, W)                 x_{s+1}
+    ``hidden_states``    (G*B, C, H, W)               x_{s+1} * input_scale, G times over
+    ``guided_output``    (B, C, H, W)                 m_s = unconditional + g (conditional - unconditional)
+                                                      (arXiv 2207.12598, with g = w + 1), only if h > 0
+    ==================== ============================ ==============================================================
+
+    Args:
+        table_history: h, at least 0.
+        latent_shape: (C, H, W), or (C, F, H, W) for video.
+        output_channels: the model's output channels, at least C.
+        guided: whether the model runs on conditional and unconditional rows.
+        batch: B, or None for a dynamic axis ``batch`` (and ``model_batch``, which is G*B, if guided).
+
+    Returns:
+        The model, opset 20. The same arguments give the same bytes.
+
+    Raises:
+        ExportError: a number is out of range.
+    """
+    channels, *_ = latent_shape
+    for what, minimum, found in (
+        ("history", 0, table_history),
+        ("output channels", channels, output_channels),
+        ("batch", 1, 1 if batch is None else batch),
+    ):
+        if found < minimum:
+            raise ExportError(f"solver graph: {what} must be at least {minimum}, found {found}")
+
+    rows: int | str = BATCH if batch is None else batch
+    model_rows: int | str = rows
+    if guided:
+        model_rows = MODEL_BATCH if batch is None else 2 * batch
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=SOLVER)
+    op = GraphBuilder(graph).op
+
+    def given(name: str, *shape: int | str) -> ir.Value:
+        graph.inputs.append(ir.val(name, ir.DataType.FLOAT, shape))
+        return graph.inputs[-1]
+
+    def made(value: ir.Value, name: str, *shape: int | str) -> None:
+        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+        graph.outputs.append(value)
+
+    ages = range(table_history + 1)
+    terms = 2 * len(ages)
+    model_output = given(MODEL_OUTPUT, model_rows, output_channels, *latent_shape[1:])
+    latents = [given(history_name(LATENTS, age), rows, *latent_shape) for age in ages]
+    earlier_outputs = [given(history_name(GUIDED_OUTPUT, age), rows, *latent_shape) for age in ages[1:]]
+    coefficients = given(COEFFICIENTS, rows, terms)
+    input_scale = given(INPUT_SCALE, rows)
+
+    # -1 in place of a fixed batch would hide the batch from engines that plan their memory ahead.
+    count = -1 if batch is None else batch
+    per_sample = [count, *[1] * len(latent_shape)]
+    if output_channels > channels:
+        model_output = op.Slice(model_output, [0], [channels], [1])
+    guided_output = model_output
+    if guided:
+        scale = op.Reshape(given(GUIDANCE_SCALE, rows), per_sample)
+        halves = op.Reshape(model_output, [2, count, *latent_shape])
+        conditional, unconditional = (op.Gather(halves, half, axis=0) for half in (0, 1))
+        guided_output = op.Add(unconditional, op.Mul(scale, op.Sub(conditional, unconditional)))
+
+    columns = op.Reshape(coefficients, [count, terms, *per_sample[2:]])
+    factors = op.Split(columns, [1] * terms, axis=1, _outputs=terms)
+    values = [*latents, guided_output, *earlier_outputs]
+    next_latents = reduce(op.Add, [op.Mul(factor, value) for factor, value in zip(factors, values, strict=True)])
+    scaled = op.Mul(next_latents, op.Reshape(input_scale, per_sample))
+    hidden_states = op.Concat(scaled, scaled, axis=0) if guided else scaled
+
+    made(next_latents, NEXT_LATENTS, rows, *latent_shape)
+    made(hidden_states, HIDDEN_STATES, model_rows, *latent_shape)
+    if table_history > 0:
+        # A value has one name, and the graph keeps its input's.
+        copied = op.Identity(guided_output) if guided_output.is_graph_input() else guided_output
+        made(copied, GUIDED_OUTPUT, rows, *latent_shape)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="tc-deploy")

@@ -1,0 +1,216 @@
+"""Export: a plan and its checkpoint to a bundle ``engines/NAME``.
+
+Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cached-2,solver}.onnx``, one
+``onnx/weights.bin`` that all of them refer to, the tables that the runtime reads, and ``manifest.json`` last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import safetensors.numpy
+
+from tc_deploy import __version__
+from tc_deploy.bundle import file_records, new_folder
+from tc_deploy.errors import PlanError, UsageError
+from tc_deploy.export.check import check_graph, example_inputs
+from tc_deploy.export.graphs import StepGraph, onnx_from_graph
+from tc_deploy.export.solver import SolverTable, read_solver
+from tc_deploy.export.solver_graph import solver_model
+from tc_deploy.export.weights import WeightsFile
+from tc_deploy.manifest import (
+    BATCH,
+    MODEL_BATCH,
+    ONNX_FOLDER,
+    RUNTIME_TABLES,
+    SOLVER,
+    WEIGHTS,
+    ConditionRecord,
+    GraphRecord,
+    Manifest,
+    SolverRecord,
+    TensorRecord,
+    variant_name,
+    write_manifest,
+)
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model, scheduler_from_config
+from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, plan_sha256, token_index_name, write_plan_files
+from tc_deploy.schedule import FULL
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.types import FloatArray, IntArray
+
+EXAMPLE_BATCH = 2
+PIXEL_CHANNELS = (1, 3)
+"""Latents of one or three channels are pictures; autoencoders of the field use 4 channels and more."""
+
+
+def export_bundle(
+    plan_folder: Path,
+    destination: Path,
+    *,
+    model_path: Path | None = None,
+    batch_size: int | None = None,
+    check: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Manifest:
+    """Export a plan's graphs.
+
+    Args:
+        plan_folder: ``calibration/NAME``.
+        destination: ``engines/NAME``; one that exists is replaced, with the engines that were built from it.
+        model_path: the checkpoint, where it is not where the plan says.
+        batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
+        check: compare every graph with PyTorch.
+        progress: told what is being done.
+
+    Raises:
+        PlanError: the plan is malformed, or was made for another checkpoint.
+        ModelError: the checkpoint cannot be loaded.
+        ExportError: a graph or the scheduler cannot be exported, or a graph departs from PyTorch.
+        StorageError: the destination cannot be written.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"static batch must be at least 1, found {batch_size}")
+    plan, tables = load_plan(plan_folder)
+    progress("loading the checkpoint")
+    model = load_model(model_path or Path(plan.model.source))
+    check_model(plan, model, str(plan_folder))
+    sampling = sampling_from_plan(plan)
+    progress("reading the solver's coefficients off the scheduler")
+    solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
+    with new_folder(destination) as folder:
+        graphs = _write_graphs(model, plan, tables, sampling, solver, folder, batch_size, check, progress)
+        write_plan_files(plan, tables, folder)
+        (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
+        names = [PLAN, TABLES, RUNTIME_TABLES, *(record.file for record in graphs.values()), f"{ONNX_FOLDER}/{WEIGHTS}"]
+        manifest = Manifest(
+            made_by=f"tc-deploy {__version__}",
+            plan_sha256=plan_sha256(plan),
+            precision="fp32",
+            batch_size=batch_size,
+            latent_shape=model.geometry.latent_shape,
+            pixels=model.geometry.latent_shape[0] in PIXEL_CHANNELS,
+            conditions=tuple(
+                ConditionRecord(name=item.name, dtype=item.dtype, shape=item.shape, classes=item.classes)
+                for item in model.geometry.conditions
+            ),
+            solver=SolverRecord(
+                history=solver.history,
+                init_noise_sigma=solver.init_noise_sigma,
+                guidance_scale=plan.sampling.guidance_scale,
+            ),
+            graphs=graphs,
+            files=file_records(folder, names),
+        )
+        write_manifest(manifest, folder)
+    return manifest
+
+
+def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
+    """Check that a plan belongs to a checkpoint.
+
+    Raises:
+        PlanError: class, configuration or weights are others.
+    """
+    found = model.record()
+    for what in ("model_class", "weights_sha256", "blocks", "tokens", "width"):
+        expected, present = getattr(plan.model, what), getattr(found, what)
+        if expected != present:
+            raise PlanError(
+                f"{where}: the plan was made for another model: {what} expected {expected}, found {present} in"
+                f" {model.source}; calibrate this checkpoint, or name the right one with --model"
+            )
+
+
+def sampling_from_plan(plan: Plan) -> Sampling:
+    """The sampler that a plan was made for, as a live diffusers scheduler.
+
+    Raises:
+        ModelError: diffusers does not know the scheduler.
+    """
+    return Sampling(
+        scheduler=scheduler_from_config(plan.sampling.scheduler_class, plan.sampling.scheduler_config, "plan"),
+        steps=plan.schedule.steps,
+        guidance_scale=plan.sampling.guidance_scale,
+        set_timesteps_kwargs=plan.sampling.set_timesteps_kwargs,
+    )
+
+
+def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) -> dict[int, IntArray]:
+    """The index tables of the phases that have one."""
+    names = {phase: token_index_name(phase) for phase in plan.phases_used()}
+    return {phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables}
+
+
+def _write_graphs(
+    model: DiffusionTransformer,
+    plan: Plan,
+    tables: Mapping[str, FloatArray | IntArray],
+    sampling: Sampling,
+    solver: SolverTable,
+    folder: Path,
+    batch_size: int | None,
+    check: bool,
+    progress: Callable[[str], None],
+) -> dict[str, GraphRecord]:
+    onnx = folder / ONNX_FOLDER
+    onnx.mkdir()
+    guided = sampling.guidance_scale is not None
+    progress("sampling with the plan in PyTorch, for inputs as they occur")
+    examples = example_inputs(
+        model, plan, token_index_tables(plan, tables), sampling, EXAMPLE_BATCH if batch_size is None else batch_size
+    )
+    graphs = {}
+    with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
+        for variant in (FULL, *plan.phases_used()):
+            name = variant_name(variant)
+            progress(f"exporting {name}")
+            graph = StepGraph(model, plan.cache, variant, plan.phases_used())
+            onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
+            weights.pack(onnx_model)
+            ir.save(onnx_model, onnx / f"{name}.onnx")
+            graphs[name] = _record(onnx_model, f"{ONNX_FOLDER}/{name}.onnx")
+        onnx_model = solver_model(
+            solver.history, model.geometry.latent_shape, model.geometry.output_channels, guided=guided, batch=batch_size
+        )
+        ir.save(onnx_model, onnx / f"{SOLVER}.onnx")
+        graphs[SOLVER] = _record(onnx_model, f"{ONNX_FOLDER}/{SOLVER}.onnx")
+    if check:
+        for variant in (FULL, *plan.phases_used()):
+            name = variant_name(variant)
+            progress(f"comparing {name} with PyTorch")
+            graph = StepGraph(model, plan.cache, variant, plan.phases_used())
+            error = check_graph(graph, examples[variant], folder / graphs[name].file)
+            graphs[name] = graphs[name].model_copy(update={"max_abs_error": error})
+    return graphs
+
+
+def _record(model: ir.Model, file: str) -> GraphRecord:
+    def tensors(values: object) -> tuple[TensorRecord, ...]:
+        return tuple(
+            TensorRecord(
+                name=str(value.name),
+                dtype=str(value.dtype.numpy()),
+                shape=tuple(size if isinstance(size, int) else _axis(size) for size in value.shape),
+            )
+            for value in values
+        )
+
+    return GraphRecord(file=file, inputs=tensors(model.graph.inputs), outputs=tensors(model.graph.outputs), max_abs_error=None)
+
+
+def _axis(size: ir.SymbolicDim) -> str:
+    return BATCH if size.value == BATCH else MODEL_BATCH
+
+
+def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:
+    return {
+        "coefficients": solver.coefficients,
+        "input_scale": solver.input_scale,
+        "timesteps": solver.timesteps,
+    }
+

@@ -1,0 +1,82 @@
+"""Several graphs, one weights file: initializers go to ``weights.bin`` by content, once each.
+
+A tensor that stands in three graphs (or twice in one) is written once, at a page boundary so that engines can map it.
+Graphs are packed one after the other, so only one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+PAGE_BYTES = 4096
+INLINE_BYTES = 1024
+"""Smaller initializers (scales, shapes, axes) stay in the graph: engines fold them, and a page each would be waste."""
+
+
+class WeightsFile:
+    """The shared weights file while a bundle is written; use as a context manager.
+
+    Args:
+        path: the file to make; the graphs that refer to it must stand in the same folder.
+        parameters: the model's parameters by name, after which folded copies are named (``<name>.T``).
+    """
+
+    def __init__(self, path: Path, parameters: Mapping[str, Tensor]) -> None:
+        self.path = path
+        self._names = _names_by_content(parameters)
+        self._offsets: dict[str, int] = {}
+        self._file = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def pack(self, model: ir.Model) -> None:
+        """Move the initializers of ``model`` into the file; they are replaced by references into it."""
+        taken = set(model.graph.initializers)
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < INLINE_BYTES:
+                continue
+            data = tensor.tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            name = self._names.get((digest, tuple(tensor.shape.numpy())), str(value.name).removeprefix("module."))
+            if name not in taken:
+                taken.add(name)
+                value.name = name
+            if digest not in self._offsets:
+                self._file.write(bytes(-self._file.tell() % PAGE_BYTES))
+                self._offsets[digest] = self._file.tell()
+                self._file.write(data)
+            value.const_value = ir.ExternalTensor(
+                self.path.name,
+                self._offsets[digest],
+                len(data),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=self.path.parent,
+            )
+
+
+def _names_by_content(parameters: Mapping[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], str]:
+    """Parameter names by content and shape; a matrix also by its transpose, which exporters fold into the graph."""
+    names: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, parameter in parameters.items():
+        views = [(name, parameter)] + ([(f"{name}.T", parameter.t())] if parameter.ndim == 2 else [])  # noqa: PLR2004
+        for view_name, view in views:
+            digest = hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            names.setdefault((digest, tuple(view.shape)), view_name)
+    return names

@@ -1,0 +1,160 @@
+"""The manifests: what an exported bundle is, and what a built target is.
+
+A bundle (``engines/NAME``) holds the plan it was made from, the graphs in ``onnx/`` and the tables that the runtime
+reads; a target (``engines/NAME/<backend>``) holds what a backend made of it. Both are known by their manifest, which
+is written last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
+from tc_deploy.errors import BundleError
+from tc_deploy.schedule import FULL
+from tc_deploy.types import TensorSpec
+
+FORMAT_VERSION = 1
+ONNX_FOLDER = "onnx"
+WEIGHTS = "weights.bin"
+SOLVER = "solver"
+RUNTIME_TABLES = "runtime.safetensors"
+"""Tables of the bundle: timesteps (T,), input_scale (T,), coefficients (T, 2 * (history + 1))."""
+
+MODEL_BATCH = "model_batch"
+"""The model's batch axis: one row per sample, or two with guidance (all conditional ones, then all unconditional)."""
+BATCH = "batch"
+"""The samples' own batch axis."""
+
+SAMPLE = "sample"
+"""Output of every step's graph: the model's output."""
+TOKEN_INDEX = "token_index"  # noqa: S105 - a tensor's name
+"""Input of a cached step that prunes: (model batch, sum of M over pruned blocks) int32."""
+FORECAST_WEIGHTS = "forecast_weights"
+"""Input of a cached step with forecast order r > 0: (model batch, r + 1) float32."""
+CACHE_PREFIX = "cache."
+
+
+def history_name(name: str, age: int) -> str:
+    """Name of a cached tensor ``age`` full steps before the latest: ``cache.3.mlp``, then ``cache.3.mlp.1``."""
+    return name if age == 0 else f"{name}.{age}"
+
+
+def history_of(name: str) -> tuple[str, int]:
+    """The cached tensor and its age that :func:`history_name` made ``name`` of."""
+    head, _, tail = name.rpartition(".")
+    return (head, int(tail)) if tail.isdigit() else (name, 0)
+
+
+def variant_name(variant: int) -> str:
+    """Name of a variant's graph: ``full``, ``cached-1``, ``cached-2``."""
+    return "full" if variant == FULL else f"cached-{variant}"
+
+
+class TensorRecord(Document):
+    """A graph's input or output, as stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def spec(self) -> TensorSpec:
+        """The record as the runtime uses it."""
+        return TensorSpec(name=self.name, dtype=self.dtype, shape=self.shape)
+
+
+class GraphRecord(Document):
+    """One ONNX graph of a bundle."""
+
+    file: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    max_abs_error: float | None
+    """Largest departure from PyTorch found right after export; None where the check was turned off."""
+
+
+class ConditionRecord(Document):
+    """One input that conditions the model."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    classes: int | None
+    """Labels run from 0 to classes - 1; ``classes`` itself means "no class"."""
+
+
+class SolverRecord(Document):
+    """What the runtime must know of the sampler beside its tables."""
+
+    history: NonNegativeInt
+    """Earlier latents and guided outputs that one update reads."""
+    init_noise_sigma: PositiveFloat
+    guidance_scale: float | None
+
+
+class Manifest(Document):
+    """An exported bundle."""
+
+    kind: Literal["bundle"] = "bundle"
+    format_version: Literal[1] = FORMAT_VERSION
+    made_by: str
+    plan_sha256: str
+    precision: Literal["fp32"]
+    batch_size: PositiveInt | None
+    """Samples per batch where the graphs fix it; None where they take any."""
+    latent_shape: tuple[int, int, int]
+    pixels: bool
+    """The latents are pictures in [-1, 1]; otherwise a decoder is needed to see them."""
+    conditions: tuple[ConditionRecord, ...]
+    solver: SolverRecord
+    graphs: dict[str, GraphRecord]
+    files: dict[str, FileRecord]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model batch holds an unconditional half."""
+        return self.solver.guidance_scale is not None
+
+
+class TargetManifest(Document):
+    """What a backend made of a bundle."""
+
+    kind: Literal["target"] = "target"
+    format_version: Literal[1] = FORMAT_VERSION
+    made_by: str
+    backend: str
+    backend_version: str
+    options: dict[str, Any]
+    manifest_sha256: str
+    """Of the bundle's manifest, which names every graph and table: a target of another bundle is found out by it."""
+    files: dict[str, FileRecord]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest; its files are not checked yet (``check_files``).
+
+    Raises:
+        BundleError: there is none, or it is not of this version.
+    """
+    return read_document(Manifest, folder / MANIFEST, "bundle", f"tc-deploy export calibration/NAME -o {folder}")
+
+
+def read_target(bundle: Path, backend: str) -> TargetManifest:
+    """Read a target's manifest and check that it was built from this very bundle.
+
+    Raises:
+        BundleError: there is none, or it was built from another export.
+    """
+    rebuild = f"tc-deploy build {bundle} --backend {backend}"
+    target = read_document(TargetManifest, bundle / backend / MANIFEST, "engine", rebuild)
+    if target.manifest_sha256 != sha256_of_file(bundle / MANIFEST):
+        raise BundleError(f"{bundle / backend}: built from another export of this bundle; build again with: {rebuild}")
+    return target
+
+
+def write_manifest(manifest: Manifest | TargetManifest, folder: Path) -> None:
+    """Write a manifest into a folder that is being made; call it last."""
+    (folder / MANIFEST).write_text(canonical_json(manifest.model_dump(mode="json")), encoding="utf-8")

@@ -1,0 +1,166 @@
+"""A checkpoint folder to a model and its scheduler, through diffusers' own loaders.
+
+In: a diffusers model folder (``config.json`` and safetensors) or a pipeline folder that holds one as ``transformer/``.
+Out: the module in fp32 on the CPU, in evaluation mode, hashed. Never: reads a pickle, or fills a missing weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+
+from tc_deploy.bundle import sha256_of_file
+from tc_deploy.errors import ModelError
+from tc_deploy.models import dit
+from tc_deploy.models.family import DiffusionTransformer, Family
+
+FAMILIES: Mapping[str, Family] = {family.model_class: family for family in (dit.FAMILY,)}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+
+
+def load_model(path: Path) -> DiffusionTransformer:
+    """Load a Diffusion Transformer.
+
+    Args:
+        path: a model folder, or a pipeline folder with ``transformer/``.
+
+    Raises:
+        ModelError: the folder or a file is missing, half-written or a pickle, or the class has no family.
+    """
+    folder = model_folder(path)
+    config = _read_json(folder / "config.json")
+    name = config.get("_class_name")
+    family = FAMILIES.get(str(name))
+    if family is None:
+        raise ModelError(
+            f"{folder / 'config.json'}: no family for model class {name!r}; known classes: {', '.join(FAMILIES)}"
+        )
+    files = _weight_files(folder)
+    try:
+        module, info = getattr(diffusers, family.model_class).from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: diffusers cannot load the checkpoint: {_first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            keys = sorted(info[problem])
+            raise ModelError(
+                f"{folder}: the weights do not fit config.json: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]};"
+                " the checkpoint is of another model or incomplete"
+            )
+    module.eval().requires_grad_(False)
+    return DiffusionTransformer(
+        source=_portable(path),
+        module=module,
+        family=family,
+        geometry=family.geometry(module),
+        config={key: value for key, value in config.items() if not key.startswith("_")},
+        weights_sha256=_weights_sha256(files),
+    )
+
+
+def load_scheduler(path: Path) -> Any:
+    """Load the scheduler that stands beside a model.
+
+    Args:
+        path: what :func:`load_model` takes; ``scheduler/`` is looked for in it and beside ``transformer/``.
+
+    Returns:
+        A diffusers scheduler.
+
+    Raises:
+        ModelError: no scheduler folder, or one that diffusers does not know.
+    """
+    for folder in (path / "scheduler", model_folder(path).parent / "scheduler"):
+        if (folder / "scheduler_config.json").is_file():
+            config = _read_json(folder / "scheduler_config.json")
+            return scheduler_from_config(str(config.get("_class_name")), config, str(folder))
+    raise ModelError(f"{path}: no scheduler/scheduler_config.json in it or beside it; save the pipeline's scheduler there")
+
+
+def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str) -> Any:
+    """Make a diffusers scheduler.
+
+    Raises:
+        ModelError: diffusers has no such class, or the class refuses the configuration.
+    """
+    kind = getattr(diffusers, class_name, None)
+    if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ModelError(f"{where}: diffusers {diffusers.__version__} has no scheduler {class_name!r}")
+    try:
+        return kind.from_config(dict(config))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{where}: {class_name} refuses its configuration: {_first_line(error)}") from error
+
+
+def model_folder(path: Path) -> Path:
+    """The folder that holds the transformer's ``config.json``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; give a diffusers model folder or a pipeline folder with transformer/")
+    for folder in (path / "transformer", path):
+        if (folder / "config.json").is_file():
+            return folder
+    _refuse_pickles(path)
+    raise ModelError(f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder")
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / _WEIGHTS).is_file():
+        return (folder / _WEIGHTS,)
+    if not (folder / _INDEX).is_file():
+        _refuse_pickles(folder)
+        raise ModelError(f"{folder}: {_WEIGHTS} is missing; the checkpoint was not downloaded or saved completely")
+    shards = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing or not shards:
+        raise ModelError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {(missing or ['all'])[0]}")
+    return tuple(folder / shard for shard in shards)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{folder / pickles[0]}: a pickle can run code when it is read, so it is refused; convert it on a machine"
+            " that may, with model.save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def _portable(path: Path) -> str:
+    """The path as a plan names it: below the working directory relative to it, so that a plan can be committed."""
+    absolute, here = path.resolve(), Path.cwd().resolve()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
+
+
+def _weights_sha256(files: tuple[Path, ...]) -> str:
+    """One hash for the weights: a single file's own SHA-256, or that over the shards' in name order."""
+    hashes = [sha256_of_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

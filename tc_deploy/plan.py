@@ -1,0 +1,279 @@
+"""The plan: what calibration decided, as a folder of reviewable JSON and one file of tables.
+
+In: a folder ``calibration/NAME`` with ``plan.json`` and ``tables.safetensors``. Out: a checked :class:`Plan` and its
+index tables. The JSON is canonical: the same calibration gives the same bytes. Never: imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import safetensors.numpy
+from pydantic import Field, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
+
+from tc_deploy.bundle import (
+    Document,
+    FileRecord,
+    canonical_json,
+    check_files,
+    new_folder,
+    read_document,
+    sha256_of_bytes,
+)
+from tc_deploy.errors import PlanError
+from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.types import Attention, FloatArray, IntArray, Reuse
+
+FORMAT_VERSION: Final = 1
+PLAN = "plan.json"
+TABLES = "tables.safetensors"
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelRecord(Document):
+    """The checkpoint that the plan was made for."""
+
+    source: str
+    """Where it was found: a folder, relative to the working directory where it lies below it. A hint, not identity."""
+    model_class: str
+    config: dict[str, Any]
+    weights_sha256: str
+    blocks: PositiveInt
+    tokens: PositiveInt
+    width: PositiveInt
+
+
+class SamplingRecord(Document):
+    """The sampler that the plan was made for."""
+
+    scheduler_class: str
+    scheduler_config: dict[str, Any]
+    set_timesteps_kwargs: dict[str, Any]
+    timesteps: tuple[float, ...]
+    guidance_scale: float | None
+    """Classifier-free guidance with this scale by default; None means one model call per sample, without guidance."""
+
+
+class ScheduleRecord(Document):
+    """TPRR as stored; :class:`tc_deploy.schedule.Schedule` gives it meaning."""
+
+    steps: PositiveInt
+    boundary: NonNegativeInt
+    k1: PositiveInt
+    k2: PositiveInt
+
+
+class CacheRecord(Document):
+    """What a cached step takes from earlier steps, and how many tokens it computes."""
+
+    reuse: Reuse
+    attention: Attention
+    forecast_order: Annotated[int, Field(ge=0, le=2)]
+    keep_counts: tuple[tuple[NonNegativeInt, ...], tuple[NonNegativeInt, ...]]
+    """Per phase, the tokens that each block computes in a cached step; 0 skips the block, N leaves it whole."""
+
+
+class CostRecord(Document):
+    """Multiply-adds of one step for one sample, doubled (FLOPs), counted on the PyTorch modules."""
+
+    full_flops: PositiveInt
+    cached_flops: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class MeasuredRecord(Document):
+    """What calibration measured in PyTorch on seeds that training did not see."""
+
+    seeds: tuple[int, ...]
+    psnr_db: float
+    """PSNR of the final latents to the model's own full run; the peak is the range of the reference latents."""
+    fewer_steps: PositiveInt
+    """The step count at which running every step in full costs what the plan costs, rounded up."""
+    fewer_steps_psnr_db: float
+
+
+class OriginRecord(Document):
+    """How the plan came to be."""
+
+    method: Literal["predictor", "manual"]
+    seed: int
+    settings: dict[str, Any]
+
+
+class Plan(Document):
+    """The plan document."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    model: ModelRecord
+    sampling: SamplingRecord
+    schedule: ScheduleRecord
+    cache: CacheRecord
+    cost: CostRecord
+    origin: OriginRecord
+    measured: MeasuredRecord | None
+    tables: FileRecord
+
+    def tprr(self) -> Schedule:
+        """The schedule, checked.
+
+        Raises:
+            PlanError: a number is outside its range.
+        """
+        return Schedule(**self.schedule.model_dump())
+
+    def phases_used(self) -> tuple[int, ...]:
+        """The phases that have a cached step, so the cached variants that exist."""
+        return tuple(phase for phase in PHASES if self.tprr().cached_steps(phase))
+
+    def keep_counts(self, phase: int) -> tuple[int, ...]:
+        """Tokens that each block keeps in a cached step of ``phase`` (1 or 2)."""
+        return self.cache.keep_counts[phase - 1]
+
+    def cost_in_full_steps(self) -> float:
+        """What one sampling run costs, in full steps, by FLOPs."""
+        flops = (self.cost.full_flops, *self.cost.cached_flops)
+        return sum(flops[variant] for variant in self.tprr().variants) / self.cost.full_flops
+
+    def cost_ratio(self) -> float:
+        """What one sampling run costs against the run with every step full, by FLOPs; 1 means nothing is saved."""
+        return self.cost_in_full_steps() / self.schedule.steps
+
+
+def pruned_blocks(keep_counts: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """Blocks that compute some tokens and not others, so the blocks that have a row in the index table."""
+    return tuple(block for block, keep in enumerate(keep_counts) if 0 < keep < tokens)
+
+
+def token_index_name(phase: int) -> str:
+    """Name of the index table of a phase: ``(cached steps of the phase, sum of M over pruned blocks)`` int32.
+
+    Row r is for the r-th cached step of the phase. The blocks stand side by side, in order; inside a block the
+    indices ascend.
+    """
+    return f"token_index_{phase}"
+
+
+def importance_name(phase: int) -> str:
+    """Name of the table with the predictor's scores: ``(L, N)`` float32, mean over the phase's cached steps."""
+    return f"importance_{phase}"
+
+
+def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: str) -> None:
+    """Check all that the JSON schema cannot say.
+
+    Raises:
+        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule.
+    """
+    schedule = plan.tprr()
+    if len(plan.sampling.timesteps) != schedule.steps:
+        raise PlanError(f"{where}: {len(plan.sampling.timesteps)} timesteps for {schedule.steps} steps")
+    for phase in PHASES:
+        keep_counts = plan.keep_counts(phase)
+        check_keep_counts(keep_counts, plan.model.blocks, plan.model.tokens, f"{where}: phase {phase}")
+        pruned = pruned_blocks(keep_counts, plan.model.tokens)
+        steps = schedule.cached_steps(phase)
+        if not pruned or not steps:
+            continue
+        name = token_index_name(phase)
+        expected = (len(steps), sum(keep_counts[block] for block in pruned))
+        table = tables.get(name)
+        if table is None or table.shape != expected or table.dtype != np.int32:
+            found = "nothing" if table is None else f"{table.shape} {table.dtype}"
+            raise PlanError(f"{where}: table {name}: expected {expected} int32, found {found}; calibrate again")
+        start = 0
+        for block in pruned:
+            rows = table[:, start : start + keep_counts[block]]
+            start += keep_counts[block]
+            if rows.min() < 0 or rows.max() >= plan.model.tokens or (np.diff(rows, axis=1) <= 0).any():
+                raise PlanError(
+                    f"{where}: table {name}: block {block} must name ascending tokens in 0..{plan.model.tokens - 1};"
+                    " calibrate again"
+                )
+
+
+def check_keep_counts(keep_counts: tuple[int, ...], blocks: int, tokens: int, where: str) -> None:
+    """Check one phase's keep counts.
+
+    Raises:
+        PlanError: not one count per block, or a count outside 0..N.
+    """
+    if len(keep_counts) != blocks:
+        raise PlanError(f"{where}: expected one keep count for each of the {blocks} blocks, found {len(keep_counts)}")
+    for block, keep in enumerate(keep_counts):
+        if not 0 <= keep <= tokens:
+            raise PlanError(f"{where}, block {block}: keep count must lie in 0..{tokens}, found {keep}")
+
+
+def plan_sha256(plan: Plan) -> str:
+    """The plan's identity: SHA-256 of its canonical bytes (which name the tables' SHA-256)."""
+    return sha256_of_bytes(plan_bytes(plan))
+
+
+def plan_bytes(plan: Plan) -> bytes:
+    """The canonical bytes of ``plan.json``."""
+    return canonical_json(plan.model_dump(mode="json")).encode("utf-8")
+
+
+def tables_bytes(tables: Mapping[str, FloatArray | IntArray]) -> bytes:
+    """The bytes of ``tables.safetensors``; the same tables give the same bytes."""
+    return safetensors.numpy.save({name: np.ascontiguousarray(tables[name]) for name in sorted(tables)})
+
+
+def tables_record(tables: Mapping[str, FloatArray | IntArray]) -> FileRecord:
+    """Size and SHA-256 of the tables file."""
+    data = tables_bytes(tables)
+    return FileRecord(size_bytes=len(data), sha256=sha256_of_bytes(data))
+
+
+def save_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: Path) -> None:
+    """Write a plan folder, all or nothing.
+
+    Raises:
+        PlanError: the plan is inconsistent.
+        StorageError: the place cannot be written.
+    """
+    check_plan(plan, tables, str(folder))
+    with new_folder(folder, marker=PLAN) as temporary:
+        write_plan_files(plan, tables, temporary)
+
+
+def write_plan_files(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: Path) -> None:
+    """Write the two files of a plan into a folder that is being made; the JSON last."""
+    (folder / TABLES).write_bytes(tables_bytes(tables))
+    (folder / PLAN).write_bytes(plan_bytes(plan))
+
+
+def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
+    """Read and check a plan folder.
+
+    Returns:
+        The plan and its tables by name.
+
+    Raises:
+        BundleError: a file is missing, truncated or altered.
+        PlanError: the plan is inconsistent.
+    """
+    plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
+    check_files(folder, {TABLES: plan.tables})
+    try:
+        tables = safetensors.numpy.load_file(folder / TABLES)
+    except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
+        raise PlanError(f"{folder / TABLES}: not a safetensors file of numpy types: {error}; calibrate again") from None
+    check_plan(plan, tables, str(folder))
+    return plan, tables
+
+
+def index_row(schedule: Schedule, step: int) -> int:
+    """The row of the phase's index table that belongs to a cached step.
+
+    Raises:
+        PlanError: ``step`` is a full step.
+    """
+    variant = schedule.variants[step]
+    if variant == FULL:
+        raise PlanError(f"step {step} is a full step and has no row in an index table")
+    return schedule.variants[:step].count(variant)

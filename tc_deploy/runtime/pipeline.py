@@ -1,0 +1,371 @@
+"""The runtime: a built bundle to pictures, without torch.
+
+Everything is allocated and every graph bound when a pipeline is made; a request writes noise and conditions into fixed
+buffers, runs a fixed list of calls and reads the latents. A pipeline owns its buffers: two pipelines in two threads
+are independent, one pipeline serves one request at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tc_deploy.backends import registry
+from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.errors import BundleError, Cancelled, UsageError
+from tc_deploy.manifest import BATCH, MODEL_BATCH, RUNTIME_TABLES, Manifest, TensorRecord, read_manifest, read_target
+from tc_deploy.plan import index_row, load_plan, token_index_name
+from tc_deploy.runtime.program import Call, program_of, slot, table_row
+from tc_deploy.schedule import FULL, Schedule, full_schedule
+from tc_deploy.types import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What :meth:`Pipeline.steps` yields after each denoising step."""
+
+    index: int
+    """0 .. T-1."""
+    total: int
+    """T."""
+    full: bool
+    """Whether the step ran in full."""
+    read_latents: Callable[[], FloatArray]
+    """A copy of the latents (B, C, H, W) as they stand after this step; valid until the next one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a request made."""
+
+    latents: FloatArray
+    """(n, C, H, W)."""
+    images: NDArray[np.uint8] | None
+    """(n, H, W) or (n, H, W, 3); None where the bundle's latents are not pictures and it has no decoder."""
+    steps_full: int
+    steps_cached: int
+
+
+def load(path: str | Path, backend: str | None = None, *, batch_size: int | None = None) -> Pipeline:
+    """Load a built bundle.
+
+    Args:
+        path: ``engines/NAME``.
+        backend: which of the bundle's targets; None takes the only one, or the first by name.
+        batch_size: samples that run together. Requests of more run in turns, a turn of fewer is filled up. None
+            takes the bundle's own, or 1.
+
+    Raises:
+        BundleError: nothing exported or built there, or a file is missing, truncated or altered.
+        BackendError: the engine is not installed or refuses the graphs.
+        UsageError: the batch size does not fit the bundle.
+    """
+    return Pipeline(Path(path), backend, batch_size=batch_size)
+
+
+class Pipeline:
+    """A loaded bundle; see :func:`load` for the arguments and errors."""
+
+    def __init__(self, path: Path, backend: str | None = None, *, batch_size: int | None = None) -> None:
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self.backend = _chosen_backend(path, backend)
+        target = read_target(path, self.backend)
+        check_files(path / self.backend, target.files)
+        check_files(path, self.manifest.files)
+        self.plan, self._plan_tables = load_plan(path)
+        self.batch_size = _checked_batch_size(self.manifest, batch_size)
+        self._model_batch = self.batch_size * (2 if self.manifest.guided else 1)
+        self._solver_tables = safetensors.numpy.load_file(path / RUNTIME_TABLES)
+        self._lock = threading.Lock()
+
+        device = registry.backend(self.backend).open(target.options)
+        graphs = {name: device.load(path / record.file) for name, record in self.manifest.graphs.items()}
+        self._buffers: dict[str, Buffer] = {}
+        self._cached_program = self._program(device, graphs, self.plan.tprr())
+        self._full_program = self._program(device, graphs, full_schedule(self.plan.schedule.steps))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free buffers and engines; the pipeline cannot be used afterwards."""
+        self._cached_program, self._full_program = [], []
+        self._buffers = {}
+
+    def warmup(self) -> None:
+        """Run every graph once, so that the first request meets no first-time cost."""
+        with self._lock:
+            seen = set()
+            for step in self._cached_program:
+                if step.variant not in seen:
+                    seen.add(step.variant)
+                    step.model.run()
+                    step.solver.run()
+
+    def __call__(
+        self,
+        *,
+        class_labels: Sequence[int],
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        latents: FloatArray | None = None,
+        full: bool = False,
+        on_step: Callable[[int, Step], None] | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> Result:
+        """Make one picture per label.
+
+        Args:
+            class_labels: n labels.
+            seed: picture i has seed ``seed + i``; a seed gives the same picture whatever else is in the batch.
+            guidance_scale: instead of the plan's.
+            latents: (n, C, H, W) standard normal noise to start from, instead of the seeds'.
+            full: run every step in full, for comparison.
+            on_step: called with the number of the first picture in the batch and the step.
+            should_cancel: asked before every step.
+
+        Raises:
+            UsageError: an argument is out of range, or does not fit the bundle.
+            Cancelled: ``should_cancel`` said so.
+        """
+        made = []
+        for start in range(0, len(class_labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            last = None
+            for step in self.steps(
+                class_labels=class_labels[part],
+                seed=seed + start,
+                guidance_scale=guidance_scale,
+                latents=None if latents is None else latents[part],
+                full=full,
+            ):
+                if on_step is not None:
+                    on_step(start, step)
+                if step.index + 1 < step.total and should_cancel is not None and should_cancel():
+                    raise Cancelled(f"cancelled after step {step.index + 1} of {step.total}")
+                last = step
+            if last is not None:
+                made.append(last.read_latents())
+        if not made:
+            raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
+        final = np.concatenate(made)
+        program = self._full_program if full else self._cached_program
+        steps_full = sum(step.variant == FULL for step in program)
+        return Result(
+            latents=final,
+            images=images_from_latents(final) if self.manifest.pixels else None,
+            steps_full=steps_full,
+            steps_cached=len(program) - steps_full,
+        )
+
+    def steps(
+        self,
+        *,
+        class_labels: Sequence[int],
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        latents: FloatArray | None = None,
+        full: bool = False,
+    ) -> Iterator[Step]:
+        """Run one batch step by step; leave the iterator to cancel.
+
+        Args:
+            class_labels: at most ``batch_size`` labels; the others as for a call.
+
+        Yields:
+            One :class:`Step` after each denoising step.
+
+        Raises:
+            UsageError: an argument is out of range, does not fit the bundle, or another request is running.
+        """
+        count = len(class_labels)
+        if not 1 <= count <= self.batch_size:
+            raise UsageError(f"this pipeline takes 1..{self.batch_size} labels at a time, found {count}")
+        noise = self.noise(seed, count) if latents is None else self._checked_latents(latents, count)
+        inputs = self._request(self._checked_labels(class_labels), noise, guidance_scale)
+        program = self._full_program if full else self._cached_program
+        if not program:
+            raise UsageError("the pipeline is closed; load the bundle again")
+        if not self._lock.acquire(blocking=False):
+            raise UsageError("the pipeline is running another request; a pipeline serves one at a time, load another")
+        try:
+            for name, array in inputs.items():
+                self._buffers[name].write(array)
+            for index, step in enumerate(program):
+                step.model.run()
+                step.solver.run()
+                after = self._buffers[step.latents]
+                yield Step(
+                    index=index,
+                    total=len(program),
+                    full=step.variant == FULL,
+                    read_latents=lambda after=after: after.read()[:count],  # type: ignore[misc]
+                )
+        finally:
+            self._lock.release()
+
+    def noise(self, seed: int, count: int) -> FloatArray:
+        """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, C, H, W) standard normal.
+
+        Philox is counter-based and its streams are fixed across numpy versions, machines and batch sizes.
+        """
+        if seed < 0:
+            raise UsageError(f"seed must be 0 or larger, found {seed}")
+        shape = self.manifest.latent_shape
+        samples = [
+            np.random.Generator(np.random.Philox(key=seed + index)).standard_normal(shape, dtype=np.float32)
+            for index in range(count)
+        ]
+        return np.stack(samples)
+
+    def _request(
+        self, labels: NDArray[np.int32], noise: FloatArray, guidance_scale: float | None
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays that a request writes, by buffer name; a batch that is not full repeats its last sample."""
+        missing = self.batch_size - len(labels)
+        labels = np.concatenate([labels, np.repeat(labels[-1:], missing)])
+        start = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
+        start = start * np.float32(self.manifest.solver.init_noise_sigma)
+        scaled = start * self._solver_tables["input_scale"][0]
+        halves = 2 if self.manifest.guided else 1
+        condition = self.manifest.conditions[0]
+        inputs: dict[str, NDArray[Any]] = {
+            slot("latents", 0): start,
+            "hidden_states": np.concatenate([scaled] * halves),
+            condition.name: np.concatenate([labels, np.full_like(labels, condition.classes)][:halves]),
+        }
+        if self.manifest.guided:
+            scale = self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale
+            inputs["guidance_scale"] = np.full(self.batch_size, scale, np.float32)
+        elif guidance_scale is not None:
+            raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
+        # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.
+        for name in self._buffers:
+            if name.startswith("guided_output@"):
+                inputs[name] = np.zeros_like(start)
+        return inputs
+
+    def _checked_labels(self, labels: Sequence[int]) -> NDArray[np.int32]:
+        classes = self.manifest.conditions[0].classes or 0
+        for label in labels:
+            if not 0 <= label < classes:
+                raise UsageError(f"class label must lie in 0..{classes - 1}, found {label}")
+        return np.asarray(labels, np.int32)
+
+    def _checked_latents(self, latents: FloatArray, count: int) -> FloatArray:
+        expected = (count, *self.manifest.latent_shape)
+        if latents.shape != expected:
+            raise UsageError(f"latents: expected {expected}, found {latents.shape}")
+        return latents.astype(np.float32)
+
+    def _program(self, device: Device, graphs: Mapping[str, Graph], schedule: Schedule) -> list[BoundStep]:
+        steps = program_of(
+            self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history
+        )
+        return [
+            BoundStep(
+                variant=step.variant,
+                model=self._bind(device, graphs, step.model, index),
+                solver=self._bind(device, graphs, step.solver, index),
+                latents=step.latents,
+            )
+            for index, step in enumerate(steps)
+        ]
+
+    def _bind(self, device: Device, graphs: Mapping[str, Graph], call: Call, step: int) -> BoundGraph:
+        record = self.manifest.graphs[call.graph]
+
+        def buffers(names: Mapping[str, str], tensors: Sequence[TensorRecord]) -> dict[str, Buffer]:
+            return {tensor.name: self._buffer(device, names[tensor.name], tensor, step) for tensor in tensors}
+
+        return graphs[call.graph].bind(buffers(call.inputs, record.inputs), buffers(call.outputs, record.outputs))
+
+    def _buffer(self, device: Device, name: str, tensor: TensorRecord, step: int) -> Buffer:
+        """The buffer of that name, made at its first mention; a table's row is filled there and never again."""
+        if name not in self._buffers:
+            axes = {BATCH: self.batch_size, MODEL_BATCH: self._model_batch}
+            shape = tuple(axes[size] if isinstance(size, str) else size for size in tensor.shape)
+            buffer = self._buffers[name] = device.buffer(np.dtype(tensor.dtype), shape)
+            if name == table_row(tensor.name, step):
+                buffer.write(np.broadcast_to(self._row(tensor.name, step), shape).astype(tensor.dtype))
+        return self._buffers[name]
+
+    def _row(self, table: str, step: int) -> NDArray[Any]:
+        """One step's row of a table, without the batch axis."""
+        if table == "token_index":
+            schedule = self.plan.tprr()
+            return self._plan_tables[token_index_name(schedule.variants[step])][index_row(schedule, step)]
+        if table == "forecast_weights":
+            return self.plan.tprr().forecast_weights(self.plan.cache.forecast_order)[step]
+        if table == "timestep":
+            return self._solver_tables["timesteps"][step]
+        if table == "input_scale":
+            # The solver prepares the next step's input; after the last step nobody reads it.
+            scales = self._solver_tables["input_scale"]
+            return scales[min(step + 1, len(scales) - 1)]
+        return self._solver_tables[table][step]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundStep:
+    """A step of the program, bound to an engine."""
+
+    variant: int
+    model: BoundGraph
+    solver: BoundGraph
+    latents: str
+
+
+def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
+    """Pictures in [-1, 1] as bytes.
+
+    Args:
+        latents: (n, 1, H, W) or (n, 3, H, W).
+
+    Returns:
+        (n, H, W) or (n, H, W, 3).
+    """
+    pixels = ((latents.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+
+
+def _chosen_backend(path: Path, backend: str | None) -> str:
+    built = sorted(file.parent.name for file in path.glob(f"*/{MANIFEST}"))
+    if backend is None and built:
+        return built[0]
+    if backend not in built:
+        wanted = "engine" if backend is None else f"{backend} engine"
+        raise BundleError(
+            f"{path}: no {wanted} built there{f' (built: {built})' if built else ''}; build one with:"
+            f" tc-deploy build {path}" + ("" if backend is None else f" --backend {backend}")
+        )
+    return str(backend)
+
+
+def _checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size must be at least 1, found {batch_size}")
+    if manifest.batch_size is None:
+        return batch_size or 1
+    if batch_size not in (None, manifest.batch_size):
+        raise UsageError(
+            f"this bundle was exported for a batch of exactly {manifest.batch_size}, found {batch_size};"
+            " export again with another --static-batch, or without it"
+        )
+    return manifest.batch_size
+

@@ -1,0 +1,140 @@
+"""A sampling run as data: which graph runs at each step, on which buffers.
+
+The schedule is known before a run, and so is every buffer that a step reads and writes: caches and latents rotate
+through slots by binding, never by copy. In: a manifest and a schedule. Out: a list of calls, the same for every
+request. Never: touches a buffer or an engine.
+
+Buffers are named ``<tensor>@<slot>`` where slots rotate, ``<table>#<step>`` for a row of a table, and plainly otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tc_deploy.manifest import (
+    CACHE_PREFIX,
+    FORECAST_WEIGHTS,
+    SAMPLE,
+    SOLVER,
+    TOKEN_INDEX,
+    GraphRecord,
+    history_of,
+    variant_name,
+)
+from tc_deploy.schedule import FULL, Schedule
+
+STEP_TABLES = ("timestep", TOKEN_INDEX, FORECAST_WEIGHTS, "coefficients", "input_scale")
+"""Inputs that a step takes from a table: one constant buffer per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One graph on its buffers: tensor name to buffer name."""
+
+    graph: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramStep:
+    """One denoising step: the model's variant, then the solver."""
+
+    variant: int
+    model: Call
+    solver: Call
+    latents: str
+    """Buffer that holds the latents after the step."""
+
+
+def slot(name: str, number: int) -> str:
+    """Name of one slot of a rotating buffer."""
+    return f"{name}@{number}"
+
+
+def table_row(table: str, step: int) -> str:
+    """Name of the constant buffer with a table's row for a step."""
+    return f"{table}#{step}"
+
+
+def program_of(
+    graphs: Mapping[str, GraphRecord], schedule: Schedule, forecast_order: int, solver_history: int
+) -> tuple[ProgramStep, ...]:
+    """Lay out a sampling run.
+
+    The latents of step s lie in slot ``s mod (solver_history + 2)``, so an update never writes what it reads; a cache
+    of the f-th full step lies in slot ``f mod (forecast_order + 1)``, so a full step, which reads no cache, overwrites
+    the oldest.
+
+    Args:
+        graphs: the bundle's graphs.
+        schedule: which variant each step runs.
+        forecast_order: r; a cached step reads the caches of the last r + 1 full steps.
+        solver_history: h; the solver reads h earlier latents and guided outputs.
+
+    Returns:
+        One entry per step.
+    """
+    steps = []
+    full_steps = 0
+    for step, variant in enumerate(schedule.variants):
+        graph = graphs[variant_name(variant)]
+        full_steps += variant == FULL
+        inputs = {}
+        for tensor in graph.inputs:
+            if tensor.name in STEP_TABLES:
+                inputs[tensor.name] = table_row(tensor.name, step)
+            elif tensor.name.startswith(CACHE_PREFIX):
+                inputs[tensor.name] = _cache_slot(tensor.name, full_steps, forecast_order)
+            else:
+                inputs[tensor.name] = tensor.name
+        outputs = {
+            tensor.name: tensor.name if tensor.name == SAMPLE else _cache_slot(tensor.name, full_steps, forecast_order)
+            for tensor in graph.outputs
+        }
+        model = Call(graph=variant_name(variant), inputs=inputs, outputs=outputs)
+        latents = _rotating("latents", step + 1, solver_history + 2)
+        steps.append(
+            ProgramStep(
+                variant=variant, model=model, solver=_solver_call(graphs[SOLVER], step, solver_history), latents=latents
+            )
+        )
+    return tuple(steps)
+
+
+def _solver_call(graph: GraphRecord, step: int, history: int) -> Call:
+    inputs = {}
+    for tensor in graph.inputs:
+        name, age = history_of(tensor.name)
+        if name in STEP_TABLES:
+            inputs[tensor.name] = table_row(name, step)
+        elif name == "latents":
+            # Before step 0 there is nothing; the coefficient is 0 and any finite buffer will do.
+            inputs[tensor.name] = _rotating(name, max(step - age, 0), history + 2)
+        elif name == "guided_output":
+            inputs[tensor.name] = _rotating(name, step - age, history + 1)
+        else:
+            inputs[tensor.name] = SAMPLE if name == "model_output" else name
+    outputs = {
+        "next_latents": _rotating("latents", step + 1, history + 2),
+        "hidden_states": "hidden_states",
+        "guided_output": _rotating("guided_output", step, history + 1),
+    }
+    return Call(graph=SOLVER, inputs=inputs, outputs={tensor.name: outputs[tensor.name] for tensor in graph.outputs})
+
+
+def _cache_slot(tensor: str, full_steps: int, forecast_order: int) -> str:
+    """Slot of a cached tensor, given how many full steps have begun.
+
+    Where fewer full steps have run than the age asks for, the forecast's weight is 0, and the latest is bound: it is
+    finite and of this request, whatever an earlier request left behind.
+    """
+    name, age = history_of(tensor)
+    age = age if age < full_steps else 0
+    return _rotating(name, full_steps - 1 - age, forecast_order + 1)
+
+
+def _rotating(name: str, position: int, slots: int) -> str:
+    return slot(name, position % slots)
+

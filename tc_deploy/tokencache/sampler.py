@@ -1,0 +1,134 @@
+"""A sampling run in PyTorch under a schedule: what calibration measures with and what engines are compared with.
+
+The sampler itself is diffusers' scheduler, untouched. Nothing here is fast; the engines are for that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord, index_row
+from tc_deploy.schedule import FULL, Schedule
+from tc_deploy.tokencache.forward import run_cached, run_full
+from tc_deploy.types import IntArray
+
+StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
+"""(step, the model's inputs) to the model's output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A diffusers scheduler and how it is used."""
+
+    scheduler: Any
+    steps: int
+    guidance_scale: float | None
+    """None: one model call per sample, without guidance."""
+    set_timesteps_kwargs: Mapping[str, Any]
+
+    def fresh_scheduler(self) -> Any:
+        """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.steps, **self.set_timesteps_kwargs)
+        return scheduler
+
+
+class TokenCachedSteps:
+    """The steps of one trajectory under a schedule, with the caches between them.
+
+    Args:
+        model: the model.
+        cache: keep counts, reuse, attention, forecast order.
+        schedule: which steps are full.
+        token_index: per phase the ``(cached steps of the phase, sum of M)`` table; empty where no block is pruned.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        cache: CacheRecord,
+        schedule: Schedule,
+        token_index: Mapping[int, IntArray],
+    ) -> None:
+        self.model, self.cache, self.schedule = model, cache, schedule
+        self.token_index = {phase: torch.from_numpy(table) for phase, table in token_index.items()}
+        self.weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order))
+        self.history: list[dict[str, Tensor]] = []
+
+    def __call__(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run one step; steps must come in order, from 0."""
+        phase = self.schedule.variants[step]
+        if phase == FULL:
+            output, noted = run_full(self.model, self.cache, inputs)
+            self.history = [noted, *(self.history if step else [])][: self.cache.forecast_order + 1]
+            return output
+        return run_cached(self.model, self.cache, phase, inputs, *self.cached_arguments(step, len(inputs["timestep"])))
+
+    def cached_arguments(self, step: int, batch: int) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
+        """What a cached step takes beside the model's inputs: history, weights and token index of ``run_cached``."""
+        # Before that many full steps have run the weights of the missing ones are 0: any finite tensor will do.
+        missing = self.cache.forecast_order + 1 - len(self.history)
+        table = self.token_index.get(self.schedule.variants[step])
+        rows = None if table is None else table[index_row(self.schedule, step)].expand(batch, -1)
+        return self.history + [self.history[0]] * missing, self.weights[step].expand(batch, -1), rows
+
+
+@torch.no_grad()
+def denoise(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    noise: Tensor,
+    conditions: Mapping[str, Tensor],
+    step_function: StepFunction,
+    on_step: Callable[[int, Mapping[str, Tensor], Tensor], None] | None = None,
+) -> Tensor:
+    """Sample.
+
+    Args:
+        model: names the inputs and the output's channels.
+        sampling: scheduler, steps, guidance.
+        noise: (B, C, H, W) standard normal.
+        conditions: by name, (B, ...).
+        step_function: runs the model at one step.
+        on_step: called after each step with the step, the model's inputs and the new latents (B, C, H, W).
+
+    Returns:
+        The final latents, (B, C, H, W).
+    """
+    scheduler = sampling.fresh_scheduler()
+    guided = sampling.guidance_scale is not None
+    given = model.with_unconditional(conditions) if guided else dict(conditions)
+    latents = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    channels = latents.shape[1]
+    for step, t in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
+        hidden_states = torch.cat([scaled, scaled]) if guided else scaled
+        timestep = t.to(torch.float32).expand(len(hidden_states))
+        inputs = {"hidden_states": hidden_states, "timestep": timestep, **given}
+        output = step_function(step, inputs)[:, :channels]
+        if sampling.guidance_scale is not None:
+            conditional, unconditional = output.chunk(2)
+            output = unconditional + sampling.guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        if on_step is not None:
+            on_step(step, inputs, latents)
+    return latents
+
+
+def psnr_db(images: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, mean over samples; the peak is the range of ``reference``.
+
+    Args:
+        images: (B, ...).
+        reference: (B, ...).
+    """
+    peak = reference.max() - reference.min()
+    errors = (images - reference).flatten(1).pow(2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float((10 * torch.log10(peak**2 / errors)).mean())

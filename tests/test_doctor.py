@@ -1,0 +1,236 @@
+"""The doctor: its judgement on facts, and what it finds on a machine that the test makes up."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tc_deploy.doctor import (
+    COMPILE_DISTRIBUTIONS,
+    EXTRA_BY_MODULE,
+    Facts,
+    Gpu,
+    Report,
+    Stage,
+    Status,
+    gather_facts,
+    report_from_facts,
+)
+from tc_deploy.errors import BackendError
+
+ROOT = Path(__file__).parents[1]
+GPU = Gpu(name="NVIDIA Test, 2nd", driver="600.1", memory_mib=81559, compute_capability="9.0")
+SOUND = Facts(
+    python="3.11.7",
+    system="Linux",
+    cpu="Test CPU",
+    cpu_features=("avx2",),
+    cores=2,
+    memory_mib=1024,
+    gpus=(),
+    gpu_note="no NVIDIA driver found",
+    versions={"onnxruntime": "1.22", **dict.fromkeys(COMPILE_DISTRIBUTIONS, "1.0")},
+    providers=("CPUExecutionProvider",),
+    onnxruntime_error=None,
+)
+
+
+def judge(**changes: Any) -> Report:
+    return report_from_facts(dataclasses.replace(SOUND, **changes))
+
+
+def stage(report: Report, part: str) -> Stage:
+    (found,) = (stage for stage in report.stages if part in stage.name)
+    return found
+
+
+def doctor(*words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command, with ``path`` before everything that Python and the shell look through."""
+    before = "" if path is None else f"sys.path.insert(0, {str(path)!r}); os.environ['PATH'] = {str(path)!r}; "
+    program = f"import os, sys; {before}from tc_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "doctor", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+WRONG_ONNXRUNTIME = """
+import numpy
+get_available_providers = lambda: ["CPUExecutionProvider"]
+class InferenceSession:
+    def __init__(self, model, providers): pass
+    def run(self, outputs, inputs): return [numpy.zeros(1)]
+"""
+
+# ----------------------------------------------------------------------------------------------------------- judgement
+
+
+def test_a_sound_machine() -> None:
+    report = judge()
+    assert report.can_run
+    assert report.problems == ()
+    assert stage(report, "calibrate").status is Status.OK
+    assert stage(report, "ONNX Runtime, CPU").status is Status.OK
+    assert "onnxruntime 1.22" in stage(report, "ONNX Runtime, CPU").detail
+
+
+def test_a_machine_that_only_runs_engines() -> None:
+    report = judge(versions={"onnxruntime": "1.22", "torch": "2.9"})
+    assert report.can_run
+    compiling = stage(report, "calibrate")
+    assert compiling.status is Status.MISSING
+    assert "diffusers" in compiling.detail
+    assert "torch" not in compiling.detail
+    assert "tc-deploy[compile]" in str(compiling.cure)
+
+
+def test_no_onnxruntime() -> None:
+    report = judge(versions={}, providers=())
+    assert not report.can_run
+    assert stage(report, "ONNX Runtime, CPU").status is Status.MISSING
+    assert "tc-deploy[cpu]" in str(stage(report, "ONNX Runtime, CPU").cure)
+
+
+def test_an_onnxruntime_that_does_not_work() -> None:
+    report = judge(onnxruntime_error="it fell over", providers=())
+    assert not report.can_run
+    assert stage(report, "ONNX Runtime, CPU").status is Status.BROKEN
+    assert stage(report, "ONNX Runtime, CPU").detail == "it fell over"
+    assert "pip uninstall -y onnxruntime;" in str(stage(report, "ONNX Runtime, CPU").cure)
+
+
+def test_an_onnxruntime_without_its_cpu_provider() -> None:
+    report = judge(providers=("OtherExecutionProvider",))
+    assert not report.can_run
+    assert "OtherExecutionProvider" in stage(report, "ONNX Runtime, CPU").detail
+
+
+def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
+    report = judge(versions={"onnxruntime": "1.32", "onnxruntime-gpu": "1.31"})
+    assert report.can_run
+    (problem,) = report.problems
+    assert "onnxruntime and onnxruntime-gpu" in problem
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'tc-deploy[cpu]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("engine", "distribution"),
+    [
+        ("(ONNX Runtime, CUDA)", "onnxruntime-gpu"),
+        ("(TensorRT)", "tensorrt"),
+        ("(TensorRT-RTX)", "tensorrt_rtx"),
+        ("(OpenVINO)", "openvino"),
+    ],
+)
+def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distribution: str) -> None:
+    report = judge(gpus=(GPU,), versions={**SOUND.versions, distribution: "9.9"})
+    assert stage(report, engine).status is Status.PLANNED
+    assert stage(report, engine).detail == (
+        f"{distribution} 9.9 is installed, but this version of tc-deploy has no backend for it yet"
+    )
+    assert "not installed" in stage(judge(), engine).detail
+
+
+def test_the_extras_that_it_names_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for module, extra in EXTRA_BY_MODULE.items():
+        distribution = {"sklearn": "scikit-learn", "onnx_ir": "onnx-ir"}.get(module, module)
+        assert any(requirement.startswith(distribution) for requirement in extras[extra])
+
+
+# ------------------------------------------------------------------------------------------------------- this machine
+
+
+def test_what_it_finds_here() -> None:
+    facts = gather_facts()
+    assert facts.onnxruntime_error is None
+    assert "CPUExecutionProvider" in facts.providers
+    assert facts.cores >= 1
+    assert bool(facts.gpus) != bool(facts.gpu_note)
+
+
+def test_the_command_as_lines() -> None:
+    answer = doctor()
+    assert answer.returncode == 0
+    lines = answer.stdout.splitlines()
+    assert lines[0].startswith("tc-deploy: ")
+    assert any(line.startswith("ok: build, run (ONNX Runtime, CPU)") for line in lines)
+    assert answer.stdout.isascii()
+    assert "\x1b" not in answer.stdout
+
+
+def test_the_command_as_json() -> None:
+    answer = doctor("--json")
+    report = json.loads(answer.stdout)
+    assert report["can_run"] is True
+    assert report["facts"]["cores"] >= 1
+    assert {"name", "status", "detail", "cure"} == set(report["stages"][0])
+
+
+def test_it_imports_no_torch() -> None:
+    program = "import sys; from tc_deploy.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+# --------------------------------------------------------------------------------------------------- machines made up
+
+
+def test_no_driver(tmp_path: Path) -> None:
+    facts = json.loads(doctor("--json", path=tmp_path).stdout)["facts"]
+    if not Path("/proc/driver/nvidia/version").exists():
+        assert facts["gpu_note"] == "no NVIDIA driver found"
+    assert facts["gpus"] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus", "note"),
+    [
+        (
+            'echo "NVIDIA Test, 2nd, 600.1, 81559, 9.0"; echo "Small, 600.1, [N/A], 7.5"',
+            [
+                dataclasses.asdict(GPU),
+                {"name": "Small", "driver": "600.1", "memory_mib": None, "compute_capability": "7.5"},
+            ],
+            "",
+        ),
+        ("echo No devices were found", [], "the NVIDIA driver found no GPU"),
+        ('echo "driver/library version mismatch"; exit 18', [], "nvidia-smi failed: driver/library version mismatch"),
+        ("exit 9", [], "nvidia-smi failed: exit code 9"),
+    ],
+)
+def test_what_nvidia_smi_says(tmp_path: Path, script: str, gpus: list[dict[str, Any]], note: str) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    facts = json.loads(doctor("--json", path=tmp_path).stdout)["facts"]
+    assert facts["gpus"] == gpus
+    assert facts["gpu_note"] == note
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "AttributeError"),
+        ("raise ImportError('libcublas is missing')", "ImportError: libcublas is missing"),
+        ("import a_library_that_is_not_there", "a_library_that_is_not_there"),
+        (WRONG_ONNXRUNTIME, "computes wrongly"),
+    ],
+)
+def test_a_broken_onnxruntime(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "onnxruntime.py").write_text(source)
+    answer = doctor(path=tmp_path)
+    assert answer.returncode == BackendError.exit_code
+    assert answer.stderr == ""
+    (line,) = (line for line in answer.stdout.splitlines() if line.startswith("broken: build, run (ONNX Runtime, CPU)"))
+    assert message in line
+
+
+def test_two_onnxruntimes_installed(tmp_path: Path) -> None:
+    metadata = tmp_path / "onnxruntime_gpu-1.31.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    answer = doctor(path=tmp_path)
+    assert "problem: onnxruntime and onnxruntime-gpu are installed together" in answer.stdout
