@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users know
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from digits import CLASSES, IMAGE_SIZE, class_accuracy, images_and_labels
 from matplotlib.figure import Figure
@@ -77,7 +76,7 @@ class State:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         part = path.with_suffix(".part")
         save_file(tensors, part)
-        os.replace(part, path)
+        part.replace(path)
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
@@ -147,11 +146,15 @@ def write_sheet(path: Path, images: np.ndarray, columns: int = 10, scale: int = 
     rows = len(images) // columns
     grid = images[: rows * columns, 0].reshape(rows, columns, IMAGE_SIZE, IMAGE_SIZE).transpose(0, 2, 1, 3)
     pixels = ((grid.reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+    Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST).save(
+        path
+    )
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path(__file__).parent / "digits-dit", show_default=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path(__file__).parent / "digits-dit", show_default=True
+)
 @click.option("--iterations", default=7000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -219,7 +222,11 @@ def main(output: Path, iterations: int, batch_size: int, seed: int, threads: int
 
 # clip_sample off: a clipped update is not linear in the latents, so no static solver table could reproduce it.
 SCHEDULER = DDIMScheduler(
-    num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    num_train_timesteps=1000,
+    beta_schedule="linear",
+    clip_sample=False,
+    set_alpha_to_one=True,
+    timestep_spacing="trailing",
 )
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ is written last.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
 from tc_deploy.errors import BundleError
+from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
 from tc_deploy.types import TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
 WEIGHTS = "weights.bin"
 SOLVER = "solver"
@@ -98,8 +99,8 @@ class SolverRecord(Document):
 class Manifest(Document):
     """An exported bundle."""
 
-    kind: Literal["bundle"] = "bundle"
-    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["bundle"]
+    format_version: Literal[1]
     made_by: str
     plan_sha256: str
     precision: Literal["fp32"]
@@ -122,8 +123,8 @@ class Manifest(Document):
 class TargetManifest(Document):
     """What a backend made of a bundle."""
 
-    kind: Literal["target"] = "target"
-    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["target"]
+    format_version: Literal[1]
     made_by: str
     backend: str
     backend_version: str
@@ -137,9 +138,20 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a bundle's manifest; its files are not checked yet (``check_files``).
 
     Raises:
-        BundleError: there is none, or it is not of this version.
+        BundleError: there is none, it is not of this version, or it leaves out the checksum of a file that is read.
     """
-    return read_document(Manifest, folder / MANIFEST, "bundle", f"tc-deploy export calibration/NAME -o {folder}")
+    manifest = read_document(Manifest, folder / MANIFEST, "bundle", f"tc-deploy export calibration/NAME -o {folder}")
+    read = {
+        PLAN,
+        TABLES,
+        RUNTIME_TABLES,
+        f"{ONNX_FOLDER}/{WEIGHTS}",
+        *(graph.file for graph in manifest.graphs.values()),
+    }
+    unknown = sorted(read - manifest.files.keys())
+    if unknown:
+        raise BundleError(f"{folder / MANIFEST}: no checksum for {unknown[0]}, so it is not read; export again")
+    return manifest
 
 
 def read_target(bundle: Path, backend: str) -> TargetManifest:

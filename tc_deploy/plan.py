@@ -107,7 +107,7 @@ class OriginRecord(Document):
 class Plan(Document):
     """The plan document."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1]
     model: ModelRecord
     sampling: SamplingRecord
     schedule: ScheduleRecord

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tc_deploy.backends import registry
 from tc_deploy.doctor import (
     COMPILE_DISTRIBUTIONS,
     EXTRA_BY_MODULE,
@@ -132,6 +133,11 @@ def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distrib
         f"{distribution} 9.9 is installed, but this version of tc-deploy has no backend for it yet"
     )
     assert "not installed" in stage(judge(), engine).detail
+
+
+def test_every_backend_has_its_stage() -> None:
+    # A new backend fails here until the doctor tries it, and no longer calls it planned.
+    assert set(registry.BACKENDS) == {"onnxruntime"}
 
 
 def test_the_extras_that_it_names_exist() -> None:

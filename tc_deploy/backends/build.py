@@ -17,7 +17,15 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.base import Buffer, Device
 from tc_deploy.bundle import MANIFEST, check_files, new_folder, sha256_of_file
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import BATCH, GraphRecord, TargetManifest, TensorRecord, read_manifest, write_manifest
+from tc_deploy.manifest import (
+    BATCH,
+    FORMAT_VERSION,
+    GraphRecord,
+    TargetManifest,
+    TensorRecord,
+    read_manifest,
+    write_manifest,
+)
 
 
 def build_target(
@@ -50,6 +58,8 @@ def build_target(
             progress(f"building {name}")
             _run_once(device, bundle / record.file, record, manifest.batch_size or 1, guided=manifest.guided)
         target = TargetManifest(
+            kind="target",
+            format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
             backend=backend,
             backend_version=version,
@@ -78,4 +88,6 @@ def _run_once(device: Device, path: Path, record: GraphRecord, batch: int, *, gu
     device.load(path).bind(buffers(record.inputs), outputs).run()
     for name, buffer in outputs.items():
         if not np.isfinite(buffer.read()).all():
-            raise BackendError(f"{path}: output {name} is not finite on a first run with zeros; the engine is not usable")
+            raise BackendError(
+                f"{path}: output {name} is not finite on a first run with zeros; the engine is not usable"
+            )

@@ -44,7 +44,7 @@ class SamplingRecipe(Document):
     steps: PositiveInt = 50
     guidance_scale: float | None = None
     """None leaves guidance out: one model call per sample."""
-    set_timesteps_kwargs: dict[str, Any] = {}
+    set_timesteps_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the scheduler's set_timesteps, for example ``mu`` where the shift is dynamic."""
 
 

@@ -25,6 +25,7 @@ from tc_deploy.errors import StorageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import (
+    FORMAT_VERSION,
     CacheRecord,
     OriginRecord,
     Plan,
@@ -101,6 +102,7 @@ def calibrate(
     cost = count_flops(model, cache)
     scheduler = sampling.fresh_scheduler()
     plan = Plan(
+        format_version=FORMAT_VERSION,
         model=model.record(),
         sampling=SamplingRecord(
             scheduler_class=type(sampling.scheduler).__name__,
@@ -109,9 +111,7 @@ def calibrate(
             timesteps=tuple(float(timestep) for timestep in scheduler.timesteps),
             guidance_scale=sampling.guidance_scale,
         ),
-        schedule=ScheduleRecord(
-            steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2
-        ),
+        schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
         cache=cache,
         cost=cost,
         origin=OriginRecord(
@@ -211,4 +211,3 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration as JSON knows it, without diffusers' own bookkeeping."""
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in config.items()}
-

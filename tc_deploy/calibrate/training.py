@@ -6,7 +6,6 @@ iteration), and the state is saved as it goes, so a run that was killed continue
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def record_trajectories(
     conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
     seen: list[Mapping[str, Tensor]] = []
 
-    def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:
+    def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG001
         seen.append(inputs)
         on_step(step)
 
@@ -114,9 +113,7 @@ def train_predictor(
             history: list[dict[str, Tensor]] = history,
             combine: Tensor = combine,
         ) -> Tensor:
-            return _last_tokens(
-                model, lambda: run_superposed(model, cache, inputs, history, combine, importance)
-            )
+            return _last_tokens(model, lambda: run_superposed(model, cache, inputs, history, combine, importance))
 
         with torch.no_grad():
             wanted = last_tokens(torch.ones(blocks, tokens))
@@ -176,7 +173,7 @@ def _save(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam, it
         tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
     part = path.with_suffix(".part")
     save_file({**tensors, "iteration": torch.tensor(iteration)}, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _load(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam) -> int:

@@ -23,31 +23,31 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.command()
 @click.argument("source", metavar="RECIPE|MODEL", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
-@click.option("--steps", "sampling.steps", type=int, help="Denoising steps of the sampling run.")
-@click.option("--guidance-scale", "sampling.guidance_scale", type=float, help="Classifier-free guidance.")
-@click.option("--boundary", "schedule.boundary", type=int, help="First step of phase 2.")
-@click.option("--k1", "schedule.k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")
-@click.option("--k2", "schedule.k2", type=int, help="Phase 2, likewise.")
+@click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@click.option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
+@click.option("--k1", "schedule__k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")
+@click.option("--k2", "schedule__k2", type=int, help="Phase 2, likewise.")
 @click.option(
     "--keep-ratio",
-    "cache.keep_ratio",
+    "cache__keep_ratio",
     type=(float, float),
     metavar="PHASE1 PHASE2",
     help="Share of all tokens that a cached step computes; blocks and tokens are chosen by the Cache Predictor.",
 )
 @click.option(
     "--keep-counts",
-    "cache.keep_counts",
+    "cache__keep_counts",
     type=(str, str),
     metavar="PHASE1 PHASE2",
     callback=_counts,
     help="Tokens per block set by hand, like 0,0,16,64, or one number for every block. Nothing is trained.",
 )
-@click.option("--reuse", "cache.reuse", type=click.Choice([choice.value for choice in Reuse]))
-@click.option("--attention", "cache.attention", type=click.Choice([choice.value for choice in Attention]))
-@click.option("--forecast-order", "cache.forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
-@click.option("--iterations", "predictor.iterations", type=int, help="Training of the Cache Predictor.")
-@click.option("--samples", "measure.samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
+@click.option("--reuse", "cache__reuse", type=click.Choice([choice.value for choice in Reuse]))
+@click.option("--attention", "cache__attention", type=click.Choice([choice.value for choice in Attention]))
+@click.option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
+@click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")
+@click.option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
 @click.option("--seed", "seed", type=int)
 def command(source: Path, output: Path, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
@@ -58,11 +58,13 @@ def command(source: Path, output: Path, **overrides: Any) -> None:
     from tc_deploy.calibrate.recipe import read_recipe
     from tc_deploy.calibrate.stage import calibrate
 
-    recipe = read_recipe(source, overrides)
+    recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
     with progress_bar() as report:
         plan = calibrate(recipe, output, report)
     schedule = plan.tprr()
-    click.echo(f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False)
+    click.echo(
+        f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False
+    )
     click.echo(f"{100 * plan.cost_ratio():.1f} % of the full run's FLOPs")
     if plan.measured is not None:
         found = plan.measured

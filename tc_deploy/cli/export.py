@@ -22,9 +22,7 @@ def command(plan: Path, output: Path, model: Path | None, static_batch: int | No
     """
     from tc_deploy.export.stage import export_bundle
 
-    manifest = export_bundle(
-        plan, output, model_path=model, batch_size=static_batch, check=check, progress=log_step
-    )
+    manifest = export_bundle(plan, output, model_path=model, batch_size=static_batch, check=check, progress=log_step)
     for name, graph in manifest.graphs.items():
         error = "not compared" if graph.max_abs_error is None else f"PyTorch ± {graph.max_abs_error:.1e}"
         click.echo(f"{output / graph.file}: {name}, {len(graph.inputs)} inputs, {len(graph.outputs)} outputs, {error}")

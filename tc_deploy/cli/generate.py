@@ -28,7 +28,9 @@ LARGEST_DEFAULT_BATCH = 16
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A .png sheet, or .npy latents.")
 @click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
 @click.option("--backend", help="Which of the bundle's engines.")
-@click.option("--batch-size", type=int, help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given.")
+@click.option(
+    "--batch-size", type=int, help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given."
+)
 @click.option("--zoom", type=click.IntRange(1, 64), default=1, show_default=True, help="Enlarge the sheet's pixels.")
 def command(
     bundle: Path,
@@ -53,7 +55,9 @@ def command(
     wanted = [labels[index % len(labels)] for index in range(count)]
     with load(bundle, backend, batch_size=batch_size or _default_batch(bundle, count)) as pipeline:
         if output.suffix == ".png" and not pipeline.manifest.pixels:
-            raise UsageError(f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.npy')}")
+            raise UsageError(
+                f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.npy')}"
+            )
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()
@@ -65,7 +69,9 @@ def command(
                 on_step=lambda first, step: report(f"pictures from {first}", step.index + 1, step.total),
             )
             elapsed_s = time.perf_counter() - start_s
-    write_bytes(output, _npy(result.latents) if result.images is None or output.suffix == ".npy" else _png(result.images, zoom))
+    write_bytes(
+        output, _npy(result.latents) if result.images is None or output.suffix == ".npy" else _png(result.images, zoom)
+    )
     click.echo(
         f"{output}: {count} pictures, {result.steps_full} full + {result.steps_cached} cached steps,"
         f" {elapsed_s:.2f} s with {pipeline.backend}"

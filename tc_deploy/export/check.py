@@ -5,16 +5,20 @@ Inputs come from a sampling run under the plan: latents, caches and indices as t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.errors import BackendError, ExportError
 from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.solver import SolverTable
 from tc_deploy.manifest import FORECAST_WEIGHTS, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan
@@ -65,10 +69,8 @@ def example_inputs(
             raise _Enough
         return steps(step, inputs)
 
-    try:
+    with contextlib.suppress(_Enough):
         denoise(model, sampling, noise, model.random_conditions(batch, generator), step_function)
-    except _Enough:
-        pass
     return examples
 
 
@@ -82,6 +84,68 @@ def check_graph(graph: StepGraph, example: Mapping[str, Tensor], path: Path) -> 
         ExportError: an output departs by more than the tolerance, or is not finite; names the output.
         BackendError: ONNX Runtime is not installed.
     """
+    session = _session(path)
+    feed = {name: example[name].numpy() for name in graph.input_names}
+    found = session.run(list(graph.output_names), feed)
+    with torch.no_grad():
+        expected = graph(*(example[name] for name in graph.input_names))
+    worst = 0.0
+    for name, mine, theirs in zip(graph.output_names, found, expected, strict=True):
+        worst = max(worst, _checked_error(mine, theirs.numpy(), f"{path.name}: output {name}"))
+    return worst
+
+
+def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tuple[int, ...], path: Path) -> float:
+    """Run the solver's graph over a whole trajectory in ONNX Runtime, and the diffusers scheduler beside it.
+
+    Args:
+        table: the coefficients.
+        sampling: the scheduler they were read off.
+        guided_shape: (B, output channels, H, W) of one half of the model's output; the other half is drawn likewise.
+        path: the graph.
+
+    Returns:
+        The largest absolute difference of the latents after any step.
+
+    Raises:
+        ExportError: the latents depart by more than the tolerance.
+        BackendError: ONNX Runtime is not installed.
+    """
+    session = _session(path)
+    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    outputs = [tensor.name for tensor in session.get_outputs()]
+    batch, channels = guided_shape[0], int(inputs["latents"][1])
+    generator = torch.Generator().manual_seed(0)
+    scheduler = sampling.fresh_scheduler()
+    latents = torch.randn((batch, channels, *guided_shape[2:]), generator=generator) * table.init_noise_sigma
+    seen = {"latents": [latents.numpy()] * (table.history + 1)}
+    seen["guided_output"] = [np.zeros_like(seen["latents"][0])] * table.history
+    worst = 0.0
+    for step, timestep in enumerate(scheduler.timesteps):
+        halves = torch.randn((2, *guided_shape), generator=generator)
+        scale = sampling.guidance_scale
+        output = halves[0] if scale is None else halves[1] + scale * (halves[0] - halves[1])
+        latents = scheduler.step(output[:, :channels], timestep, latents, return_dict=False)[0]
+        feed = {
+            "model_output": (halves[0] if scale is None else halves.flatten(0, 1)).numpy(),
+            "coefficients": np.tile(table.coefficients[step], (batch, 1)),
+            "input_scale": np.ones(batch, np.float32),
+            "guidance_scale": np.full(batch, scale or 0.0, np.float32),
+        }
+        for age in range(table.history + 1):
+            feed[history_name("latents", age)] = seen["latents"][age]
+            if age:
+                feed[history_name("guided_output", age)] = seen["guided_output"][age - 1]
+        found = dict(zip(outputs, session.run(outputs, {name: feed[name] for name in inputs}), strict=True))
+        where = f"{path.name}: latents after step {step}"
+        worst = max(worst, _checked_error(found["next_latents"], latents.numpy(), where))
+        seen["latents"] = [found["next_latents"], *seen["latents"][:-1]]
+        if table.history:
+            seen["guided_output"] = [found["guided_output"], *seen["guided_output"][:-1]]
+    return worst
+
+
+def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -90,19 +154,14 @@ def check_graph(graph: StepGraph, example: Mapping[str, Tensor], path: Path) -> 
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {name: example[name].numpy() for name in graph.input_names}
-    found = session.run(list(graph.output_names), feed)
-    with torch.no_grad():
-        expected = graph(*(example[name] for name in graph.input_names))
-    worst = 0.0
-    for name, mine, theirs in zip(graph.output_names, found, expected, strict=True):
-        error = float(np.abs(mine - theirs.numpy()).max())
-        allowed = RELATIVE_TOLERANCE * max(float(theirs.std()), 1e-3)
-        if not math.isfinite(error) or error > allowed:
-            raise ExportError(
-                f"{path.name}: output {name} departs from PyTorch by {error:.2e}, allowed {allowed:.2e};"
-                " the bundle was not written"
-            )
-        worst = max(worst, error)
-    return worst
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _checked_error(found: NDArray[Any], expected: NDArray[Any], what: str) -> float:
+    error = float(np.abs(found - expected).max())
+    allowed = RELATIVE_TOLERANCE * max(float(expected.std()), 1e-3)
+    if not math.isfinite(error) or error > allowed:
+        raise ExportError(
+            f"{what} departs from PyTorch by {error:.2e}, allowed {allowed:.2e}; the bundle was not written"
+        )
+    return error

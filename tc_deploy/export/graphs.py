@@ -69,9 +69,7 @@ class StepGraph(nn.Module):
         ages = range(self.cache.forecast_order + 1)
         history = [{name: given[history_name(name, age)] for name in self.cache_names} for age in ages]
         weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
-        sample = run_cached(
-            self.model, self.cache, self.variant, inputs, history, weights, given.get(TOKEN_INDEX)
-        )
+        sample = run_cached(self.model, self.cache, self.variant, inputs, history, weights, given.get(TOKEN_INDEX))
         return (sample,)
 
 
@@ -107,7 +105,9 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
                 optimize=True,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(f"PyTorch cannot export variant {graph.variant}: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(
+            f"PyTorch cannot export variant {graph.variant}: {str(error).strip().splitlines()[0]}"
+        ) from error
     if program is None:
         raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
     model: ir.Model = program.model
@@ -132,10 +132,10 @@ def _squeeze_dim(self: Any, dim: int) -> Any:
     """aten::squeeze.dim leaves an axis that is not 1 alone; onnxscript 0.7.2 emits Squeeze all the same."""
     if len(self.shape) == 0 or self.shape[dim] != 1:
         return op.Identity(self)
-    return op.Squeeze(self, [dim])
+    return op.Squeeze(self, [dim])  # type: ignore[arg-type]  # becomes a constant
 
 
-def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:
+def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:  # noqa: ARG001 - aten's
     """A single-operand permutation (unpatchify) is a Transpose: engines run it faster, and Einsum has no bf16."""
     left, _, right = equation.replace(" ", "").partition("->")
     if "," not in left and len(set(left)) == len(left) and sorted(left) == sorted(right):

@@ -16,14 +16,13 @@ import safetensors.numpy
 from tc_deploy import __version__
 from tc_deploy.bundle import file_records, new_folder
 from tc_deploy.errors import PlanError, UsageError
-from tc_deploy.export.check import check_graph, example_inputs
+from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
 from tc_deploy.export.solver import SolverTable, read_solver
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
-    BATCH,
-    MODEL_BATCH,
+    FORMAT_VERSION,
     ONNX_FOLDER,
     RUNTIME_TABLES,
     SOLVER,
@@ -88,6 +87,8 @@ def export_bundle(
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
         names = [PLAN, TABLES, RUNTIME_TABLES, *(record.file for record in graphs.values()), f"{ONNX_FOLDER}/{WEIGHTS}"]
         manifest = Manifest(
+            kind="bundle",
+            format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
             plan_sha256=plan_sha256(plan),
             precision="fp32",
@@ -161,9 +162,8 @@ def _write_graphs(
     onnx.mkdir()
     guided = sampling.guidance_scale is not None
     progress("sampling with the plan in PyTorch, for inputs as they occur")
-    examples = example_inputs(
-        model, plan, token_index_tables(plan, tables), sampling, EXAMPLE_BATCH if batch_size is None else batch_size
-    )
+    batch = EXAMPLE_BATCH if batch_size is None else batch_size
+    examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
     graphs = {}
     with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
         for variant in (FULL, *plan.phases_used()):
@@ -186,25 +186,22 @@ def _write_graphs(
             graph = StepGraph(model, plan.cache, variant, plan.phases_used())
             error = check_graph(graph, examples[variant], folder / graphs[name].file)
             graphs[name] = graphs[name].model_copy(update={"max_abs_error": error})
+        progress(f"comparing {SOLVER} with the scheduler")
+        shape = (batch, model.geometry.output_channels, *model.geometry.latent_shape[1:])
+        error = check_solver_graph(solver, sampling, shape, folder / graphs[SOLVER].file)
+        graphs[SOLVER] = graphs[SOLVER].model_copy(update={"max_abs_error": error})
     return graphs
 
 
 def _record(model: ir.Model, file: str) -> GraphRecord:
-    def tensors(values: object) -> tuple[TensorRecord, ...]:
-        return tuple(
-            TensorRecord(
-                name=str(value.name),
-                dtype=str(value.dtype.numpy()),
-                shape=tuple(size if isinstance(size, int) else _axis(size) for size in value.shape),
-            )
-            for value in values
-        )
-
-    return GraphRecord(file=file, inputs=tensors(model.graph.inputs), outputs=tensors(model.graph.outputs), max_abs_error=None)
+    inputs, outputs = (tuple(map(_tensor, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return GraphRecord(file=file, inputs=inputs, outputs=outputs, max_abs_error=None)
 
 
-def _axis(size: ir.SymbolicDim) -> str:
-    return BATCH if size.value == BATCH else MODEL_BATCH
+def _tensor(value: ir.Value) -> TensorRecord:
+    assert value.name is not None and value.dtype is not None and value.shape is not None, "the exporter wrote them"
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
 
 
 def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:
@@ -213,4 +210,3 @@ def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:
         "input_scale": solver.input_scale,
         "timesteps": solver.timesteps,
     }
-

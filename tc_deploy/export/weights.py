@@ -65,7 +65,7 @@ class WeightsFile:
                 self._offsets[digest],
                 len(data),
                 tensor.dtype,
-                shape=tensor.shape,
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=self.path.parent,
             )
@@ -75,7 +75,7 @@ def _names_by_content(parameters: Mapping[str, Tensor]) -> dict[tuple[str, tuple
     """Parameter names by content and shape; a matrix also by its transpose, which exporters fold into the graph."""
     names: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, parameter in parameters.items():
-        views = [(name, parameter)] + ([(f"{name}.T", parameter.t())] if parameter.ndim == 2 else [])  # noqa: PLR2004
+        views = [(name, parameter)] + ([(f"{name}.T", parameter.t())] if parameter.ndim == 2 else [])
         for view_name, view in views:
             digest = hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
             names.setdefault((digest, tuple(view.shape)), view_name)

@@ -14,7 +14,8 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
+from diffusers.configuration_utils import ConfigMixin
+from safetensors import SafetensorError, safe_open
 
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import ModelError
@@ -25,6 +26,7 @@ FAMILIES: Mapping[str, Family] = {family.model_class: family for family in (dit.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_AGAIN = "download or save the checkpoint again"
 
 
 def load_model(path: Path) -> DiffusionTransformer:
@@ -45,18 +47,23 @@ def load_model(path: Path) -> DiffusionTransformer:
             f"{folder / 'config.json'}: no family for model class {name!r}; known classes: {', '.join(FAMILIES)}"
         )
     files = _weight_files(folder)
+    _check_whole(files)
     try:
         module, info = getattr(diffusers, family.model_class).from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: diffusers cannot load the checkpoint: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, SafetensorError) as error:
+        # diffusers' advice that follows would fill missing weights with random ones.
+        reason = _first_line(error).partition(". If you want to instead overwrite")[0]
+        raise ModelError(
+            f"{folder}: config.json and the weights do not make a {family.model_class}: {reason}; {_AGAIN}"
+        ) from error
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             keys = sorted(info[problem])
             raise ModelError(
-                f"{folder}: the weights do not fit config.json: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]};"
-                " the checkpoint is of another model or incomplete"
+                f"{folder}: the weights do not fit config.json: {len(keys)} {problem.replace('_', ' ')},"
+                f" first {keys[0]}; the checkpoint is of another model or incomplete, {_AGAIN}"
             )
     module.eval().requires_grad_(False)
     return DiffusionTransformer(
@@ -85,7 +92,9 @@ def load_scheduler(path: Path) -> Any:
         if (folder / "scheduler_config.json").is_file():
             config = _read_json(folder / "scheduler_config.json")
             return scheduler_from_config(str(config.get("_class_name")), config, str(folder))
-    raise ModelError(f"{path}: no scheduler/scheduler_config.json in it or beside it; save the pipeline's scheduler there")
+    raise ModelError(
+        f"{path}: no scheduler/scheduler_config.json in it or beside it; save the pipeline's scheduler there"
+    )
 
 
 def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str) -> Any:
@@ -94,13 +103,22 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str
     Raises:
         ModelError: diffusers has no such class, or the class refuses the configuration.
     """
-    kind = getattr(diffusers, class_name, None)
-    if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
-        raise ModelError(f"{where}: diffusers {diffusers.__version__} has no scheduler {class_name!r}")
+    kind: Any = getattr(diffusers, class_name, None)
+    if not _is_scheduler(kind):
+        raise ModelError(
+            f"{where}: diffusers {diffusers.__version__} has no scheduler {class_name!r}; save one that it has, or"
+            " update diffusers"
+        )
     try:
-        return kind.from_config(dict(config))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{where}: {class_name} refuses its configuration: {_first_line(error)}") from error
+        return kind.from_config(dict(config))  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(
+            f"{where}: {class_name} refuses its configuration: {_first_line(error)}; save the scheduler again"
+        ) from error
+
+
+def _is_scheduler(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and issubclass(kind, ConfigMixin)
 
 
 def model_folder(path: Path) -> Path:
@@ -110,25 +128,44 @@ def model_folder(path: Path) -> Path:
         ModelError: there is none.
     """
     if not path.is_dir():
-        raise ModelError(f"{path}: no such folder; give a diffusers model folder or a pipeline folder with transformer/")
+        raise ModelError(
+            f"{path}: no such folder; give a diffusers model folder or a pipeline folder with transformer/"
+        )
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
     _refuse_pickles(path)
-    raise ModelError(f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder")
+    raise ModelError(
+        f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder;"
+        " give one that save_pretrained wrote"
+    )
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    if (folder / _WEIGHTS).is_file():
-        return (folder / _WEIGHTS,)
+    # Where shards and one file stand side by side diffusers reads the shards, and the hash must be of what is read.
     if not (folder / _INDEX).is_file():
+        if (folder / _WEIGHTS).is_file():
+            return (folder / _WEIGHTS,)
         _refuse_pickles(folder)
-        raise ModelError(f"{folder}: {_WEIGHTS} is missing; the checkpoint was not downloaded or saved completely")
-    shards = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        raise ModelError(f"{folder}: {_WEIGHTS} is missing; {_AGAIN}")
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise ModelError(f"{folder / _INDEX}: weight_map must name the shards' files; {_AGAIN}")
+    shards = sorted(set(shards))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing or not shards:
-        raise ModelError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {(missing or ['all'])[0]}")
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; {_AGAIN}")
     return tuple(folder / shard for shard in shards)
+
+
+def _check_whole(files: tuple[Path, ...]) -> None:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: not a whole safetensors file: {_first_line(error)}; {_AGAIN}") from None
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -156,11 +193,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
+        raise ModelError(f"{path}: cannot be read as JSON: {_first_line(error)}; {_AGAIN}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}; {_AGAIN}")
     return value
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(line.split())

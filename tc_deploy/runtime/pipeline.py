@@ -22,7 +22,17 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError, Cancelled, UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, RUNTIME_TABLES, Manifest, TensorRecord, read_manifest, read_target
+from tc_deploy.manifest import (
+    BATCH,
+    FORECAST_WEIGHTS,
+    MODEL_BATCH,
+    RUNTIME_TABLES,
+    TOKEN_INDEX,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+    read_target,
+)
 from tc_deploy.plan import index_row, load_plan, token_index_name
 from tc_deploy.runtime.program import Call, program_of, slot, table_row
 from tc_deploy.schedule import FULL, Schedule, full_schedule
@@ -185,7 +195,11 @@ class Pipeline:
         """Run one batch step by step; leave the iterator to cancel.
 
         Args:
-            class_labels: at most ``batch_size`` labels; the others as for a call.
+            class_labels: at most ``batch_size`` labels.
+            seed: as for a call.
+            guidance_scale: as for a call.
+            latents: as for a call.
+            full: as for a call.
 
         Yields:
             One :class:`Step` after each denoising step.
@@ -274,9 +288,7 @@ class Pipeline:
         return latents.astype(np.float32)
 
     def _program(self, device: Device, graphs: Mapping[str, Graph], schedule: Schedule) -> list[BoundStep]:
-        steps = program_of(
-            self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history
-        )
+        steps = program_of(self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history)
         return [
             BoundStep(
                 variant=step.variant,
@@ -307,18 +319,15 @@ class Pipeline:
 
     def _row(self, table: str, step: int) -> NDArray[Any]:
         """One step's row of a table, without the batch axis."""
-        if table == "token_index":
-            schedule = self.plan.tprr()
-            return self._plan_tables[token_index_name(schedule.variants[step])][index_row(schedule, step)]
-        if table == "forecast_weights":
-            return self.plan.tprr().forecast_weights(self.plan.cache.forecast_order)[step]
-        if table == "timestep":
-            return self._solver_tables["timesteps"][step]
-        if table == "input_scale":
-            # The solver prepares the next step's input; after the last step nobody reads it.
-            scales = self._solver_tables["input_scale"]
-            return scales[min(step + 1, len(scales) - 1)]
-        return self._solver_tables[table][step]
+        schedule = self.plan.tprr()
+        if table == TOKEN_INDEX:
+            rows = self._plan_tables[token_index_name(schedule.variants[step])]
+            return np.asarray(rows[index_row(schedule, step)])
+        if table == FORECAST_WEIGHTS:
+            return np.asarray(schedule.forecast_weights(self.plan.cache.forecast_order)[step])
+        # The solver prepares the next step's input; after the last step nobody reads it.
+        row = min(step + 1, schedule.steps - 1) if table == "input_scale" else step
+        return np.asarray(self._solver_tables["timesteps" if table == "timestep" else table][row])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,4 +377,3 @@ def _checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
             " export again with another --static-batch, or without it"
         )
     return manifest.batch_size
-

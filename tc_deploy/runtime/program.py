@@ -4,7 +4,8 @@ The schedule is known before a run, and so is every buffer that a step reads and
 through slots by binding, never by copy. In: a manifest and a schedule. Out: a list of calls, the same for every
 request. Never: touches a buffer or an engine.
 
-Buffers are named ``<tensor>@<slot>`` where slots rotate, ``<table>#<step>`` for a row of a table, and plainly otherwise.
+Buffers are named ``<tensor>@<slot>`` where slots rotate, ``<table>#<step>`` for a row of a table, and by the
+tensor's name otherwise.
 """
 
 from __future__ import annotations
@@ -137,4 +138,3 @@ def _cache_slot(tensor: str, full_steps: int, forecast_order: int) -> str:
 
 def _rotating(name: str, position: int, slots: int) -> str:
     return slot(name, position % slots)
-

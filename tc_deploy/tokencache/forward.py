@@ -95,8 +95,8 @@ def run_cached(
     pruned = pruned_blocks(keep_counts, model.geometry.tokens)
     index: dict[int, Tensor] = {}
     if pruned:
-        assert token_index is not None  # noqa: S101 - a caller inside the package, checked by check_plan
-        parts = token_index.long().split([keep_counts[block] for block in pruned], dim=1)
+        assert token_index is not None, "check_plan sees to it that a phase that prunes has an index table"
+        parts = torch.split(token_index.long(), [keep_counts[block] for block in pruned], dim=1)
         index = dict(zip(pruned, parts, strict=True))
     points = _Cached(cache, keep_counts, model.geometry.tokens, index, history, weights)
     with cache_points(model, cache.reuse, points):
@@ -170,7 +170,7 @@ class _Full:
         self.keys = keys
         self.cache: dict[str, Tensor] = {}
 
-    def gather(self, block: int, tokens: Tensor) -> Tensor:
+    def gather(self, block: int, tokens: Tensor) -> Tensor:  # noqa: ARG002 - no block is pruned
         return tokens
 
     def branch(self, block: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -255,7 +255,7 @@ class _Superposed:
         cached = forecast([step[name] for step in self.history], self.weights)
         return torch.lerp(cached, fresh, self.importance[block][:, None])
 
-    def gather(self, block: int, tokens: Tensor) -> Tensor:
+    def gather(self, block: int, tokens: Tensor) -> Tensor:  # noqa: ARG002 - no block is pruned
         return tokens
 
     def branch(self, block: int, name: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -19,6 +19,8 @@ from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.types import IntArray
 
+LARGEST_PSNR_DB = 140.0
+
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
 
@@ -36,7 +38,14 @@ class Sampling:
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.steps, **self.set_timesteps_kwargs)
+        arguments = dict(self.set_timesteps_kwargs)
+        # Most schedulers take either a step count or a list; diffusers' own pipelines pass the list alone.
+        if not {"sigmas", "timesteps"} & arguments.keys():
+            arguments["num_inference_steps"] = self.steps
+        scheduler.set_timesteps(**arguments)
+        # Otherwise the first step is looked up by its timestep, and the second is taken where two are equal.
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
         return scheduler
 
 
@@ -125,10 +134,12 @@ def denoise(
 def psnr_db(images: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, mean over samples; the peak is the range of ``reference``.
 
+    Samples that agree better than fp32 can tell count as 140 dB, so that equal pictures have a finite figure.
+
     Args:
         images: (B, ...).
         reference: (B, ...).
     """
     peak = reference.max() - reference.min()
-    errors = (images - reference).flatten(1).pow(2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    return float((10 * torch.log10(peak**2 / errors)).mean())
+    relative_errors = (images - reference).flatten(1).div(peak).pow(2).mean(1)
+    return float(-10 * torch.log10(relative_errors.clamp_min(10 ** (-LARGEST_PSNR_DB / 10))).mean())

@@ -1,0 +1,66 @@
+"""Fixtures that several rooms share: tiny real models, on disk and in memory. Tests leave both as they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model
+
+DIT_CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 3,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Draw every parameter, adaLN's and the head's too, which start at zero and would make all steps alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            inputs = parameter[0].numel() if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+
+
+@pytest.fixture(scope="session")
+def save_dit() -> Callable[..., Path]:
+    """Saves a pipeline folder: a random DiT as ``transformer/``, a DDIM scheduler as ``scheduler/``.
+
+    Called with the folder and keyword changes to the transformer's configuration. ``edit``, called with the module,
+    alters its weights before they are saved.
+    """
+
+    def save(folder: Path, seed: int = 0, edit: Callable[[Any], None] = lambda module: None, **changes: Any) -> Path:
+        module = diffusers.DiTTransformer2DModel(**DIT_CONFIG | changes)
+        randomise(module, seed)
+        with torch.no_grad():
+            edit(module)
+        module.save_pretrained(folder / "transformer")
+        scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+        scheduler.save_pretrained(folder / "scheduler")
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_dit_folder(tmp_path_factory: pytest.TempPathFactory, save_dit: Callable[..., Path]) -> Path:
+    """A pipeline folder: 3 blocks, 16 tokens, width 64, latents (4, 8, 8), learned variance, 10 classes."""
+    return save_dit(tmp_path_factory.mktemp("models") / "tiny-dit")
+
+
+@pytest.fixture(scope="session")
+def tiny_dit(tiny_dit_folder: Path) -> DiffusionTransformer:
+    """The model of :func:`tiny_dit_folder`."""
+    return load_model(tiny_dit_folder)
