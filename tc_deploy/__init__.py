@@ -5,7 +5,7 @@
     import tc_deploy
 
     with tc_deploy.load("engines/digits") as pipeline:
-        images = pipeline(class_labels=[7], seed=0)
+        images = pipeline(class_labels=[7], seed=0).images
 
 Everything else is a command: see ``tc-deploy --help``. Importing the package imports no engine and no torch.
 """
@@ -15,17 +15,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tc_deploy.runtime.pipeline import Pipeline as Pipeline
+    from tc_deploy.runtime.pipeline import Result as Result
+    from tc_deploy.runtime.pipeline import Step as Step
     from tc_deploy.runtime.pipeline import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["Pipeline", "Result", "Step", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from tc_deploy.runtime.pipeline import load
+    if name in ("Pipeline", "Result", "Step", "load"):
+        from tc_deploy.runtime import pipeline
 
-        return load
+        return getattr(pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

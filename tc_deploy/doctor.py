@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
 from tc_deploy import __version__
+from tc_deploy.hardware import Gpu, cpu_and_features, memory_mib, nvidia_gpus, usable_cores
 
 EXTRA_BY_MODULE = {
     "accelerate": "compile",
@@ -52,10 +49,6 @@ PLANNED_ENGINES = {
     "OpenVINO": "openvino",
 }
 """Engines for which this version has no backend, with the distribution that brings each."""
-DRIVER_TIMEOUT_S = 20.0
-"""nvidia-smi can hang on a broken driver; it answers in a few seconds on a sound one, even with many GPUs."""
-CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-"""What decides a CPU engine's speed, by Linux's names."""
 
 _NEGATION = (
     b'\x08\t:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -84,16 +77,6 @@ class Stage:
     status: Status
     detail: str
     cure: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One GPU as the driver names it."""
-
-    name: str
-    driver: str
-    memory_mib: int | None
-    compute_capability: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +186,8 @@ def _versions_line(facts: Facts, distributions: tuple[str, ...] | list[str]) -> 
 
 def gather_facts() -> Facts:
     """Look at this machine."""
-    cpu, cpu_features = _cpu()
-    gpus, gpu_note = _gpus()
+    cpu, cpu_features = cpu_and_features()
+    gpus, gpu_note = nvidia_gpus()
     versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, *PLANNED_ENGINES.values()))
     providers, onnxruntime_error = _try_onnxruntime()
     return Facts(
@@ -212,8 +195,8 @@ def gather_facts() -> Facts:
         system=platform.platform(),
         cpu=cpu,
         cpu_features=cpu_features,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_mib=_memory_mib(),
+        cores=usable_cores(),
+        memory_mib=memory_mib(),
         gpus=gpus,
         gpu_note=gpu_note,
         versions=versions,
@@ -244,62 +227,3 @@ def _try_onnxruntime() -> tuple[tuple[str, ...], str | None]:
     except Exception as error:  # noqa: BLE001 - a half-deleted installation fails in ways that nobody can list
         return (), f"onnxruntime is installed and does not work: {type(error).__name__}: {error}"
     return providers, None if y.tolist() == [-1.0] else f"onnxruntime computes wrongly: -1 came out as {y.tolist()}"
-
-
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    """The CPU's name and the features of it that matter."""
-    name = platform.processor() or platform.machine()
-    features: tuple[str, ...] = ()
-    with contextlib.suppress(OSError):
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
-        fields = {key.strip(): value.strip() for key, _, value in lines}
-        name = fields.get("model name", name)
-        found = set(fields.get("flags", fields.get("Features", "")).split())
-        features = tuple(feature for feature in CPU_FEATURES if feature in found)
-    return name, features
-
-
-def _memory_mib() -> int | None:
-    """Memory of the machine or of its container, whichever is less; None where the system does not say."""
-    sizes = []
-    with contextlib.suppress(OSError, ValueError):
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError, ValueError):
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(sizes) // 2**20 if sizes else None
-
-
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """The NVIDIA GPUs, and why there are none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        driver = Path("/proc/driver/nvidia/version").exists()
-        return (), "an NVIDIA driver is loaded, but nvidia-smi is not found" if driver else "no NVIDIA driver found"
-    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
-    try:
-        answer = subprocess.run(  # noqa: S603 - no shell, nothing of the user's in the arguments
-            [program, query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=DRIVER_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return (), f"nvidia-smi did not answer within {DRIVER_TIMEOUT_S:.0f} s"
-    except OSError as error:
-        return (), f"nvidia-smi cannot be run: {error.strerror}"
-    if answer.returncode != 0:
-        said = " ".join((answer.stdout or answer.stderr).split())
-        return (), f"nvidia-smi failed: {said or f'exit code {answer.returncode}'}"
-    gpus = tuple(_gpu_from_line(line) for line in answer.stdout.splitlines() if line.count(",") >= 3)
-    return gpus, "" if gpus else "the NVIDIA driver found no GPU"
-
-
-def _gpu_from_line(line: str) -> Gpu:
-    name, driver, memory, capability = (part.strip() for part in line.rsplit(",", 3))
-    return Gpu(
-        name=name,
-        driver=driver,
-        memory_mib=int(memory) if memory.isdecimal() else None,
-        compute_capability=capability,
-    )

@@ -90,7 +90,8 @@ class MeasuredRecord(Document):
 
     seeds: tuple[int, ...]
     psnr_db: float
-    """PSNR of the final latents to the model's own full run; the peak is the range of the reference latents."""
+    """PSNR to the model's own full run: of pictures clipped to [-1, 1] (peak 2) where the latents are pictures, else of
+    the final latents (the peak is their range in the full run)."""
     fewer_steps: PositiveInt
     """The step count at which running every step in full costs what the plan costs, rounded up."""
     fewer_steps_psnr_db: float

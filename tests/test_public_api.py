@@ -7,7 +7,7 @@ import tc_deploy
 
 
 def test_public_names() -> None:
-    assert tc_deploy.__all__ == ["__version__", "load"]
+    assert tc_deploy.__all__ == ["Pipeline", "Result", "Step", "__version__", "load"]
     assert set(tc_deploy.__all__) <= set(dir(tc_deploy))
 
 

@@ -11,7 +11,7 @@ import torch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.schedule import Schedule
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, psnr_db
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, picture_psnr_db
 from tc_deploy.types import IntArray
 
 FIRST_SEED = 1_000_000
@@ -40,7 +40,7 @@ def measure(
         samples: how many pictures to compare.
     """
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
-    fewer = dataclasses.replace(sampling, steps=fewer_steps)
+    fewer = _with_fewer_steps(sampling, fewer_steps)
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
     full, planned, shortened = [], [], []
     for start in range(0, samples, BATCH):
@@ -55,13 +55,24 @@ def measure(
         full.append(run(sampling, None))
         planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, token_index)))
         shortened.append(run(fewer, None))
-    reference = torch.cat(full)
+    reference, pixels = torch.cat(full), model.geometry.pixels
     return MeasuredRecord(
         seeds=seeds,
-        psnr_db=round(psnr_db(torch.cat(planned), reference), 2),
+        psnr_db=round(picture_psnr_db(torch.cat(planned), reference, pixels=pixels), 2),
         fewer_steps=fewer_steps,
-        fewer_steps_psnr_db=round(psnr_db(torch.cat(shortened), reference), 2),
+        fewer_steps_psnr_db=round(picture_psnr_db(torch.cat(shortened), reference, pixels=pixels), 2),
     )
+
+
+def _with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
+    """The sampler with fewer steps; of timesteps or sigmas that are listed one by one, every so many are taken."""
+    listed = {
+        name: [sampling.set_timesteps_kwargs[name][step * sampling.steps // steps] for step in range(steps)]
+        for name in ("sigmas", "timesteps")
+        if name in sampling.set_timesteps_kwargs
+    }
+    arguments = {**sampling.set_timesteps_kwargs, **listed}
+    return dataclasses.replace(sampling, steps=steps, set_timesteps_kwargs=arguments)
 
 
 def draw(model: DiffusionTransformer, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

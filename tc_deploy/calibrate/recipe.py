@@ -36,6 +36,8 @@ from tc_deploy.errors import UsageError
 from tc_deploy.types import Attention, Reuse
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_SEED = 500_000
+"""Training draws one sample per seed from the recipe's on, measurement from a million on; the two must not meet."""
 
 
 class SamplingRecipe(Document):
@@ -93,7 +95,7 @@ class Recipe(Document):
     """All of it."""
 
     model: str
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     sampling: SamplingRecipe = SamplingRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     cache: CacheRecipe = CacheRecipe()
@@ -127,6 +129,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
             place = values
             for table in tables:
                 place = place.setdefault(table, {})
+                if not isinstance(place, dict):
+                    raise UsageError(f"{path}: {table}: expected a table [{table}], found {place!r}")
             place[name] = value
     try:
         return Recipe.model_validate(values)

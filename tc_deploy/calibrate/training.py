@@ -90,10 +90,11 @@ def train_predictor(
     Returns:
         (T, L, N) importance in (0, 1), for every step.
     """
-    torch.manual_seed(seed)
     tokens, blocks = model.geometry.tokens, len(model.blocks)
     timesteps = trajectories["timestep"]
-    predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=recipe.learning_rate)
     weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order))
     cached_steps = [step for step, variant in enumerate(schedule.variants) if variant != FULL]
@@ -177,10 +178,14 @@ def _save(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam, it
 
 
 def _load(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam) -> int:
-    """Continue from a saved state; returns the iterations done, 0 where there is no readable state."""
+    """Continue from a saved state; returns the iterations done, 0 where there is none that fits."""
     try:
         stored = load_file(path)
     except (OSError, SafetensorError):
+        return 0
+    expected = {f"predictor/{name}": value.shape for name, value in predictor.state_dict().items()}
+    found = {name: value.shape for name, value in stored.items() if name.startswith("predictor/")}
+    if found != expected or "iteration" not in stored:
         return 0
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in stored.items():

@@ -43,8 +43,6 @@ from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
 EXAMPLE_BATCH = 2
-PIXEL_CHANNELS = (1, 3)
-"""Latents of one or three channels are pictures; autoencoders of the field use 4 channels and more."""
 
 
 def export_bundle(
@@ -94,7 +92,7 @@ def export_bundle(
             precision="fp32",
             batch_size=batch_size,
             latent_shape=model.geometry.latent_shape,
-            pixels=model.geometry.latent_shape[0] in PIXEL_CHANNELS,
+            pixels=model.geometry.pixels,
             conditions=tuple(
                 ConditionRecord(name=item.name, dtype=item.dtype, shape=item.shape, classes=item.classes)
                 for item in model.geometry.conditions
@@ -199,9 +197,10 @@ def _record(model: ir.Model, file: str) -> GraphRecord:
 
 
 def _tensor(value: ir.Value) -> TensorRecord:
-    assert value.name is not None and value.dtype is not None and value.shape is not None, "the exporter wrote them"
+    assert value.dtype is not None, "the exporter writes a type"
+    assert value.shape is not None, "and a shape"
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
+    return TensorRecord(name=str(value.name), dtype=str(value.dtype.numpy()), shape=shape)
 
 
 def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:

@@ -56,6 +56,11 @@ class Geometry:
     """Channels of the model's output; twice C where the variance is learned."""
     conditions: tuple[Condition, ...]
 
+    @property
+    def pixels(self) -> bool:
+        """Whether the latents are pictures in [-1, 1]: one or three channels; autoencoders have four and more."""
+        return self.latent_shape[0] in (1, 3)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

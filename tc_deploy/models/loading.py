@@ -110,7 +110,7 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str
             " update diffusers"
         )
     try:
-        return kind.from_config(dict(config))  # type: ignore[no-untyped-call]
+        return kind.from_config(dict(config))
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"{where}: {class_name} refuses its configuration: {_first_line(error)}; save the scheduler again"

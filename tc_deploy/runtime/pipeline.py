@@ -27,11 +27,13 @@ from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
     MODEL_BATCH,
     RUNTIME_TABLES,
+    SOLVER,
     TOKEN_INDEX,
     Manifest,
     TensorRecord,
     read_manifest,
     read_target,
+    variant_name,
 )
 from tc_deploy.plan import index_row, load_plan, token_index_name
 from tc_deploy.runtime.program import Call, program_of, slot, table_row
@@ -120,12 +122,13 @@ class Pipeline:
     def warmup(self) -> None:
         """Run every graph once, so that the first request meets no first-time cost."""
         with self._lock:
-            seen = set()
-            for step in self._cached_program:
-                if step.variant not in seen:
-                    seen.add(step.variant)
-                    step.model.run()
-                    step.solver.run()
+            for graph in self.variants().values():
+                graph.run()
+
+    def variants(self) -> dict[str, BoundGraph]:
+        """Every graph of the schedule once, by name, bound as at its first step; for timing, on whatever lies there."""
+        bound = {variant_name(step.variant): step.model for step in reversed(self._cached_program)}
+        return {name: bound[name] for name in sorted(bound, reverse=True)} | {SOLVER: self._cached_program[0].solver}
 
     def __call__(
         self,

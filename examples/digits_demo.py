@@ -1,0 +1,117 @@
+"""The demo's last step: digits by cached engines, and what caching cost in quality and saved in time.
+
+Reads the built bundle, makes the same digits with the plan's schedule and with every step full (interleaved, so that a
+noisy machine hits both alike), and runs the model with fewer full steps in PyTorch from the same noise: as many as the
+plan's time or FLOPs would pay for, whichever is more. Writes ``demo.png`` and ``demo.json`` into the bundle's folder.
+
+    python examples/digits_demo.py --bundle engines/digits
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from digits import CLASSES, class_accuracy
+from PIL import Image
+from rich.progress import Progress
+
+import tc_deploy
+from tc_deploy.export.stage import sampling_from_plan
+from tc_deploy.hardware import hardware_line
+from tc_deploy.models.loading import load_model
+from tc_deploy.tokencache.sampler import Sampling, denoise, psnr_db
+
+BATCH = 20
+COLUMNS = 10
+ZOOM = 4
+
+
+def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int], noise: torch.Tensor) -> torch.Tensor:
+    """Sample with the unmodified model and fewer steps, in PyTorch: (B, C, H, W)."""
+    plan = pipeline.plan
+    model = load_model(Path(plan.model.source))
+    planned = sampling_from_plan(plan)
+    sampling = Sampling(
+        scheduler=planned.scheduler,
+        steps=steps,
+        guidance_scale=planned.guidance_scale,
+        set_timesteps_kwargs=planned.set_timesteps_kwargs,
+    )
+    conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
+    return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
+
+
+def write_sheet(path: Path, images: np.ndarray) -> None:
+    """Lay (n, H, W) pictures out in rows of ten."""
+    count, height, width = images.shape
+    grid = images.reshape(count // COLUMNS, COLUMNS, height, width).transpose(0, 2, 1, 3)
+    sheet = Image.fromarray(grid.reshape(count // COLUMNS * height, COLUMNS * width))
+    sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST).save(path)
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("engines/digits"), show_default=True)
+@click.option("--count", type=click.IntRange(min=BATCH), default=100, show_default=True, help="Digits to make.")
+@click.option("--seed", default=0, show_default=True)
+def main(bundle: Path, count: int, seed: int) -> None:
+    """Make digits with cached and with full engines and compare."""
+    count -= count % BATCH
+    labels = [index % CLASSES for index in range(count)]
+    times_s: dict[bool, list[float]] = {False: [], True: []}
+    made: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    images = []
+    with tc_deploy.load(bundle, batch_size=BATCH) as pipeline, Progress() as progress:
+        pipeline.warmup()
+        task = progress.add_task("making digits, cached and full in turn", total=count)
+        for start in range(0, count, BATCH):
+            for full in (False, True):
+                start_s = time.perf_counter()
+                result = pipeline(class_labels=labels[start : start + BATCH], seed=seed + start, full=full)
+                times_s[full].append(time.perf_counter() - start_s)
+                made[full].append(result.latents)
+                if not full:
+                    images.append(result.images)
+                    steps_full, steps_cached = result.steps_full, result.steps_cached
+            progress.advance(task, BATCH)
+        cached_s, full_s = (statistics.median(times_s[full]) for full in (False, True))
+        plan = pipeline.plan
+        affordable = math.ceil(plan.schedule.steps * max(plan.cost_ratio(), cached_s / full_s))
+        noise = torch.from_numpy(pipeline.noise(seed, count))
+        fewer = fewer_full_steps(pipeline, min(affordable, plan.schedule.steps), labels, noise)
+
+    # Pictures are what is compared: clipped to [-1, 1], so the peak is 2.
+    cached, full = (torch.from_numpy(np.concatenate(made[kind])).clamp(-1, 1) for kind in (False, True))
+    facts = {
+        "steps_full": steps_full,
+        "steps_cached": steps_cached,
+        "full_s": round(full_s, 4),
+        "cached_s": round(cached_s, 4),
+        "time_ratio": round(cached_s / full_s, 4),
+        "cost_ratio": round(plan.cost_ratio(), 4),
+        "psnr_db": round(psnr_db(cached, full, peak=2.0), 2),
+        "fewer_steps": affordable,
+        "fewer_steps_psnr_db": round(psnr_db(fewer.clamp(-1, 1), full, peak=2.0), 2),
+        "class_accuracy": class_accuracy(cached.numpy(), np.array(labels)),
+        "pictures": count,
+        "batch_size": BATCH,
+        "hardware": hardware_line(),
+    }
+    write_sheet(bundle / "demo.png", np.concatenate(images))
+    (bundle / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
+    click.echo(
+        f"{bundle / 'demo.png'}: {steps_full} full + {steps_cached} cached steps;"
+        f" {full_s:.2f} s full against {cached_s:.2f} s cached for {BATCH} pictures on {facts['hardware']};"
+        f" PSNR cached to full {facts['psnr_db']:.1f} dB, {affordable} full steps in that time or FLOPs"
+        f" {facts['fewer_steps_psnr_db']:.1f} dB; {100 * facts['class_accuracy']:.0f} % read as the class asked for"
+    )
+
+
+if __name__ == "__main__":
+    main()

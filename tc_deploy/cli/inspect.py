@@ -1,0 +1,71 @@
+"""``tc-deploy inspect``: what a plan or a bundle is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tc_deploy.bundle import canonical_json
+from tc_deploy.inspect import inspect_path
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def command(path: Path, as_json: bool) -> None:
+    """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, hashes."""
+    facts = inspect_path(path)
+    if as_json:
+        click.echo(canonical_json(facts), nl=False)
+        return
+    if facts["kind"] == "bundle":
+        _show_bundle(facts)
+    _show_plan(facts.get("plan", facts))
+
+
+def _show_bundle(facts: dict[str, Any]) -> None:
+    batch = "any" if facts["batch_size"] is None else facts["batch_size"]
+    _line("bundle", f"{facts['path']}, {facts['precision']}, batch {batch}, made by {facts['made_by']}")
+    for name, graph in facts["graphs"].items():
+        size = facts["files"][graph["file"]]["size_bytes"]
+        error = "not compared" if graph["max_abs_error"] is None else f"PyTorch ± {graph['max_abs_error']:.1e}"
+        _line(name, f"{graph['inputs']} inputs, {graph['outputs']} outputs, {_size(size)}, {error}")
+    for name, record in facts["files"].items():
+        _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
+    for name, target in facts["targets"].items():
+        _line("engines", f"{name} {target['version']}" if target["usable"] else f"{name}: {target['why']}")
+    if not facts["targets"]:
+        _line("engines", f"none yet: tc-deploy build {facts['path']}")
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    model = plan["model"]
+    _line("plan", f"sha256 {plan['plan_sha256'][:16]}, by {plan['origin']}, seed {plan['seed']}")
+    _line(
+        "model", f"{model['model_class']}, {model['blocks']} blocks, {model['tokens']} tokens, width {model['width']}"
+    )
+    _line("weights", f"{model['source']}, sha256 {model['weights_sha256'][:16]}")
+    guidance = "no guidance" if plan["guidance_scale"] is None else f"guidance {plan['guidance_scale']:g}"
+    _line("sampler", f"{plan['scheduler']}, {plan['steps']} steps, {guidance}")
+    _line("schedule", plan["schedule"])
+    _line("", f"boundary {plan['boundary']}, K = ({plan['k1']}, {plan['k2']}), {plan['steps_full']} full", nl=False)
+    click.echo(f" + {plan['steps_cached']} cached steps")
+    _line("cache", f"reuse {plan['reuse']}, attention {plan['attention']}, forecast order {plan['forecast_order']}")
+    for phase, counts in plan["keep_counts"].items():
+        _line(phase, f"tokens kept per block: {' '.join(map(str, counts))} (of {model['tokens']})")
+    _line("cost", f"{plan['cost_in_full_steps']:.1f} full steps of {plan['steps']}", nl=False)
+    click.echo(f" ({100 * plan['cost_ratio']:.1f} % of the FLOPs; a full step is {plan['full_gflops']:g} GFLOPs a row)")
+    if plan["measured"] is not None:
+        found = plan["measured"]
+        fewer = f"{found['fewer_steps']} full steps, which cost as much: {found['fewer_steps_psnr_db']:.1f} dB"
+        _line("measured", f"{found['psnr_db']:.1f} dB to the full run in PyTorch; {fewer}")
+
+
+def _line(name: str, text: str, *, nl: bool = True) -> None:
+    click.echo(f"{name:<10}{text}", nl=nl)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 2**20 else f"{size_bytes / 2**10:.1f} KiB"

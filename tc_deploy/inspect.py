@@ -1,0 +1,95 @@
+"""What a plan or a bundle is, in plain values: for people through the command line, for programs as JSON.
+
+In: a folder. Out: one dictionary of JSON values. A bundle's files are checked against their checksums on the way, so
+what is shown is what is there. Never: loads an engine or a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.errors import BundleError
+from tc_deploy.manifest import read_manifest, read_target
+from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
+from tc_deploy.schedule import PHASES
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """Describe a plan folder or a bundle.
+
+    Returns:
+        ``kind`` is ``plan`` or ``bundle``; a bundle holds its plan's description under ``plan``.
+
+    Raises:
+        BundleError: the folder is neither, or a file in it is missing, truncated or altered.
+        PlanError: the plan is inconsistent.
+    """
+    if (path / MANIFEST).is_file():
+        return _bundle(path)
+    if (path / PLAN).is_file():
+        return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0])}
+    raise BundleError(f"{path}: neither {PLAN} nor {MANIFEST} in it; give a folder calibration/NAME or engines/NAME")
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    schedule = plan.tprr()
+    return {
+        "plan_sha256": plan_sha256(plan),
+        "model": plan.model.model_dump(mode="json"),
+        "scheduler": plan.sampling.scheduler_class,
+        "guidance_scale": plan.sampling.guidance_scale,
+        "schedule": schedule.line(),
+        "steps": schedule.steps,
+        "boundary": schedule.boundary,
+        "k1": schedule.k1,
+        "k2": schedule.k2,
+        "steps_full": schedule.full_steps,
+        "steps_cached": schedule.steps - schedule.full_steps,
+        "reuse": plan.cache.reuse.value,
+        "attention": plan.cache.attention.value,
+        "forecast_order": plan.cache.forecast_order,
+        "keep_counts": {f"phase {phase}": list(plan.keep_counts(phase)) for phase in PHASES},
+        "cost_in_full_steps": round(plan.cost_in_full_steps(), 3),
+        "cost_ratio": round(plan.cost_ratio(), 4),
+        "full_gflops": round(plan.cost.full_flops / 1e9, 4),
+        "origin": plan.origin.method,
+        "seed": plan.origin.seed,
+        "measured": None if plan.measured is None else plan.measured.model_dump(mode="json", exclude={"seeds"}),
+    }
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    check_files(path, manifest.files)
+    plan, _ = load_plan(path)
+    targets = {}
+    for file in sorted(path.glob(f"*/{MANIFEST}")):
+        name = file.parent.name
+        try:
+            target = read_target(path, name)
+            targets[name] = {"version": target.backend_version, "options": target.options, "usable": True}
+        except BundleError as error:
+            targets[name] = {"usable": False, "why": str(error)}
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "made_by": manifest.made_by,
+        "precision": manifest.precision,
+        "batch_size": manifest.batch_size,
+        "latent_shape": list(manifest.latent_shape),
+        "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],
+        "graphs": {
+            name: {
+                "file": graph.file,
+                "inputs": len(graph.inputs),
+                "outputs": len(graph.outputs),
+                "max_abs_error": graph.max_abs_error,
+            }
+            for name, graph in manifest.graphs.items()
+        },
+        "files": {name: record.model_dump() for name, record in manifest.files.items()},
+        "targets": targets,
+        "plan": _plan(plan),
+    }
