@@ -154,6 +154,8 @@ def _session(path: Path) -> Any:
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Prepacked weights are a second copy of them, and a check runs once.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -38,7 +38,6 @@ from tc_deploy.manifest import (
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, plan_sha256, token_index_name, write_plan_files
-from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
@@ -79,11 +78,46 @@ def export_bundle(
     sampling = sampling_from_plan(plan)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
+    progress("sampling with the plan in PyTorch, for inputs as they occur")
+    batch = batch_size or EXAMPLE_BATCH
+    examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
+    graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
     with new_folder(destination) as folder:
-        graphs = _write_graphs(model, plan, tables, sampling, solver, folder, batch_size, check, progress)
+        onnx = folder / ONNX_FOLDER
+        onnx.mkdir()
+        records = {}
+        with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
+            for variant, graph in graphs.items():
+                name = variant_name(variant)
+                progress(f"exporting {name}")
+                onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
+                weights.pack(onnx_model)
+                records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
+        guided = sampling.guidance_scale is not None
+        geometry = model.geometry
+        onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
+        records[SOLVER] = _saved(onnx_model, onnx / f"{SOLVER}.onnx")
+        if check:
+            errors = {}
+            for variant, graph in graphs.items():
+                name = variant_name(variant)
+                progress(f"comparing {name} with PyTorch")
+                errors[name] = check_graph(graph, examples[variant], onnx / f"{name}.onnx")
+            progress(f"comparing {SOLVER} with the scheduler")
+            half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
+            errors[SOLVER] = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
+            records = {
+                name: record.model_copy(update={"max_abs_error": errors[name]}) for name, record in records.items()
+            }
         write_plan_files(plan, tables, folder)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
-        names = [PLAN, TABLES, RUNTIME_TABLES, *(record.file for record in graphs.values()), f"{ONNX_FOLDER}/{WEIGHTS}"]
+        names = [
+            PLAN,
+            TABLES,
+            RUNTIME_TABLES,
+            *(record.file for record in records.values()),
+            f"{ONNX_FOLDER}/{WEIGHTS}",
+        ]
         manifest = Manifest(
             kind="bundle",
             format_version=FORMAT_VERSION,
@@ -91,18 +125,18 @@ def export_bundle(
             plan_sha256=plan_sha256(plan),
             precision="fp32",
             batch_size=batch_size,
-            latent_shape=model.geometry.latent_shape,
-            pixels=model.geometry.pixels,
+            latent_shape=geometry.latent_shape,
+            pixels=geometry.pixels,
             conditions=tuple(
                 ConditionRecord(name=item.name, dtype=item.dtype, shape=item.shape, classes=item.classes)
-                for item in model.geometry.conditions
+                for item in geometry.conditions
             ),
             solver=SolverRecord(
                 history=solver.history,
                 init_noise_sigma=solver.init_noise_sigma,
                 guidance_scale=plan.sampling.guidance_scale,
             ),
-            graphs=graphs,
+            graphs=records,
             files=file_records(folder, names),
         )
         write_manifest(manifest, folder)
@@ -145,55 +179,11 @@ def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) 
     return {phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables}
 
 
-def _write_graphs(
-    model: DiffusionTransformer,
-    plan: Plan,
-    tables: Mapping[str, FloatArray | IntArray],
-    sampling: Sampling,
-    solver: SolverTable,
-    folder: Path,
-    batch_size: int | None,
-    check: bool,
-    progress: Callable[[str], None],
-) -> dict[str, GraphRecord]:
-    onnx = folder / ONNX_FOLDER
-    onnx.mkdir()
-    guided = sampling.guidance_scale is not None
-    progress("sampling with the plan in PyTorch, for inputs as they occur")
-    batch = EXAMPLE_BATCH if batch_size is None else batch_size
-    examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
-    graphs = {}
-    with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
-        for variant in (FULL, *plan.phases_used()):
-            name = variant_name(variant)
-            progress(f"exporting {name}")
-            graph = StepGraph(model, plan.cache, variant, plan.phases_used())
-            onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
-            weights.pack(onnx_model)
-            ir.save(onnx_model, onnx / f"{name}.onnx")
-            graphs[name] = _record(onnx_model, f"{ONNX_FOLDER}/{name}.onnx")
-        onnx_model = solver_model(
-            solver.history, model.geometry.latent_shape, model.geometry.output_channels, guided=guided, batch=batch_size
-        )
-        ir.save(onnx_model, onnx / f"{SOLVER}.onnx")
-        graphs[SOLVER] = _record(onnx_model, f"{ONNX_FOLDER}/{SOLVER}.onnx")
-    if check:
-        for variant in (FULL, *plan.phases_used()):
-            name = variant_name(variant)
-            progress(f"comparing {name} with PyTorch")
-            graph = StepGraph(model, plan.cache, variant, plan.phases_used())
-            error = check_graph(graph, examples[variant], folder / graphs[name].file)
-            graphs[name] = graphs[name].model_copy(update={"max_abs_error": error})
-        progress(f"comparing {SOLVER} with the scheduler")
-        shape = (batch, model.geometry.output_channels, *model.geometry.latent_shape[1:])
-        error = check_solver_graph(solver, sampling, shape, folder / graphs[SOLVER].file)
-        graphs[SOLVER] = graphs[SOLVER].model_copy(update={"max_abs_error": error})
-    return graphs
-
-
-def _record(model: ir.Model, file: str) -> GraphRecord:
+def _saved(model: ir.Model, path: Path) -> GraphRecord:
+    """Write a graph; returns how the manifest names it."""
+    ir.save(model, path)
     inputs, outputs = (tuple(map(_tensor, values)) for values in (model.graph.inputs, model.graph.outputs))
-    return GraphRecord(file=file, inputs=inputs, outputs=outputs, max_abs_error=None)
+    return GraphRecord(file=f"{ONNX_FOLDER}/{path.name}", inputs=inputs, outputs=outputs, max_abs_error=None)
 
 
 def _tensor(value: ir.Value) -> TensorRecord:

@@ -7,6 +7,7 @@ are independent, one pipeline serves one request at a time.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,15 @@ class Pipeline:
         self.plan, self._plan_tables = load_plan(path)
         self.batch_size = _checked_batch_size(self.manifest, batch_size)
         self._model_batch = self.batch_size * (2 if self.manifest.guided else 1)
-        self._solver_tables = safetensors.numpy.load_file(path / RUNTIME_TABLES)
+        solver = safetensors.numpy.load_file(path / RUNTIME_TABLES)
+        self._first_scale = solver["input_scale"][0]
+        self._step_tables: dict[str, NDArray[Any]] = {
+            "timestep": solver["timesteps"],
+            "coefficients": solver["coefficients"],
+            # The solver prepares the next step's input; after the last step nobody reads it.
+            "input_scale": np.append(solver["input_scale"][1:], np.float32(1)),
+            FORECAST_WEIGHTS: self.plan.tprr().forecast_weights(self.plan.cache.forecast_order),
+        }
         self._lock = threading.Lock()
 
         device = registry.backend(self.backend).open(target.options)
@@ -204,11 +213,12 @@ class Pipeline:
             latents: as for a call.
             full: as for a call.
 
-        Yields:
-            One :class:`Step` after each denoising step.
+        Returns:
+            An iterator over one :class:`Step` after each denoising step.
 
         Raises:
-            UsageError: an argument is out of range, does not fit the bundle, or another request is running.
+            UsageError: an argument is out of range or does not fit the bundle (at once), or another request is
+                running (at the first step).
         """
         count = len(class_labels)
         if not 1 <= count <= self.batch_size:
@@ -218,6 +228,9 @@ class Pipeline:
         program = self._full_program if full else self._cached_program
         if not program:
             raise UsageError("the pipeline is closed; load the bundle again")
+        return self._run(program, inputs, count)
+
+    def _run(self, program: list[BoundStep], inputs: Mapping[str, NDArray[Any]], count: int) -> Iterator[Step]:
         if not self._lock.acquire(blocking=False):
             raise UsageError("the pipeline is running another request; a pipeline serves one at a time, load another")
         try:
@@ -226,12 +239,11 @@ class Pipeline:
             for index, step in enumerate(program):
                 step.model.run()
                 step.solver.run()
-                after = self._buffers[step.latents]
                 yield Step(
                     index=index,
                     total=len(program),
                     full=step.variant == FULL,
-                    read_latents=lambda after=after: after.read()[:count],  # type: ignore[misc]
+                    read_latents=functools.partial(_first_samples, self._buffers[step.latents], count),
                 )
         finally:
             self._lock.release()
@@ -258,7 +270,7 @@ class Pipeline:
         labels = np.concatenate([labels, np.repeat(labels[-1:], missing)])
         start = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
         start = start * np.float32(self.manifest.solver.init_noise_sigma)
-        scaled = start * self._solver_tables["input_scale"][0]
+        scaled = start * self._first_scale
         halves = 2 if self.manifest.guided else 1
         condition = self.manifest.conditions[0]
         inputs: dict[str, NDArray[Any]] = {
@@ -322,15 +334,10 @@ class Pipeline:
 
     def _row(self, table: str, step: int) -> NDArray[Any]:
         """One step's row of a table, without the batch axis."""
+        if table != TOKEN_INDEX:
+            return np.asarray(self._step_tables[table][step])
         schedule = self.plan.tprr()
-        if table == TOKEN_INDEX:
-            rows = self._plan_tables[token_index_name(schedule.variants[step])]
-            return np.asarray(rows[index_row(schedule, step)])
-        if table == FORECAST_WEIGHTS:
-            return np.asarray(schedule.forecast_weights(self.plan.cache.forecast_order)[step])
-        # The solver prepares the next step's input; after the last step nobody reads it.
-        row = min(step + 1, schedule.steps - 1) if table == "input_scale" else step
-        return np.asarray(self._solver_tables["timesteps" if table == "timestep" else table][row])
+        return np.asarray(self._plan_tables[token_index_name(schedule.variants[step])][index_row(schedule, step)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +348,11 @@ class BoundStep:
     model: BoundGraph
     solver: BoundGraph
     latents: str
+
+
+def _first_samples(buffer: Buffer, count: int) -> FloatArray:
+    """What a batch holds of the request; the rest fills it up."""
+    return buffer.read()[:count]
 
 
 def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:

@@ -1,0 +1,126 @@
+"""What each caching choice costs and keeps, on one model: the table of docs/quality.md.
+
+Every row is a sampling run in PyTorch from the same noise; PSNR is to the model's own full run, cost is in full steps,
+by FLOPs. Rows with "fewer steps" are the unmodified model with fewer steps: what a choice must beat at its cost. Kept
+tokens are spread evenly and change from step to step (no predictor), so that rows differ in one thing only.
+
+    python examples/compare_choices.py examples/digits-dit --guidance-scale 2 --samples 32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from tc_deploy.calibrate.cost import count_flops
+from tc_deploy.calibrate.measure import draw
+from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, picture_psnr_db
+from tc_deploy.tokencache.selection import select_tokens, spread_importance
+from tc_deploy.types import Attention, Reuse
+
+FEWER_STEPS = (0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+FIRST_SEED = 2_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One row; keep is the share of every block's tokens in a cached step of phases 1 and 2."""
+
+    k1: int = 4
+    k2: int = 2
+    boundary: float = 0.5
+    keep: tuple[float, float] = (0.0, 0.0)
+    order: int = 1
+    attention: Attention = Attention.ALL
+    reuse: Reuse = Reuse.BRANCH
+
+
+CHOICES = (
+    Choice(),
+    Choice(order=0),
+    Choice(order=2),
+    Choice(reuse=Reuse.RESIDUAL),
+    Choice(k1=2, k2=4),
+    Choice(k1=3, k2=3),
+    Choice(k1=3, k2=2),
+    Choice(k1=5, k2=2),
+    Choice(boundary=0.4),
+    Choice(boundary=0.6),
+    Choice(boundary=0.7),
+    Choice(k1=6, k2=3),
+    Choice(k1=6, k2=3, boundary=0.7),
+    Choice(keep=(0.0, 0.125)),
+    Choice(keep=(0.0, 0.25)),
+    Choice(keep=(0.25, 0.25)),
+    Choice(keep=(0.25, 0.25), attention=Attention.KEPT),
+    Choice(keep=(0.25, 0.25), order=0),
+    Choice(keep=(0.25, 0.25), order=0, attention=Attention.KEPT, reuse=Reuse.RESIDUAL),
+    Choice(keep=(0.5, 0.5)),
+    Choice(k1=6, k2=3, keep=(0.25, 0.25)),
+)
+
+
+@click.command()
+@click.argument("model_path", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--steps", default=50, show_default=True)
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance.")
+@click.option("--samples", default=32, show_default=True)
+def main(model_path: Path, steps: int, guidance_scale: float | None, samples: int) -> None:
+    """Print one line per choice for MODEL."""
+    model = load_model(model_path)
+    sampling = Sampling(
+        scheduler=load_scheduler(model_path), steps=steps, guidance_scale=guidance_scale, set_timesteps_kwargs={}
+    )
+    draws = [draw(model, FIRST_SEED + index) for index in range(samples)]
+    noise = torch.cat([noise for noise, _ in draws])
+    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+    blocks, tokens = len(model.blocks), model.geometry.tokens
+
+    def full(count: int) -> torch.Tensor:
+        fewer = dataclasses.replace(sampling, steps=count)
+        return denoise(model, fewer, noise, conditions, lambda _, inputs: model.forward(inputs))
+
+    reference = full(steps)
+    click.echo("| choice | cost in full steps | PSNR dB |\n|---|---|---|")
+
+    def row(name: str, cost: float, latents: torch.Tensor) -> None:
+        psnr = picture_psnr_db(latents, reference, pixels=model.geometry.pixels)
+        click.echo(f"| {name} | {cost:.1f} | {psnr:.1f} |")
+
+    for share in FEWER_STEPS:
+        count = round(share * steps)
+        row(f"fewer steps: {count}", count, full(count))
+    for choice in CHOICES:
+        schedule = Schedule(steps=steps, boundary=round(choice.boundary * steps), k1=choice.k1, k2=choice.k2)
+        counts = [(round(ratio * tokens),) * blocks for ratio in choice.keep]
+        cache = CacheRecord(
+            reuse=choice.reuse,
+            attention=choice.attention,
+            forecast_order=choice.order,
+            keep_counts=(counts[0], counts[1]),
+        )
+        index = {
+            phase: np.stack([select_tokens(spread_importance(blocks, tokens, step), counts[phase - 1]) for step in at])
+            for phase in PHASES
+            if (at := schedule.cached_steps(phase)) and pruned_blocks(counts[phase - 1], tokens)
+        }
+        flops = count_flops(model, cache)
+        per_variant = (flops.full_flops, *flops.cached_flops)
+        cost = sum(per_variant[variant] for variant in schedule.variants) / flops.full_flops
+        latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, index))
+        name = (
+            f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"
+            f" order {choice.order}, attention {choice.attention}, reuse {choice.reuse}"
+        )
+        row(name, cost, latents)
+
+
+if __name__ == "__main__":
+    main()
