@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ _UNWRITABLE = frozenset(
 class Document(BaseModel):
     """Base of everything that is stored as JSON: frozen, unknown keys refused, numbers finite (JSON has no NaN)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # "constants" lets canonical_json refuse what is not finite; pydantic would write null for it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 DocumentT = TypeVar("DocumentT", bound=Document)
@@ -232,6 +234,22 @@ def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
 
 def _reason(error: OSError) -> str:
     return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it is to hold; its folder is made.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    if path.is_dir():
+        raise StorageError(f"{path} cannot be written: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {_reason(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import hypothesis
 import pytest
 import torch
 from torch import nn
 
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
+
+# Models this small only lose by sharing their work between threads, ten times over on a busy machine.
+torch.set_num_threads(1)
+# Nor is a busy machine a defect of the code.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+
+pytest_plugins = ["bundles"]
 
 DIT_CONFIG = {
     "num_attention_heads": 4,

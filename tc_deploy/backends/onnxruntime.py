@@ -47,8 +47,14 @@ class OrtBuffer:
         self.value: onnxruntime.OrtValue = _onnxruntime().OrtValue.ortvalue_from_numpy(self._array)
 
     def write(self, array: NDArray[Any]) -> None:
-        """Copy ``array`` in; it must have the buffer's dtype and shape."""
-        np.copyto(self._array, array, casting="no")
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        if (array.dtype, array.shape) != (self._array.dtype, self._array.shape):
+            raise ValueError(f"expected {self._array.dtype} {self._array.shape}, found {array.dtype} {array.shape}")
+        self._array[...] = array
 
     def read(self) -> NDArray[Any]:
         """A copy."""
@@ -62,8 +68,15 @@ class OrtBoundGraph:
         self._session, self._binding = session, binding
 
     def run(self) -> None:
-        """Run it; the outputs are there on return."""
-        self._session.run_with_iobinding(self._binding)
+        """Run it; the outputs are there on return.
+
+        Raises:
+            BackendError: ONNX Runtime fails, for want of memory or at a value that an operator refuses.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
+            raise BackendError(f"ONNX Runtime fails: {_first_line(error)}") from error
 
 
 class OrtGraph:
@@ -106,9 +119,8 @@ class OrtDevice:
         """Make a session of an ONNX file; its external data lies beside it."""
         try:
             return OrtGraph(self._module.InferenceSession(path, self._options, providers=_PROVIDERS))
-        except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
-            message = str(error).strip().splitlines()[0]
-            raise BackendError(f"{path}: ONNX Runtime refuses the graph: {message}") from error
+        except Exception as error:  # as in OrtBoundGraph.run
+            raise BackendError(f"{path}: ONNX Runtime refuses the graph: {_first_line(error)}") from error
 
 
 class OnnxRuntime:
@@ -121,5 +133,14 @@ class OnnxRuntime:
         return str(_onnxruntime().__version__)
 
     def open(self, options: Mapping[str, Any]) -> OrtDevice:
-        """Open the CPU."""
-        return OrtDevice(**options)
+        """Open the CPU; see :class:`OrtDevice` for the options."""
+        unknown = sorted(options.keys() - {"threads"})
+        threads = options.get("threads", 0)
+        if unknown or not isinstance(threads, int) or threads < 0:
+            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}"
+            raise BackendError(f"{self.name} takes the option threads, a number from 0 on; found {found}; build again")
+        return OrtDevice(threads=threads)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

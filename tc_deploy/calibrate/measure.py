@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tc_deploy.errors import ModelError, PlanError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.schedule import Schedule
@@ -38,6 +39,10 @@ def measure(
         token_index: the plan's index tables by phase.
         cost_in_full_steps: the plan's cost; fewer steps get it rounded up.
         samples: how many pictures to compare.
+
+    Raises:
+        ModelError: the model's own run gives values that are not finite.
+        PlanError: the plan's run does.
     """
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
     fewer = _with_fewer_steps(sampling, fewer_steps)
@@ -55,10 +60,19 @@ def measure(
         full.append(run(sampling, None))
         planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, token_index)))
         shortened.append(run(fewer, None))
-    reference, pixels = torch.cat(full), model.geometry.pixels
+    reference, found, pixels = torch.cat(full), torch.cat(planned), model.geometry.pixels
+    if not reference.isfinite().all():
+        raise ModelError(
+            f"{model.source}: sampling gives values that are not finite; use another checkpoint or scheduler"
+        )
+    if not found.isfinite().all():
+        raise PlanError(
+            f"{model.source}: sampling with the plan gives values that are not finite; choose shorter intervals or a"
+            " lower forecast_order"
+        )
     return MeasuredRecord(
         seeds=seeds,
-        psnr_db=round(picture_psnr_db(torch.cat(planned), reference, pixels=pixels), 2),
+        psnr_db=round(picture_psnr_db(found, reference, pixels=pixels), 2),
         fewer_steps=fewer_steps,
         fewer_steps_psnr_db=round(picture_psnr_db(torch.cat(shortened), reference, pixels=pixels), 2),
     )

@@ -6,6 +6,8 @@ where it stood: its state lies in ``calibration/.NAME.work`` until the plan is w
 
 from __future__ import annotations
 
+import inspect
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -242,6 +244,14 @@ def _cache_record(recipe: Recipe, keep_counts: tuple[tuple[int, ...], tuple[int,
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's configuration as JSON knows it, without diffusers' own bookkeeping."""
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in config.items()}
+    """A scheduler's configuration as JSON knows it, without diffusers' own bookkeeping.
+
+    JSON has no infinity; where it is a default, as DPM-Solver's ``lambda_min_clipped``, the class fills it in again.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
+    plain = {}
+    for key, value in scheduler.config.items():
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not key.startswith("_") and not (infinite and value == defaults.get(key)):
+            plain[key] = value.tolist() if isinstance(value, np.ndarray) else value
+    return plain

@@ -12,7 +12,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.bundle import write_bytes
+from tc_deploy.bundle import check_writable, write_bytes
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError
 
@@ -53,11 +53,14 @@ def command(
     if count < 1:
         raise UsageError(f"-n must be at least 1, found {count}")
     wanted = [labels[index % len(labels)] for index in range(count)]
-    with load(bundle, backend, batch_size=batch_size or _default_batch(bundle, count)) as pipeline:
+    if batch_size is None:
+        batch_size = _default_batch(bundle, count)
+    with load(bundle, backend, batch_size=batch_size) as pipeline:
         if output.suffix == ".png" and not pipeline.manifest.pixels:
             raise UsageError(
                 f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.npy')}"
             )
+        check_writable(output)
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()

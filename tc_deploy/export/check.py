@@ -59,7 +59,8 @@ def example_inputs(
         if variant != FULL:
             history, weights, rows = steps.cached_arguments(step, len(inputs["timestep"]))
             for age, noted in enumerate(history):
-                example |= {history_name(name, age): tensor for name, tensor in noted.items()}
+                # Copied, as a history that is not full yet holds one tensor twice, which the exporter would make one.
+                example |= {history_name(name, age): tensor.clone() for name, tensor in noted.items()}
             example[FORECAST_WEIGHTS] = weights.contiguous()
             if rows is not None:
                 example[TOKEN_INDEX] = rows.contiguous()
@@ -156,7 +157,10 @@ def _session(path: Path) -> Any:
     options.log_severity_level = 3
     # Prepacked weights are a second copy of them, and a check runs once.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
+        raise ExportError(f"{path.name}: ONNX Runtime refuses the graph: {str(error).strip()}") from error
 
 
 def _checked_error(found: NDArray[Any], expected: NDArray[Any], what: str) -> float:

@@ -68,6 +68,7 @@ def export_bundle(
         ModelError: the checkpoint cannot be loaded.
         ExportError: a graph or the scheduler cannot be exported, or a graph departs from PyTorch.
         StorageError: the destination cannot be written.
+        UsageError: ``batch_size`` is below 1.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
@@ -150,8 +151,12 @@ def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
         PlanError: class, configuration or weights are others.
     """
     found = model.record()
-    for what in ("model_class", "weights_sha256", "blocks", "tokens", "width"):
-        expected, present = getattr(plan.model, what), getattr(found, what)
+    fields = ("model_class", "weights_sha256", "blocks", "tokens", "width")
+    facts = {field: (getattr(plan.model, field), getattr(found, field)) for field in fields}
+    # A newer diffusers may save settings that the older one did not know.
+    for key in sorted(plan.model.config.keys() & found.config.keys()):
+        facts[f"config.{key}"] = (plan.model.config[key], found.config[key])
+    for what, (expected, present) in facts.items():
         if expected != present:
             raise PlanError(
                 f"{where}: the plan was made for another model: {what} expected {expected}, found {present} in"

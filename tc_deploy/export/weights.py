@@ -7,10 +7,10 @@ Graphs are packed one after the other, so only one is in memory at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 PAGE_BYTES = 4096
 INLINE_BYTES = 1024
 """Smaller initializers (scales, shapes, axes) stay in the graph: engines fold them, and a page each would be waste."""
+
+_Content: TypeAlias = tuple[str, tuple[int, ...]]
+"""SHA-256 and shape."""
 
 
 class WeightsFile:
@@ -31,6 +34,7 @@ class WeightsFile:
 
     def __init__(self, path: Path, parameters: Mapping[str, Tensor]) -> None:
         self.path = path
+        self._parameters = parameters.keys()
         self._names = _names_by_content(parameters)
         self._offsets: dict[str, int] = {}
         self._file = path.open("wb")
@@ -45,17 +49,18 @@ class WeightsFile:
 
     def pack(self, model: ir.Model) -> None:
         """Move the initializers of ``model`` into the file; they are replaced by references into it."""
-        taken = set(model.graph.initializers)
+        taken = {name.removeprefix("module.") for name in model.graph.initializers}
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < INLINE_BYTES:
+            if tensor is None:
                 continue
             data = tensor.tobytes()
             digest = hashlib.sha256(data).hexdigest()
-            name = self._names.get((digest, tuple(tensor.shape.numpy())), str(value.name).removeprefix("module."))
-            if name not in taken:
-                taken.add(name)
-                value.name = name
+            name = self._name(str(value.name), (digest, tuple(tensor.shape.numpy())), taken)
+            taken.add(name)
+            value.name = name
+            if tensor.nbytes < INLINE_BYTES:
+                continue
             if digest not in self._offsets:
                 self._file.write(bytes(-self._file.tell() % PAGE_BYTES))
                 self._offsets[digest] = self._file.tell()
@@ -70,13 +75,20 @@ class WeightsFile:
                 base_dir=self.path.parent,
             )
 
+    def _name(self, given: str, content: _Content, taken: Container[str]) -> str:
+        """The parameter that an initializer is; one that the exporter folded and renamed is known by its content."""
+        own = given.removeprefix("module.")
+        if own in self._parameters:
+            return own
+        return next((name for name in self._names.get(content, ()) if name not in taken), own)
 
-def _names_by_content(parameters: Mapping[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], str]:
-    """Parameter names by content and shape; a matrix also by its transpose, which exporters fold into the graph."""
-    names: dict[tuple[str, tuple[int, ...]], str] = {}
+
+def _names_by_content(parameters: Mapping[str, Tensor]) -> dict[_Content, list[str]]:
+    """Parameter names by content; a matrix also by its transpose, which exporters fold into the graph."""
+    names: dict[_Content, list[str]] = {}
     for name, parameter in parameters.items():
         views = [(name, parameter)] + ([(f"{name}.T", parameter.t())] if parameter.ndim == 2 else [])
         for view_name, view in views:
             digest = hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            names.setdefault((digest, tuple(view.shape)), view_name)
+            names.setdefault((digest, tuple(view.shape)), []).append(view_name)
     return names

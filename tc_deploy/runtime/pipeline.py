@@ -7,7 +7,10 @@ are independent, one pipeline serves one request at a time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +42,9 @@ from tc_deploy.manifest import (
 from tc_deploy.plan import index_row, load_plan, token_index_name
 from tc_deploy.runtime.program import Call, program_of, slot, table_row
 from tc_deploy.schedule import FULL, Schedule, full_schedule
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FloatArray, IntArray
+
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,20 +129,29 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Free buffers and engines; the pipeline cannot be used afterwards."""
+        """Free buffers and engines as soon as no run holds them; the pipeline cannot be used afterwards."""
         self._cached_program, self._full_program = [], []
         self._buffers = {}
 
     def warmup(self) -> None:
-        """Run every graph once, so that the first request meets no first-time cost."""
-        with self._lock:
+        """Run every graph once, so that the first request meets no first-time cost.
+
+        Raises:
+            UsageError: the pipeline is closed, or is running a request.
+        """
+        with self._claimed():
             for graph in self.variants().values():
                 graph.run()
 
     def variants(self) -> dict[str, BoundGraph]:
-        """Every graph of the schedule once, by name, bound as at its first step; for timing, on whatever lies there."""
-        bound = {variant_name(step.variant): step.model for step in reversed(self._cached_program)}
-        return {name: bound[name] for name in sorted(bound, reverse=True)} | {SOLVER: self._cached_program[0].solver}
+        """Every graph of the schedule once, by name, bound as at its first step; for timing, on whatever lies there.
+
+        Raises:
+            UsageError: the pipeline is closed.
+        """
+        program = self._opened(full=False)
+        bound = {variant_name(step.variant): step.model for step in reversed(program)}
+        return {name: bound[name] for name in sorted(bound, reverse=True)} | {SOLVER: program[0].solver}
 
     def __call__(
         self,
@@ -150,7 +164,7 @@ class Pipeline:
         on_step: Callable[[int, Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Result:
-        """Make one picture per label.
+        """Make one picture per label. All arguments are checked before anything runs.
 
         Args:
             class_labels: n labels.
@@ -162,37 +176,27 @@ class Pipeline:
             should_cancel: asked before every step.
 
         Raises:
-            UsageError: an argument is out of range, or does not fit the bundle.
+            UsageError: an argument is out of range or does not fit the bundle, the pipeline is closed, or it is
+                running another request.
             Cancelled: ``should_cancel`` said so.
         """
+        request = self._checked_request(class_labels, seed, guidance_scale, latents)
+        variants = [step.variant for step in self._opened(full=full)]
         made = []
-        for start in range(0, len(class_labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            last = None
-            for step in self.steps(
-                class_labels=class_labels[part],
-                seed=seed + start,
-                guidance_scale=guidance_scale,
-                latents=None if latents is None else latents[part],
-                full=full,
-            ):
-                if on_step is not None:
-                    on_step(start, step)
-                if step.index + 1 < step.total and should_cancel is not None and should_cancel():
-                    raise Cancelled(f"cancelled after step {step.index + 1} of {step.total}")
-                last = step
-            if last is not None:
-                made.append(last.read_latents())
-        if not made:
-            raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
+        with self._claimed():
+            for start in range(0, len(request.labels), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                for step in self._run(request, part, full=full, should_cancel=should_cancel):
+                    if on_step is not None:
+                        on_step(start, step)
+                    if step.index + 1 == step.total:
+                        made.append(step.read_latents())
         final = np.concatenate(made)
-        program = self._full_program if full else self._cached_program
-        steps_full = sum(step.variant == FULL for step in program)
         return Result(
             latents=final,
             images=images_from_latents(final) if self.manifest.pixels else None,
-            steps_full=steps_full,
-            steps_cached=len(program) - steps_full,
+            steps_full=variants.count(FULL),
+            steps_cached=len(variants) - variants.count(FULL),
         )
 
     def steps(
@@ -217,55 +221,77 @@ class Pipeline:
             An iterator over one :class:`Step` after each denoising step.
 
         Raises:
-            UsageError: an argument is out of range or does not fit the bundle (at once), or another request is
-                running (at the first step).
+            UsageError: an argument is out of range, does not fit the bundle, or the pipeline is closed (at once); it
+                is running another request (at the first step).
         """
-        count = len(class_labels)
-        if not 1 <= count <= self.batch_size:
-            raise UsageError(f"this pipeline takes 1..{self.batch_size} labels at a time, found {count}")
-        noise = self.noise(seed, count) if latents is None else self._checked_latents(latents, count)
-        inputs = self._request(self._checked_labels(class_labels), noise, guidance_scale)
-        program = self._full_program if full else self._cached_program
-        if not program:
-            raise UsageError("the pipeline is closed; load the bundle again")
-        return self._run(program, inputs, count)
+        request = self._checked_request(class_labels, seed, guidance_scale, latents)
+        if len(request.labels) > self.batch_size:
+            raise UsageError(
+                f"steps takes at most {self.batch_size} labels at a time, the batch size, found {len(request.labels)};"
+                " load with a larger batch size"
+            )
+        self._opened(full=full)
+        return self._claimed_steps(request, full=full)
 
-    def _run(self, program: list[BoundStep], inputs: Mapping[str, NDArray[Any]], count: int) -> Iterator[Step]:
+    def _claimed_steps(self, request: _Request, *, full: bool) -> Iterator[Step]:
+        with self._claimed():
+            yield from self._run(request, slice(self.batch_size), full=full)
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Hold the pipeline for one request."""
         if not self._lock.acquire(blocking=False):
             raise UsageError("the pipeline is running another request; a pipeline serves one at a time, load another")
         try:
-            for name, array in inputs.items():
-                self._buffers[name].write(array)
-            for index, step in enumerate(program):
-                step.model.run()
-                step.solver.run()
-                yield Step(
-                    index=index,
-                    total=len(program),
-                    full=step.variant == FULL,
-                    read_latents=functools.partial(_first_samples, self._buffers[step.latents], count),
-                )
+            yield
         finally:
             self._lock.release()
+
+    def _opened(self, *, full: bool) -> list[BoundStep]:
+        program = self._full_program if full else self._cached_program
+        if not program:
+            raise UsageError("the pipeline is closed; load the bundle again")
+        return program
+
+    def _run(
+        self, request: _Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
+    ) -> Iterator[Step]:
+        """Run the part of a request that makes one batch; the caller holds the pipeline."""
+        program = self._opened(full=full)
+        for name, array in self._arrays(request, part).items():
+            self._buffers[name].write(array)
+        for index, step in enumerate(program):
+            if should_cancel is not None and should_cancel():
+                raise Cancelled(f"cancelled after {index} of {len(program)} steps")
+            step.model.run()
+            step.solver.run()
+            yield Step(
+                index=index,
+                total=len(program),
+                full=step.variant == FULL,
+                read_latents=functools.partial(_first_samples, step.latents, len(request.labels[part])),
+            )
 
     def noise(self, seed: int, count: int) -> FloatArray:
         """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, C, H, W) standard normal.
 
         Philox is counter-based and its streams are fixed across numpy versions, machines and batch sizes.
         """
-        if seed < 0:
-            raise UsageError(f"seed must be 0 or larger, found {seed}")
+        _check_seed(seed)
         shape = self.manifest.latent_shape
         samples = [
-            np.random.Generator(np.random.Philox(key=seed + index)).standard_normal(shape, dtype=np.float32)
+            np.random.Generator(np.random.Philox(key=int(seed) + index)).standard_normal(shape, dtype=np.float32)
             for index in range(count)
         ]
         return np.stack(samples)
 
-    def _request(
-        self, labels: NDArray[np.int32], noise: FloatArray, guidance_scale: float | None
-    ) -> dict[str, NDArray[Any]]:
-        """The arrays that a request writes, by buffer name; a batch that is not full repeats its last sample."""
+    def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
+        """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
+        labels = request.labels[part]
+        if request.latents is None:
+            noise = self.noise(request.seed + part.indices(len(request.labels))[0], len(labels))
+        else:
+            noise = request.latents[part]
         missing = self.batch_size - len(labels)
         labels = np.concatenate([labels, np.repeat(labels[-1:], missing)])
         start = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
@@ -273,34 +299,43 @@ class Pipeline:
         scaled = start * self._first_scale
         halves = 2 if self.manifest.guided else 1
         condition = self.manifest.conditions[0]
-        inputs: dict[str, NDArray[Any]] = {
+        arrays: dict[str, NDArray[Any]] = {
             slot("latents", 0): start,
             "hidden_states": np.concatenate([scaled] * halves),
             condition.name: np.concatenate([labels, np.full_like(labels, condition.classes)][:halves]),
         }
         if self.manifest.guided:
-            scale = self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale
-            inputs["guidance_scale"] = np.full(self.batch_size, scale, np.float32)
-        elif guidance_scale is not None:
-            raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
+            arrays["guidance_scale"] = np.full(self.batch_size, request.guidance_scale, np.float32)
         # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.
         for name in self._buffers:
             if name.startswith("guided_output@"):
-                inputs[name] = np.zeros_like(start)
-        return inputs
+                arrays[name] = np.zeros_like(start)
+        return arrays
 
-    def _checked_labels(self, labels: Sequence[int]) -> NDArray[np.int32]:
+    def _checked_request(
+        self, class_labels: Sequence[int], seed: int, guidance_scale: float | None, latents: FloatArray | None
+    ) -> _Request:
         classes = self.manifest.conditions[0].classes or 0
+        labels = [operator.index(label) for label in class_labels]
+        if not labels:
+            raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
         for label in labels:
             if not 0 <= label < classes:
                 raise UsageError(f"class label must lie in 0..{classes - 1}, found {label}")
-        return np.asarray(labels, np.int32)
-
-    def _checked_latents(self, latents: FloatArray, count: int) -> FloatArray:
-        expected = (count, *self.manifest.latent_shape)
-        if latents.shape != expected:
-            raise UsageError(f"latents: expected {expected}, found {latents.shape}")
-        return latents.astype(np.float32)
+        _check_seed(seed)
+        if guidance_scale is not None and not self.manifest.guided:
+            raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise UsageError(f"guidance scale must be a finite number, found {guidance_scale}")
+        expected = (len(labels), *self.manifest.latent_shape)
+        if latents is not None and latents.shape != expected:
+            raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
+        return _Request(
+            labels=np.asarray(labels, np.int32),
+            seed=seed,
+            latents=None if latents is None else latents.astype(np.float32),
+            guidance_scale=self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
+        )
 
     def _program(self, device: Device, graphs: Mapping[str, Graph], schedule: Schedule) -> list[BoundStep]:
         steps = program_of(self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history)
@@ -309,7 +344,7 @@ class Pipeline:
                 variant=step.variant,
                 model=self._bind(device, graphs, step.model, index),
                 solver=self._bind(device, graphs, step.solver, index),
-                latents=step.latents,
+                latents=self._buffers[step.latents],
             )
             for index, step in enumerate(steps)
         ]
@@ -347,7 +382,24 @@ class BoundStep:
     variant: int
     model: BoundGraph
     solver: BoundGraph
-    latents: str
+    latents: Buffer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Request:
+    """A request whose arguments have been checked, before it is cut into batches."""
+
+    labels: IntArray
+    """(n,)"""
+    seed: int
+    latents: FloatArray | None
+    """(n, C, H, W)"""
+    guidance_scale: float | None
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must lie in 0..{MAX_SEED}, found {seed}")
 
 
 def _first_samples(buffer: Buffer, count: int) -> FloatArray:
@@ -369,7 +421,9 @@ def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
 
 
 def _chosen_backend(path: Path, backend: str | None) -> str:
-    built = sorted(file.parent.name for file in path.glob(f"*/{MANIFEST}"))
+    if backend is not None:
+        registry.backend(backend)
+    built = sorted(name for name in registry.BACKENDS if (path / name / MANIFEST).is_file())
     if backend is None and built:
         return built[0]
     if backend not in built:

@@ -78,7 +78,7 @@ def assert_same_weights(model: DiffusionTransformer, other: DiffusionTransformer
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-# ------------------------------------------------------------------------------------------------------------ it loads
+# ------------------------------------------------------------------------------------------------------------- it loads
 def test_a_pipeline_folder_and_its_transformer_folder_are_the_same_model(
     tiny_dit_folder: Path, tiny_dit: DiffusionTransformer
 ) -> None:
@@ -121,7 +121,7 @@ def test_the_source_is_relative_below_the_working_directory(folder: Path, monkey
     assert load_model(Path("model")).source == "model"
 
 
-# -------------------------------------------------------------------------------------------------------- its identity
+# --------------------------------------------------------------------------------------------------------- its identity
 def test_the_hash_of_one_file_is_that_files_own(tiny_dit_folder: Path, tiny_dit: DiffusionTransformer) -> None:
     assert tiny_dit.weights_sha256 == sha256_of_file(tiny_dit_folder / "transformer" / WEIGHTS)
 
@@ -157,7 +157,7 @@ def test_the_hash_is_of_the_weights_that_are_read_where_one_file_stands_beside_s
     assert model.weights_sha256 == before
 
 
-# -------------------------------------------------------------------------------------------------- broken checkpoints
+# --------------------------------------------------------------------------------------------------- broken checkpoints
 def test_a_missing_folder(tmp_path: Path) -> None:
     error_of(load_model, tmp_path / "nothing", "no such folder", "transformer/")
 
@@ -270,7 +270,7 @@ def test_a_wrong_shape(folder: Path) -> None:
     assert not re.search("randomly|ignore_mismatched_sizes", str(raised.value))
 
 
-# ---------------------------------------------------------------------------------------------------------- schedulers
+# ----------------------------------------------------------------------------------------------------------- schedulers
 def test_a_scheduler_is_found_in_the_pipeline_and_beside_the_transformer(tiny_dit_folder: Path) -> None:
     for path in (tiny_dit_folder, tiny_dit_folder / "transformer"):
         scheduler = load_scheduler(path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokencache import reference
 from tolerances import tolerance
-from torch import Tensor
+from torch import Tensor, nn
 
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
@@ -34,6 +34,9 @@ SETTINGS = tuple(product(Reuse, Attention, range(3)))
 VISIBLE = 1000 * tolerance("torch", "fp32", "max_abs")
 """A difference that no rounding makes."""
 
+each_reuse = pytest.mark.parametrize("reuse", tuple(Reuse))
+each_attention = pytest.mark.parametrize("attention", tuple(Attention))
+each_order = pytest.mark.parametrize("order", range(3))
 each_setting = pytest.mark.parametrize(("reuse", "attention", "order"), SETTINGS)
 
 
@@ -106,7 +109,8 @@ def one_token_more(model: DiffusionTransformer) -> DiffusionTransformer:
 
 
 # ----------------------------------------------------------------------------------------------------------- full steps
-@pytest.mark.parametrize(("reuse", "attention"), product(Reuse, Attention))
+@each_reuse
+@each_attention
 def test_a_full_step_is_the_model_bit_for_bit(
     tiny_dit: DiffusionTransformer, reuse: Reuse, attention: Attention
 ) -> None:
@@ -118,7 +122,8 @@ def test_a_full_step_is_the_model_bit_for_bit(
     assert torch.equal(output, plain)
 
 
-@pytest.mark.parametrize(("reuse", "attention"), product(Reuse, Attention))
+@each_reuse
+@each_attention
 def test_a_full_step_notes_what_the_blocks_computed(
     tiny_dit: DiffusionTransformer, reuse: Reuse, attention: Attention
 ) -> None:
@@ -133,7 +138,7 @@ def test_a_full_step_notes_what_the_blocks_computed(
         assert_close(noted[f"cache.{block}.{part}"], expected[block][part])
 
 
-# ---------------------------------------------------------------------------------------------------------- cached steps
+# --------------------------------------------------------------------------------------------------------- cached steps
 @each_setting
 @pytest.mark.parametrize("keep", [NOTHING, MIXED, (5, 5, 5), (TOKENS, 1, 0)], ids=str)
 def test_a_cached_step_is_the_formula(
@@ -170,8 +175,9 @@ def test_all_tokens_in_any_order_are_the_model_whatever_the_cache_holds(
     assert_close(output, tiny_dit.forward(inputs))
 
 
-@pytest.mark.parametrize(("reuse", "order"), product(Reuse, range(3)))
-@settings(max_examples=15, deadline=None)
+@each_reuse
+@each_order
+@settings(max_examples=15)
 @given(data=st.data())
 def test_with_keys_and_values_at_the_same_input_any_tokens_are_the_model(
     tiny_dit: DiffusionTransformer, reuse: Reuse, order: int, data: st.DataObject
@@ -189,7 +195,7 @@ def test_with_keys_and_values_at_the_same_input_any_tokens_are_the_model(
     assert_close(run_cached(tiny_dit, cache, 1, inputs, [noted] * (order + 1), weights, index), output)
 
 
-@pytest.mark.parametrize("reuse", Reuse)
+@each_reuse
 def test_without_keys_and_values_some_tokens_are_not_the_model(tiny_dit: DiffusionTransformer, reuse: Reuse) -> None:
     cache = record(reuse, Attention.KEPT, 0, (5, 5, 5))
     inputs = draw_inputs(seed=1)
@@ -203,20 +209,18 @@ def test_nothing_kept_with_residuals_is_whole_step_caching(tiny_dit: DiffusionTr
     """What FORA does, at the level of blocks: the embedded input plus every cached residual, through the head."""
     cache = record(Reuse.RESIDUAL, Attention.KEPT, 0, NOTHING)
     earlier, inputs = draw_inputs(seed=100, shift=7.0), draw_inputs(seed=1)
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
-    hooks = [
-        block.register_forward_hook(
-            lambda _, arguments, output: (entered.append(arguments[0]), left.append(output))[2:]
-        )
-        for block in tiny_dit.blocks
-    ]
+    residuals: list[Tensor] = []
+
+    def note(block: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        residuals.append(output - arguments[0])
+
+    hooks = [block.register_forward_hook(note) for block in tiny_dit.blocks]
     tiny_dit.forward(earlier)
     for hook in hooks:
         hook.remove()
     tokens = tiny_dit.module.pos_embed(inputs["hidden_states"])
-    for before, after in zip(entered, left, strict=True):
-        tokens = tokens + (after - before)
+    for residual in residuals:
+        tokens = tokens + residual
     expected = reference.head(tiny_dit.module, tokens, inputs)
     _, noted = run_full(tiny_dit, cache, earlier)
     assert_close(run_cached(tiny_dit, cache, 1, inputs, [noted], torch.ones(BATCH, 1), None), expected)
@@ -278,7 +282,7 @@ def test_a_sample_does_not_depend_on_its_companions(
         assert_close(run_full(tiny_dit, cache, only(inputs, sample))[0], together_full[row])
 
 
-# ---------------------------------------------------------------------------------------------------------- superposition
+# -------------------------------------------------------------------------------------------------------- superposition
 @each_setting
 def test_superposition_is_the_model_at_1_and_the_cache_at_0(
     tiny_dit: DiffusionTransformer, reuse: Reuse, attention: Attention, order: int
@@ -295,7 +299,8 @@ def test_superposition_is_the_model_at_1_and_the_cache_at_0(
     assert_close(superposed(0.0), run_cached(tiny_dit, cache, 1, inputs, history, weights, None))
 
 
-@pytest.mark.parametrize(("reuse", "order"), product(Reuse, range(3)))
+@each_reuse
+@each_order
 def test_superposition_of_zeros_and_ones_is_pruning(tiny_dit: DiffusionTransformer, reuse: Reuse, order: int) -> None:
     cache = record(reuse, Attention.ALL, order, MIXED)
     inputs, weights = draw_inputs(seed=1), draw_weights(order, seed=2)
@@ -307,7 +312,7 @@ def test_superposition_of_zeros_and_ones_is_pruning(tiny_dit: DiffusionTransform
     assert_close(run_superposed(tiny_dit, cache, inputs, history, weights, same_tokens), pruned)
 
 
-# ---------------------------------------------------------------------------------------------------- what is left behind
+# -------------------------------------------------------------------------------------------------- what is left behind
 def test_only_what_a_cached_step_reads_is_named(tiny_dit: DiffusionTransformer) -> None:
     def named(reuse: Reuse, attention: Attention, *keeps: tuple[int, ...]) -> tuple[str, ...]:
         both = (keeps[0], keeps[-1])
@@ -334,7 +339,7 @@ def patched(model: DiffusionTransformer) -> list[str]:
     return [name for name, module in model.module.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("reuse", Reuse)
+@each_reuse
 def test_the_model_is_left_as_it_was(tiny_dit: DiffusionTransformer, reuse: Reuse) -> None:
     cache = record(reuse, Attention.ALL, 0, MIXED)
     inputs = draw_inputs(seed=1)
@@ -347,7 +352,7 @@ def test_the_model_is_left_as_it_was(tiny_dit: DiffusionTransformer, reuse: Reus
     assert torch.equal(tiny_dit.forward(inputs), before)
 
 
-@pytest.mark.parametrize("reuse", Reuse)
+@each_reuse
 @pytest.mark.parametrize("fail", ["a label that no class has", "an index that no token has"])
 def test_the_model_is_left_as_it_was_after_an_error(tiny_dit: DiffusionTransformer, reuse: Reuse, fail: str) -> None:
     cache = record(reuse, Attention.ALL, 0, MIXED)

@@ -1,0 +1,161 @@
+"""Bundles that several rooms' tests share: three exports for the whole run, as every graph takes seconds.
+
+Tests leave the folders as they are; one that damages a bundle takes a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+
+from tc_deploy import cli
+from tc_deploy.backends.build import build_target
+from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.stage import calibrate
+from tc_deploy.export.stage import export_bundle
+
+SaveDit = Callable[..., Path]
+
+MIXED = {
+    # F c1 c1 | F c2 F c2 F c2 F: phase 1 never fills the history that its forecast would like, phase 2 does.
+    "sampling": {"steps": 10, "guidance_scale": 2.0},
+    "schedule": {"boundary": 3, "k1": 3, "k2": 2},
+    "cache": {"keep_counts": ((0, 16, 8), (8, 0, 4)), "attention": "all", "reuse": "branch", "forecast_order": 1},
+}
+MULTISTEP = {
+    # F c1 c1 F c1 c1 F c1
+    "sampling": {"steps": 8, "guidance_scale": 1.5},
+    "schedule": {"boundary": 8, "k1": 3, "k2": 1},
+    "cache": {"keep_counts": ((8,), (0,)), "attention": "all", "reuse": "branch", "forecast_order": 0},
+}
+PIXEL_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A bundle and what it was made from."""
+
+    model: Path
+    plan: Path
+    bundle: Path
+
+    def copy(self, folder: Path) -> Path:
+        """A copy of the bundle that a test may damage."""
+        return Path(shutil.copytree(self.bundle, folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command line said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that begins with ``error:``, which is the last."""
+        lines = self.err.splitlines()
+        assert [line.startswith("error: ") for line in lines].count(True) == 1, self.err
+        assert lines[-1].startswith("error: "), self.err
+        assert "Traceback" not in self.err
+        return lines[-1]
+
+
+def run_cli(*words: object) -> Answer:
+    """Run a command line in this process; the log is left as it was."""
+    loggers = [logging.getLogger(), logging.getLogger("tc_deploy")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main([str(word) for word in words])
+    finally:
+        for logger, level, handlers in before:
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+    return Answer(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def make_plan(model: Path, folder: Path, **settings: Any) -> Path:
+    """Calibrate by hand: nothing is trained or measured."""
+    calibrate(Recipe.model_validate({"model": str(model), "measure": {"samples": 0}, **settings}), folder)
+    return folder
+
+
+def save_scheduler(model: Path, scheduler: Any) -> Path:
+    """Give a pipeline folder another scheduler."""
+    shutil.rmtree(model / "scheduler")
+    scheduler.save_pretrained(model / "scheduler")
+    return model
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+    """Guided, any batch, first-order forecast, keys and values cached; each variant skips, prunes and keeps blocks."""
+    folder = tmp_path_factory.mktemp("mixed")
+    plan = make_plan(tiny_dit_folder, folder / "plan", **MIXED)
+    export_bundle(plan, folder / "bundle")
+    build_target(folder / "bundle", options={"threads": 1})
+    return Made(model=tiny_dit_folder, plan=plan, bundle=folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def multistep(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Made:
+    """One block, DPM-Solver++ of second order (the solver looks one step back), guided, reuse without forecast."""
+    folder = tmp_path_factory.mktemp("multistep")
+    model = save_scheduler(save_dit(folder / "model", num_layers=1), diffusers.DPMSolverMultistepScheduler())
+    plan = make_plan(model, folder / "plan", **MULTISTEP)
+    export_bundle(plan, folder / "bundle")
+    build_target(folder / "bundle", options={"threads": 1})
+    return Made(model=model, plan=plan, bundle=folder / "bundle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeByCommands(Made):
+    """A bundle that the command line made, and what it said."""
+
+    calibrated: Answer
+    exported: Answer
+    built: Answer
+
+
+def _repeat_embedders(module: Any) -> None:
+    """Let the second block hold copies of the first one's embedders, as converted checkpoints do."""
+    first, second = (block.norm1.emb for block in module.transformer_blocks)
+    second.load_state_dict(first.state_dict())
+
+
+@pytest.fixture(scope="session")
+def pixel(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> MadeByCommands:
+    """Latents that are RGB pictures, a fixed batch, no guidance, residual reuse, second-order forecast.
+
+    F c1 F c1 F c1 F c1 F; phase 2 is empty. Made by the command line.
+    """
+    folder = tmp_path_factory.mktemp("pixel")
+    model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
+    schedule = ("--steps", 9, "--boundary", 9, "--k1", 2, "--k2", 1)
+    cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
+    plan, bundle = folder / "plan", folder / "bundle"
+    return MadeByCommands(
+        model=model,
+        plan=plan,
+        bundle=bundle,
+        calibrated=run_cli("calibrate", model, "-o", plan, *schedule, *cache, "--samples", 2),
+        exported=run_cli("export", plan, "-o", bundle, "--static-batch", PIXEL_BATCH),
+        built=run_cli("build", bundle, "--threads", 1),
+    )

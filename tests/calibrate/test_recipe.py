@@ -1,0 +1,188 @@
+"""Recipes: TOML, overrides, defaults, and what every kind of mistake is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tc_deploy.calibrate.measure import FIRST_SEED
+from tc_deploy.calibrate.recipe import MAX_SEED, Recipe, read_recipe
+from tc_deploy.errors import UsageError
+from tc_deploy.types import Attention, Reuse
+
+TOML = """
+model = "../models/dit"
+seed = 7
+
+[sampling]
+steps = 20
+guidance_scale = 2.5
+set_timesteps_kwargs = {mu = 1.15}
+
+[schedule]
+boundary = 8
+k1 = 4
+k2 = 2
+
+[cache]
+keep_ratio = [0.0, 0.25]
+multiple = 16
+reuse = "residual"
+attention = "kept"
+forecast_order = 2
+
+[predictor]
+iterations = 30
+
+[measure]
+samples = 4
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(path: Path, overrides: dict[str, Any], *parts: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        read_recipe(path, overrides)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: "), message
+    for part in parts:
+        assert part in message
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, TOML), {})
+    assert recipe.seed == 7
+    assert (recipe.sampling.steps, recipe.sampling.guidance_scale) == (20, 2.5)
+    assert recipe.sampling.set_timesteps_kwargs == {"mu": 1.15}
+    assert (recipe.schedule.boundary, recipe.schedule.k1, recipe.schedule.k2) == (8, 4, 2)
+    assert recipe.cache.keep_ratio == (0.0, 0.25)
+    assert recipe.cache.multiple == 16
+    assert (recipe.cache.reuse, recipe.cache.attention) == (Reuse.RESIDUAL, Attention.KEPT)
+    assert recipe.cache.forecast_order == 2
+    assert recipe.cache.keep_counts is None
+    assert recipe.predictor.iterations == 30
+    assert recipe.predictor.batch_size == Recipe(model="").predictor.batch_size
+    assert recipe.measure.samples == 4
+
+
+def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "calibration" / "recipes"
+    folder.mkdir(parents=True)
+    path = write(folder, 'model = "../../models/dit"')
+    monkeypatch.chdir(tmp_path)
+    for given in (path, path.relative_to(tmp_path)):
+        assert Path(read_recipe(given, {}).model).resolve() == tmp_path / "models" / "dit"
+
+
+def test_an_absolute_path_stays_as_it_is(tmp_path: Path) -> None:
+    assert read_recipe(write(tmp_path, 'model = "/models/dit"'), {}).model == "/models/dit"
+
+
+def test_a_model_folder_is_a_recipe_of_defaults() -> None:
+    assert read_recipe(Path("models/dit"), {}) == Recipe(model="models/dit")
+
+
+def test_overrides_win_and_none_is_passed_over(tmp_path: Path) -> None:
+    overrides = {
+        "schedule.k1": 6,
+        "schedule.k2": None,
+        "predictor.learning_rate": 0.5,
+        "seed": 1,
+        "sampling.steps": None,
+    }
+    recipe = read_recipe(write(tmp_path, TOML), overrides)
+    assert (recipe.schedule.k1, recipe.schedule.k2, recipe.schedule.boundary) == (6, 2, 8)
+    assert (recipe.predictor.learning_rate, recipe.predictor.iterations) == (0.5, 30)
+    assert (recipe.seed, recipe.sampling.steps) == (1, 20)
+
+
+def test_overrides_make_the_tables_that_a_model_folder_lacks() -> None:
+    recipe = read_recipe(Path("models/dit"), {"cache.keep_counts": [[0], [4, 8]], "cache.reuse": "residual"})
+    assert recipe.cache.keep_counts == ((0,), (4, 8))
+    assert recipe.cache.reuse is Reuse.RESIDUAL
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    error_of(tmp_path / "nothing.toml", {}, "no such recipe")
+
+
+def test_a_folder_named_like_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    error_of(tmp_path / "folder.toml", {}, "not a TOML file")
+
+
+@pytest.mark.parametrize("text", ["model = ", "[sampling", "model = 'a'\nmodel = 'b'"])
+def test_what_is_no_toml(tmp_path: Path, text: str) -> None:
+    error_of(write(tmp_path, text), {}, "not a TOML file")
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    error_of(path, {}, "not a TOML file")
+
+
+def test_a_recipe_without_a_model(tmp_path: Path) -> None:
+    error_of(write(tmp_path, "seed = 1"), {}, "model", "required")
+
+
+@pytest.mark.parametrize(
+    "key", ["modle", "sampling.step", "schedule.k3", "cache.keep", "predictor.lr", "measure.seeds"]
+)
+def test_an_unknown_key(tmp_path: Path, key: str) -> None:
+    error_of(write(tmp_path, TOML), {key: 3}, f"{key}: ", "found 3")
+
+
+def test_an_unknown_table(tmp_path: Path) -> None:
+    error_of(write(tmp_path, TOML + "[training]\nsteps = 3\n"), {}, "training: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("seed", MAX_SEED + 1),
+        ("seed", 1.5),
+        ("sampling.steps", 0),
+        ("sampling.steps", "many"),
+        ("sampling.guidance_scale", float("inf")),
+        ("schedule.boundary", -1),
+        ("schedule.k1", 0),
+        ("schedule.k2", -2),
+        ("cache.keep_ratio", [0.5]),
+        ("cache.keep_ratio", [0.0, 1.01]),
+        ("cache.keep_ratio", [-0.1, 0.0]),
+        ("cache.keep_ratio", [float("nan"), 0.0]),
+        ("cache.keep_counts", [[1, -1], [0]]),
+        ("cache.keep_counts", [[1]]),
+        ("cache.multiple", 0),
+        ("cache.reuse", "output"),
+        ("cache.attention", "none"),
+        ("cache.forecast_order", 3),
+        ("predictor.iterations", 0),
+        ("predictor.batch_size", 0),
+        ("predictor.learning_rate", 0.0),
+        ("predictor.budget_weight", -1.0),
+        ("measure.samples", -1),
+    ],
+)
+def test_a_value_out_of_range(tmp_path: Path, key: str, value: Any) -> None:
+    error_of(write(tmp_path, TOML), {key: value}, key, "found ")
+
+
+def test_a_value_where_a_table_belongs(tmp_path: Path) -> None:
+    path = write(tmp_path, "model = 'a'\nschedule = 4")
+    error_of(path, {}, "schedule: ", "found 4")
+    error_of(path, {"schedule.k1": 3}, "schedule: ", "found 4")
+
+
+def test_training_and_measurement_never_share_a_seed() -> None:
+    assert MAX_SEED + Recipe(model="").predictor.batch_size < FIRST_SEED
