@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,11 @@ import pytest
 
 from tc_deploy import cli
 from tc_deploy.backends.build import build_target
+from tc_deploy.bundle import MANIFEST, canonical_json, file_records
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.export.stage import export_bundle
+from tc_deploy.manifest import read_manifest
 
 SaveDit = Callable[..., Path]
 
@@ -91,6 +94,20 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a bundle's manifest, as a user or an attacker would."""
+    document = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    change(document)
+    (bundle / MANIFEST).write_text(canonical_json(document), encoding="utf-8")
+
+
+def reseal(bundle: Path) -> None:
+    """Make the manifest name the files as they now are."""
+    names = list(read_manifest(bundle).files)
+    records = {name: record.model_dump() for name, record in file_records(bundle, names).items()}
+    edit_manifest(bundle, lambda document: document.update(files=records))
+
+
 def make_plan(model: Path, folder: Path, **settings: Any) -> Path:
     """Calibrate by hand: nothing is trained or measured."""
     calibrate(Recipe.model_validate({"model": str(model), "measure": {"samples": 0}, **settings}), folder)
@@ -142,12 +159,14 @@ def _repeat_embedders(module: Any) -> None:
 
 @pytest.fixture(scope="session")
 def pixel(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> MadeByCommands:
-    """Latents that are RGB pictures, a fixed batch, no guidance, residual reuse, second-order forecast.
+    """Latents that are RGB pictures, a fixed batch, no guidance, residual reuse, second-order forecast, Euler's solver.
 
-    F c1 F c1 F c1 F c1 F; phase 2 is empty. Made by the command line.
+    F c1 F c1 F c1 F c1 F; phase 2 is empty. Euler's noise is not of size 1, and the model sees it scaled. Made by the
+    command line.
     """
     folder = tmp_path_factory.mktemp("pixel")
     model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
+    save_scheduler(model, diffusers.EulerDiscreteScheduler())
     schedule = ("--steps", 9, "--boundary", 9, "--k1", 2, "--k2", 1)
     cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
     plan, bundle = folder / "plan", folder / "bundle"

@@ -275,15 +275,17 @@ class Pipeline:
     def noise(self, seed: int, count: int) -> FloatArray:
         """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, C, H, W) standard normal.
 
-        Philox is counter-based and its streams are fixed across numpy versions, machines and batch sizes.
+        A picture's noise depends on its seed alone. numpy reserves the right to draw normals in another way in a later
+        version; a test pins the values.
+
+        Raises:
+            UsageError: ``seed`` is out of range.
         """
         _check_seed(seed)
         shape = self.manifest.latent_shape
-        samples = [
-            np.random.Generator(np.random.Philox(key=int(seed) + index)).standard_normal(shape, dtype=np.float32)
-            for index in range(count)
-        ]
-        return np.stack(samples)
+        first = operator.index(seed)
+        streams = [np.random.Generator(np.random.Philox(key=first + index)) for index in range(count)]
+        return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
     def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
         """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""

@@ -40,12 +40,13 @@ def keep_counts_from_importance(
     blocks = len(importance)
     budget = round(keep_ratio * blocks * tokens)
     counts = [0] * blocks
+    shares = [float(score) for score in importance]
     while True:
         units = {block: min(multiple, tokens - counts[block]) for block in range(blocks)}
         open_blocks = [block for block, unit in units.items() if 0 < unit <= budget]
         if not open_blocks:
             return tuple(counts)
-        chosen = max(open_blocks, key=lambda block: (importance[block] / (counts[block] + units[block]), -block))
+        chosen = max(open_blocks, key=lambda block: (shares[block] / (counts[block] + units[block]), -block))
         counts[chosen] += units[chosen]
         budget -= units[chosen]
 

@@ -178,6 +178,15 @@ def test_a_trajectory_does_not_remember_the_one_before(
     assert torch.equal(denoise(tiny_dit, sampling, *draw(1), fresh), other)
 
 
+def test_a_trajectory_may_have_another_batch_than_the_one_before(tiny_dit: DiffusionTransformer) -> None:
+    noise, conditions = draw()
+    steps = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    denoise(tiny_dit, make_sampling(guidance_scale=4.0), noise, conditions, steps)
+    after = denoise(tiny_dit, make_sampling(), noise, conditions, steps)
+    fresh = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    assert torch.equal(after, denoise(tiny_dit, make_sampling(), noise, conditions, fresh))
+
+
 def test_guidance_is_a_mix_of_two_runs_of_the_model(tiny_dit: DiffusionTransformer) -> None:
     noise, conditions = draw()
     seen: list[Mapping[str, Tensor]] = []

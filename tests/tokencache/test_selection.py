@@ -149,9 +149,9 @@ def test_hand_made_scores_keep_tokens_evenly(tokens: int, step: int, share: floa
     assert (scores[0] == scores[1]).all()
     kept = np.zeros(tokens, bool)
     kept[np.argsort(-scores[0], kind="stable")[:keep]] = True
-    # However a run of tokens is cut out, it holds its share of the kept ones, give or take 3.
+    # However a run of tokens is cut out, it holds its share of the kept ones, give or take 5.
     surplus = np.concatenate([[0.0], np.cumsum(kept - keep / tokens)])
-    assert surplus.max() - surplus.min() <= 3
+    assert surplus.max() - surplus.min() <= 5
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 256])

@@ -1,0 +1,415 @@
+"""Every command on a tiny model, from the checkpoint to pictures; and one line and an exit code for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from bundles import PIXEL_BATCH, Answer, Made, MadeByCommands, SaveDit, run_cli, save_scheduler, snapshot
+from PIL import Image
+
+import tc_deploy
+from tc_deploy import errors
+from tc_deploy.bundle import MANIFEST
+from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
+from tc_deploy.plan import PLAN
+
+SIDE = 8
+BENCH_ROUNDS = 2
+BAD_USE = errors.UsageError.exit_code
+BAD_MODEL = errors.ModelError.exit_code
+BAD_PLAN = errors.PlanError.exit_code
+BAD_BUNDLE = errors.BundleError.exit_code
+BAD_EXPORT = errors.ExportError.exit_code
+BAD_PLACE = errors.StorageError.exit_code
+
+
+def refused(code: int, message: str, *words: object, unchanged: Path | None = None) -> None:
+    """Check that a command line is refused in one line and leaves a folder as it was."""
+    before = None if unchanged is None else (snapshot(unchanged), sorted(unchanged.rglob("*")))
+    answer = run_cli(*words)
+    assert message in answer.error
+    assert answer.code == code, answer.error
+    assert answer.out == ""
+    if unchanged is not None:
+        assert (snapshot(unchanged), sorted(unchanged.rglob("*"))) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ main path
+
+
+def test_a_plan_is_made(pixel: MadeByCommands) -> None:
+    assert pixel.calibrated.code == 0, pixel.calibrated.err
+    first, second = pixel.calibrated.out.splitlines()
+    assert first.startswith(f"{pixel.plan}: 5 full + 4 cached steps, ")
+    assert first.endswith(" % of the full run's FLOPs")
+    assert second.startswith("PSNR to the full run ")
+    assert second.endswith("(2 unseen seeds)")
+    assert sorted(path.name for path in pixel.plan.parent.iterdir()) == ["bundle", "model", "plan"]
+
+
+def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
+    assert pixel.exported.code == 0, pixel.exported.err
+    lines = pixel.exported.out.splitlines()
+    for line, name in zip(lines, ("full", "cached-1", "solver"), strict=True):
+        path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
+        assert path.is_file()
+        assert line.startswith(f"{path}: {name}, ")
+        assert "PyTorch ± " in line
+    assert "comparing full with PyTorch" in pixel.exported.err
+
+
+def test_engines_are_built(pixel: MadeByCommands) -> None:
+    assert pixel.built.code == 0, pixel.built.err
+    assert pixel.built.out.startswith(f"{pixel.bundle / 'onnxruntime'}: built with onnxruntime ")
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        image.load()
+        return image
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (5, 3, 2)])
+@pytest.mark.parametrize("zoom", [1, 3])
+def test_pictures_are_laid_out_on_a_sheet(
+    pixel: MadeByCommands, tmp_path: Path, count: int, columns: int, rows: int, zoom: int
+) -> None:
+    output = tmp_path / "new" / "sheet.png"
+    words = ("generate", pixel.bundle, "--class-label", 4, "-n", count, "--seed", 7, "--zoom", zoom, "-o", output)
+    answer = run_cli(*words)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith(f"{output}: {count} pictures, 5 full + 4 cached steps, ")
+    sheet = picture(output)
+    assert (sheet.format, sheet.mode, sheet.size) == ("PNG", "RGB", (columns * SIDE * zoom, rows * SIDE * zoom))
+    with tc_deploy.load(pixel.bundle) as pipeline:
+        images = pipeline(class_labels=[4] * count, seed=7).images
+    assert images is not None
+    pixels = np.asarray(sheet)
+    for index, image in enumerate(images):
+        top, left = index // columns * SIDE * zoom, index % columns * SIDE * zoom
+        tile = pixels[top : top + SIDE * zoom, left : left + SIDE * zoom]
+        assert np.array_equal(tile, image.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    for empty in range(count, columns * rows):
+        top, left = empty // columns * SIDE * zoom, empty % columns * SIDE * zoom
+        assert not pixels[top:, left:].any()
+    assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
+
+
+def test_latents_are_written_as_they_are(mixed: Made, tmp_path: Path) -> None:
+    output = tmp_path / "latents.npy"
+    words = ("generate", mixed.bundle, "--class-label", 1, "--class-label", 2, "-n", 3, "-o", output)
+    made = []
+    for extra in ((), (), ("--full",), ("--guidance-scale", 4.0), ("--batch-size", 2)):
+        answer = run_cli(*words, *extra)
+        assert answer.code == 0, answer.err
+        steps = "10 full + 0 cached" if "--full" in extra else "5 full + 5 cached"
+        assert f"3 pictures, {steps} steps" in answer.out
+        made.append(np.load(output, allow_pickle=False))
+    with tc_deploy.load(mixed.bundle, batch_size=3) as pipeline:
+        expected = pipeline(class_labels=[1, 2, 1])
+    assert np.array_equal(made[0], expected.latents)
+    assert np.array_equal(made[1], made[0])
+    assert not np.array_equal(made[2], made[0])
+    assert not np.array_equal(made[3], made[0])
+    assert made[4].shape == made[0].shape == (3, 4, SIDE, SIDE)
+
+
+def test_pictures_can_be_had_as_latents_too(pixel: MadeByCommands, tmp_path: Path) -> None:
+    assert run_cli("generate", pixel.bundle, "--class-label", 1, "-o", tmp_path / "x.npy").code == 0
+    assert np.load(tmp_path / "x.npy").shape == (1, 3, SIDE, SIDE)
+
+
+def test_a_plan_is_shown(mixed: Made) -> None:
+    answer = run_cli("inspect", mixed.plan)
+    assert answer.code == 0
+    lines = {" ".join(line.split()) for line in answer.out.splitlines()}
+    assert "schedule F c1 c1 | F c2 F c2 F c2 F" in lines
+    assert "phase 1 tokens kept per block: 0 16 8 (of 16)" in lines
+    assert "cache reuse branch, attention all, forecast order 1" in lines
+    facts = json.loads(run_cli("inspect", mixed.plan, "--json").out)
+    assert facts["kind"] == "plan"
+    assert facts["keep_counts"] == {"phase 1": [0, 16, 8], "phase 2": [8, 0, 4]}
+    assert (facts["steps_full"], facts["steps_cached"]) == (5, 5)
+    assert facts["measured"] is None
+
+
+def test_a_bundle_is_shown(mixed: Made, pixel: MadeByCommands, tmp_path: Path) -> None:
+    answer = run_cli("inspect", pixel.bundle)
+    assert answer.code == 0
+    assert f"batch {PIXEL_BATCH}," in answer.out
+    assert any(line.startswith("engines   onnxruntime ") for line in answer.out.splitlines())
+    assert "measured" in answer.out
+    facts = json.loads(run_cli("inspect", mixed.bundle, "--json").out)
+    assert facts["kind"] == "bundle"
+    assert set(facts["graphs"]) == {"full", "cached-1", "cached-2", "solver"}
+    assert facts["targets"]["onnxruntime"]["usable"]
+    assert facts["plan"]["plan_sha256"] == json.loads((mixed.bundle / MANIFEST).read_text())["plan_sha256"]
+    assert facts["batch_size"] is None
+
+
+def test_engines_that_are_stale_or_missing_are_shown_as_such(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    assert "built from another export" in run_cli("inspect", bundle).out
+    shutil.rmtree(bundle / "onnxruntime")
+    assert f"engines   none yet: tc-deploy build {bundle}" in run_cli("inspect", bundle).out
+
+
+def test_engines_are_timed(pixel: MadeByCommands) -> None:
+    answer = run_cli("bench", pixel.bundle, "--json", "--rounds", BENCH_ROUNDS)
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    assert set(facts["variants"]) == {"full", "cached-1", "solver"}
+    assert (facts["rounds"], facts["batch_size"], facts["backend"]) == (BENCH_ROUNDS, PIXEL_BATCH, "onnxruntime")
+    for row in facts["variants"].values():
+        assert 0 < row["min_ms"] <= row["median_ms"]
+    assert facts["variants"]["full"]["flops_ratio"] == facts["variants"]["full"]["compile_efficiency"] == 1
+    assert 0 < facts["variants"]["cached-1"]["flops_ratio"] < 1
+    start = facts["start_up"]
+    assert 0 < start["load_s"] < start["first_step_s"]
+    assert start["rss_mib"] > 10
+    assert start["torch_imported"] is False
+    assert facts["hardware"]
+
+
+# ------------------------------------------------------------------------------------------------- mistakes: calibrate
+
+
+def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object, ...]:
+    by_hand = ("--steps", 4, "--samples", 0, "--keep-counts", "0", "0")
+    return ("calibrate", model, "-o", output, *by_hand, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--keep-counts", "0,17,0", "0"), BAD_PLAN, "phase 1, block 1: keep count must lie in 0..16, found 17"),
+        (("--keep-counts", "0,-1,0", "0"), BAD_USE, "cache.keep_counts"),
+        (("--keep-counts", "0", "8,8"), BAD_PLAN, "phase 2: expected one keep count for each of the 3 blocks, found 2"),
+        (("--keep-counts", "many", "0"), BAD_USE, "expected numbers with commas between them"),
+        (("--boundary", 5), BAD_PLAN, "boundary must lie in 0..4 (the step count), found 5"),
+        (("--boundary", -1), BAD_USE, "schedule.boundary"),
+        (("--k1", 0), BAD_USE, "schedule.k1"),
+        (("--steps", 0), BAD_USE, "sampling.steps"),
+        (("--steps", 2000), BAD_USE, "2000 steps"),
+        (("--forecast-order", 3), BAD_USE, "cache.forecast_order"),
+        (("--reuse", "everything"), BAD_USE, "--reuse"),
+        (("--seed", -1), BAD_USE, "seed"),
+    ],
+)
+def test_options_that_no_plan_can_have(
+    tiny_dit_folder: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    refused(code, message, *calibrate_words(tiny_dit_folder, tmp_path / "plan", *options), unchanged=tmp_path)
+
+
+def _of_another_class(model: Path) -> None:
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    (model / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
+
+
+def _as_a_pickle(model: Path) -> None:
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def _half_written(model: Path) -> None:
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_of_another_class, "no family for model class 'UNet2DModel'; known classes: DiTTransformer2DModel"),
+        (_as_a_pickle, "a pickle can run code when it is read, so it is refused"),
+        (_half_written, "not a whole safetensors file"),
+        (lambda model: shutil.rmtree(model / "scheduler"), "no scheduler/scheduler_config.json"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used(
+    tiny_dit_folder: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dit_folder, model)
+    damage(model)
+    refused(BAD_MODEL, message, *calibrate_words(model, tmp_path / "plan"), unchanged=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ('model = "m"\ncolour = "red"', "colour: Extra inputs are not permitted"),
+        ('model = "m"\n[cache]\nkept = 1', "cache.kept: Extra inputs are not permitted"),
+        ("[cache]\nkeep_ratio = [0.0, 0.5]", "model: Field required"),
+        ('model = "m"\n[cache]\nkeep_ratio = [0.0, 1.5]', "cache.keep_ratio"),
+        ('model = "m"\nsampling = 3', "sampling"),
+        ('model = "m', "not a TOML file"),
+        (None, "no such recipe"),
+    ],
+)
+def test_recipes_that_cannot_be_used(tmp_path: Path, recipe: str | None, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    if recipe is not None:
+        path.write_text(recipe)
+    refused(BAD_USE, message, "calibrate", path, "-o", tmp_path / "plan", "--steps", 4, unchanged=tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- mistakes: export and build
+
+
+def test_a_plan_of_another_model(mixed: Made, multistep: Made, tmp_path: Path) -> None:
+    words = ("export", mixed.plan, "-o", tmp_path / "bundle", "--model", multistep.model)
+    refused(BAD_PLAN, "made for another model: weights_sha256 expected", *words, unchanged=tmp_path)
+
+
+def test_no_plan(mixed: Made, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere", mixed.model):
+        words = ("export", place, "-o", tmp_path / "bundle")
+        refused(BAD_BUNDLE, f"{place} holds no plan", *words, unchanged=tmp_path)
+
+
+def test_a_plan_that_was_edited(mixed: Made, tmp_path: Path) -> None:
+    plan = tmp_path / "plan"
+    shutil.copytree(mixed.plan, plan)
+    document = json.loads((plan / PLAN).read_text())
+    document["schedule"]["boundary"] = 99
+    (plan / PLAN).write_text(json.dumps(document))
+    refused(BAD_PLAN, "boundary must lie in 0..10", "export", plan, "-o", tmp_path / "bundle", unchanged=tmp_path)
+
+
+def test_a_fixed_batch_of_nothing(mixed: Made, tmp_path: Path) -> None:
+    words = ("export", mixed.plan, "-o", tmp_path / "bundle", "--static-batch", 0)
+    refused(BAD_USE, "static batch must be at least 1, found 0", *words, unchanged=tmp_path)
+
+
+def test_a_scheduler_that_clips(save_dit: SaveDit, tmp_path: Path) -> None:
+    model = save_scheduler(save_dit(tmp_path / "model", num_layers=1), diffusers.DDIMScheduler(clip_sample=True))
+    assert run_cli(*calibrate_words(model, tmp_path / "plan")).code == 0
+    words = ("export", tmp_path / "plan", "-o", tmp_path / "bundle")
+    refused(BAD_EXPORT, "DDIMScheduler: the update is not linear", *words, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "notes.txt/bundle", "holiday"])
+def test_an_export_to_a_place_that_is_not_its_own(mixed: Made, tmp_path: Path, place: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "beach.jpg").write_text("sun")
+    refused(BAD_PLACE, str(tmp_path / place), "export", mixed.plan, "-o", tmp_path / place, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["build", "bench", "generate", "inspect"])
+@pytest.mark.parametrize("place", ["nowhere", "file", "empty"])
+def test_a_folder_that_is_no_bundle(tmp_path: Path, command: str, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    rest = ("--class-label", 1, "-o", tmp_path / "x.npy") if command == "generate" else ()
+    refused(BAD_BUNDLE, str(tmp_path / place), command, tmp_path / place, *rest, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["build", "bench", "generate", "inspect"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (f"{ONNX_FOLDER}/{WEIGHTS}", "the file is truncated or altered"),
+        (f"{ONNX_FOLDER}/full.onnx", "the file is truncated or altered"),
+        (MANIFEST, "not a bundle of this version"),
+    ],
+)
+def test_a_bundle_that_was_cut_short(mixed: Made, tmp_path: Path, command: str, file: str, message: str) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    (bundle / file).write_bytes((bundle / file).read_bytes()[:-100])
+    rest = ("--class-label", 1, "-o", tmp_path / "x.npy") if command == "generate" else ()
+    refused(BAD_BUNDLE, message, command, bundle, *rest, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["build", "bench", "generate"])
+def test_an_engine_kind_that_nobody_knows(mixed: Made, tmp_path: Path, command: str) -> None:
+    rest = ("--class-label", 1, "-o", tmp_path / "x.npy") if command == "generate" else ()
+    words = (command, mixed.bundle, "--backend", "abacus", *rest)
+    refused(BAD_USE, "unknown backend 'abacus'; known: onnxruntime", *words, unchanged=mixed.bundle)
+
+
+# -------------------------------------------------------------------------------------------------- mistakes: generate
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class-label", 10), "class label must lie in 0..9, found 10"),
+        (("--class-label", -1), "class label must lie in 0..9, found -1"),
+        (("--class-label", "cat"), "--class-label"),
+        ((), "--class-label"),
+        (("--class-label", 1, "-n", 0), "-n must be at least 1, found 0"),
+        (("--class-label", 1, "-n", -3), "-n must be at least 1, found -3"),
+        (("--class-label", 1, "--batch-size", 0), "batch size must be at least 1, found 0"),
+        (("--class-label", 1, "--batch-size", -2), "batch size must be at least 1, found -2"),
+        (("--class-label", 1, "--seed", -1), "seed must lie in"),
+        (("--class-label", 1, "--guidance-scale", "nan"), "guidance scale must be a finite number"),
+        (("--class-label", 1, "--zoom", 0), "--zoom"),
+    ],
+)
+def test_requests_that_cannot_be_met(mixed: Made, tmp_path: Path, options: tuple[object, ...], message: str) -> None:
+    refused(BAD_USE, message, "generate", mixed.bundle, "-o", tmp_path / "x.npy", *options, unchanged=tmp_path)
+
+
+def test_guidance_or_another_batch_where_the_bundle_has_none(pixel: MadeByCommands, tmp_path: Path) -> None:
+    words = ("generate", pixel.bundle, "--class-label", 1, "-o", tmp_path / "x.png")
+    refused(BAD_USE, "exported without guidance", *words, "--guidance-scale", 2, unchanged=tmp_path)
+    refused(BAD_USE, "for a batch of exactly 2, found 3", *words, "--batch-size", 3, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x", "x.npz", "png"])
+def test_an_output_of_an_unknown_kind(mixed: Made, tmp_path: Path, name: str) -> None:
+    words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / name)
+    refused(BAD_USE, "must end in .png (a sheet) or .npy (latents)", *words, unchanged=tmp_path)
+
+
+def test_a_picture_of_latents_that_are_none(mixed: Made, tmp_path: Path) -> None:
+    words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "x.png")
+    refused(BAD_USE, f"write them with -o {tmp_path / 'x.npy'}", *words, unchanged=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["notes.txt/x.npy", "folder.npy"])
+def test_an_output_that_cannot_be_written_is_found_out_before_the_work(mixed: Made, tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder.npy").mkdir()
+    words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / name)
+    refused(BAD_PLACE, f"{tmp_path / name} cannot be written", *words, unchanged=tmp_path)
+    assert "pictures from" not in run_cli(*words).err
+
+
+def test_engines_of_another_export(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    for command, *rest in (("generate", "--class-label", 1, "-o", tmp_path / "x.npy"), ("bench",)):
+        refused(BAD_BUNDLE, "built from another export", command, bundle, *rest, unchanged=tmp_path)
+
+
+def test_no_engines(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    shutil.rmtree(bundle / "onnxruntime")
+    for command, *rest in (("generate", "--class-label", 1, "-o", tmp_path / "x.npy"), ("bench",)):
+        refused(BAD_BUNDLE, f"build one with: tc-deploy build {bundle}", command, bundle, *rest, unchanged=tmp_path)
+
+
+def test_an_error_is_the_only_line_when_quiet(mixed: Made, tmp_path: Path) -> None:
+    answer: Answer = run_cli("-q", "generate", mixed.bundle, "--class-label", 10, "-o", tmp_path / "x.npy")
+    assert answer.err.splitlines() == [answer.error]
+
+
+def test_nothing_is_said_when_quiet(mixed: Made, tmp_path: Path) -> None:
+    arguments: tuple[Any, ...] = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "x.npy")
+    assert run_cli("-q", *arguments).err == ""
+    assert "pictures from 0" in run_cli(*arguments).err
