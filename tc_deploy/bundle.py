@@ -176,7 +176,12 @@ def _settle(destination: Path, backup: Path, marker: str) -> None:
         backup.rename(destination)
 
 
-def _check_replaceable(destination: Path, marker: str) -> None:
+def check_replaceable(destination: Path, marker: str = MANIFEST) -> None:
+    """Check that :func:`new_folder` may make a folder there, before the work whose result it is to hold.
+
+    Raises:
+        StorageError: something else is there.
+    """
     if not destination.exists() or (destination / marker).is_file():
         return
     if not destination.is_dir() or any(destination.iterdir()):
@@ -209,7 +214,7 @@ def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(destination, lock_file):
             _settle(destination, backup, marker)
-            _check_replaceable(destination, marker)
+            check_replaceable(destination, marker)
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir()

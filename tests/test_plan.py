@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tc_deploy.bundle import FileRecord, canonical_json, sha256_of_bytes
 from tc_deploy.errors import BundleError, PlanError, StorageError
 from tc_deploy.plan import (
+    FORMAT_VERSION,
     PLAN,
     TABLES,
     CacheRecord,
@@ -48,6 +49,7 @@ def make_tables() -> Tables:
 
 def make_plan(tables: Tables, **changes: Any) -> Plan:
     fields: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
         "model": ModelRecord(
             source="models/tiny",
             model_class="DiTTransformer2DModel",
@@ -173,7 +175,8 @@ def test_a_phase_without_cached_steps_needs_no_table() -> None:
         (lambda d: d.update(colour="red"), "colour: Extra inputs"),
         (lambda d: d["model"].update(colour="red"), "model.colour: Extra inputs"),
         (lambda d: d.update(format_version=2), "format_version: Input should be 1"),
-        (lambda d: d.pop("format_version") and d.pop("model"), "model: Field required"),
+        (lambda d: d.pop("format_version"), "format_version: Field required"),
+        (lambda d: d.pop("model"), "model: Field required"),
         (lambda d: d["schedule"].update(k1=0), "schedule.k1: .*greater than 0"),
         (lambda d: d["schedule"].update(steps="10"), "schedule.steps: .*valid integer"),
         (lambda d: d["schedule"].update(boundary=-1), "schedule.boundary: "),
@@ -255,7 +258,8 @@ def unknown_element_type(dtype: str) -> bytes:
 )
 def test_tables_that_cannot_be_read(folder: Path, data: bytes) -> None:
     retable(folder, data)
-    with pytest.raises(PlanError, match=f"{TABLES}: not a safetensors file"):
+    # ml_dtypes, once something has imported it, gives numpy the types that it lacks; then the file has no right table.
+    with pytest.raises(PlanError, match=f"{TABLES}: not a safetensors file|table token_index_1: .*found nothing"):
         load_plan(folder)
 
 

@@ -77,11 +77,15 @@ class CacheRecipe(Document):
 class PredictorRecipe(Document):
     """Training of the Cache Predictor."""
 
+    trajectories: PositiveInt = 32
+    """Sampling runs of the model itself that it is trained on."""
     iterations: PositiveInt = 200
     batch_size: PositiveInt = 8
+    """Trajectories that one iteration looks at; at most ``trajectories``."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    budget_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the term that drives the mean importance to the keep ratio."""
+    budget_weight: Annotated[float, Field(gt=0)] = 10.0
+    """Weight of the term that drives the mean importance to the keep ratio. Too small a one lets every block be
+    important, and the ranking is lost."""
 
 
 class MeasureRecipe(Document):

@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tc_deploy.bundle import canonical_json, sha256_of_bytes
+from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
-from tc_deploy.errors import StorageError, UsageError
+from tc_deploy.errors import StorageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
+    PLAN,
     CacheRecord,
     OriginRecord,
     Plan,
@@ -49,7 +50,6 @@ from tc_deploy.types import FloatArray, IntArray
 Report = Callable[[str, int, int], None]
 """(what is being done, done, of how many)."""
 
-PROBE_SHAPE = (1, 4, 8, 8)
 PHASE_2_STARTS_AT = 0.5
 """Default boundary as a share of the steps; docs/quality.md shows what it was chosen by."""
 
@@ -70,8 +70,9 @@ def calibrate(
         ModelError: the checkpoint or its scheduler cannot be loaded.
         PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
         StorageError: the destination cannot be written.
-        UsageError: the scheduler cannot run that many steps, refuses ``set_timesteps_kwargs``, or adds noise.
+        ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
     """
+    check_replaceable(destination, marker=PLAN)
     report("loading the checkpoint", 0, 1)
     model = load_model(Path(recipe.model))
     sampling = Sampling(
@@ -80,7 +81,8 @@ def calibrate(
         guidance_scale=recipe.sampling.guidance_scale,
         set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
     )
-    timesteps = _checked_timesteps(sampling)
+    # Refused here rather than at export, after the work: a sampler whose steps are not a table.
+    solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
     boundary = recipe.schedule.boundary
     schedule = Schedule(
         steps=sampling.steps,
@@ -113,7 +115,7 @@ def calibrate(
             scheduler_class=type(sampling.scheduler).__name__,
             scheduler_config=_plain_config(sampling.scheduler),
             set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
-            timesteps=timesteps,
+            timesteps=tuple(solver.timesteps.tolist()),
             guidance_scale=sampling.guidance_scale,
         ),
         schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
@@ -138,33 +140,6 @@ def calibrate(
     shutil.rmtree(work, ignore_errors=True)
     report("done", 1, 1)
     return plan
-
-
-def _checked_timesteps(sampling: Sampling) -> tuple[float, ...]:
-    name = type(sampling.scheduler).__name__
-    asked = f"{name}: {sampling.steps} steps with set_timesteps_kwargs {dict(sampling.set_timesteps_kwargs)}"
-    try:
-        timesteps = tuple(float(timestep) for timestep in sampling.fresh_scheduler().timesteps)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{asked}: the scheduler refuses: {reason}; choose other steps or arguments") from None
-    if len(timesteps) != sampling.steps:
-        raise UsageError(
-            f"{asked}: the scheduler calls the model {len(timesteps)} times; the counts must be equal, so choose other"
-            " steps or a scheduler that calls it once a step"
-        )
-    if not torch.equal(_first_step(sampling), _first_step(sampling)):
-        raise UsageError(f"{name}: adds noise at every step, so no two runs are alike; use DDIM, Euler or DPM-Solver")
-    return timesteps
-
-
-def _first_step(sampling: Sampling) -> Tensor:
-    scheduler = sampling.fresh_scheduler()
-    latents, timestep = torch.zeros(PROBE_SHAPE), scheduler.timesteps[0]
-    if hasattr(scheduler, "scale_model_input"):
-        scheduler.scale_model_input(latents, timestep)
-    stepped: Tensor = scheduler.step(latents, timestep, latents, return_dict=False)[0]
-    return stepped
 
 
 def _importance(
@@ -209,7 +184,7 @@ def _trajectories(
         return dict(load_file(path))
     except (OSError, SafetensorError):
         pass
-    seeds = range(recipe.seed, recipe.seed + recipe.predictor.batch_size)
+    seeds = range(recipe.seed, recipe.seed + recipe.predictor.trajectories)
     trajectories = record_trajectories(
         model, sampling, seeds, lambda step: report("sampling trajectories", step + 1, sampling.steps)
     )

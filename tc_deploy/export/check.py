@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tc_deploy.errors import BackendError, ExportError
 from tc_deploy.export.graphs import StepGraph
-from tc_deploy.export.solver import SolverTable
 from tc_deploy.manifest import FORECAST_WEIGHTS, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise

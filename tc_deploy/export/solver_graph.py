@@ -1,7 +1,7 @@
 """The solver as an ONNX graph: guidance, then one update of the sampler, then the model's next input.
 
 In: how far the update looks back, and the shapes. Out: an ONNX model of elementwise operations without weights; the
-numbers of :class:`tc_deploy.export.solver.SolverTable` are its inputs. Never: knows a scheduler, or imports torch.
+numbers of :class:`tc_deploy.models.solver.SolverTable` are its inputs. Never: knows a scheduler, or imports torch.
 """
 
 from __future__ import annotations

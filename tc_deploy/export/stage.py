@@ -14,11 +14,10 @@ import onnx_ir as ir
 import safetensors.numpy
 
 from tc_deploy import __version__
-from tc_deploy.bundle import file_records, new_folder
+from tc_deploy.bundle import check_replaceable, file_records, new_folder
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
-from tc_deploy.export.solver import SolverTable, read_solver
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
@@ -37,6 +36,7 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, scheduler_from_config
+from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, plan_sha256, token_index_name, write_plan_files
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
@@ -72,6 +72,7 @@ def export_bundle(
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
+    check_replaceable(destination)
     plan, tables = load_plan(plan_folder)
     progress("loading the checkpoint")
     model = load_model(model_path or Path(plan.model.source))

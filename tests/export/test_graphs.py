@@ -25,7 +25,6 @@ from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph
-from tc_deploy.export.solver import read_solver
 from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.manifest import (
@@ -40,6 +39,7 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
+from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan, pruned_blocks
 from tc_deploy.schedule import FULL
 

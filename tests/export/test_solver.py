@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tc_deploy.errors import ExportError
-from tc_deploy.export.solver import check_solver, read_solver
 from tc_deploy.export.solver_graph import solver_model
+from tc_deploy.models.solver import check_solver, read_solver
 
 # The tests run diffusers' schedulers themselves, which turn tensors into arrays in the way of numpy 1.
 pytestmark = [
