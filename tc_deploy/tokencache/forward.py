@@ -21,7 +21,7 @@ from tc_deploy.tokencache.points import BLOCK, cache_points
 from tc_deploy.types import Attention, Reuse
 
 Cache = Mapping[str, Tensor]
-"""What one full step left behind, by :func:`cache_name`: branches (B, N, D), keys and values (B, heads, N, D/heads)."""
+"""What one full step left behind, by :func:`cache_name`: (B, N, D) each, keys and values with their heads joined."""
 
 KEY, VALUE = "key", "value"
 
@@ -163,6 +163,20 @@ def _put_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return base.reshape(-1, width).index_put((flat,), rows.reshape(-1, width)).reshape(base.shape)
 
 
+def _heads_joined(tokens: Tensor) -> Tensor:
+    """(B, heads, N, D/heads) to (B, N, D).
+
+    Rows as wide as a branch's: one index table serves them all, and a row is one piece of memory.
+    """
+    return tokens.transpose(1, 2).flatten(2)
+
+
+def _heads_split(tokens: Tensor, heads: int) -> Tensor:
+    """(B, N, D) to (B, heads, N, D/heads)."""
+    batch, count, width = tokens.shape
+    return tokens.reshape(batch, count, heads, width // heads).transpose(1, 2)
+
+
 class _Full:
     """Notes what a full step computes and changes nothing."""
 
@@ -184,7 +198,7 @@ class _Full:
 
     def attention(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys:
-            self.cache |= {cache_name(block, KEY): key, cache_name(block, VALUE): value}
+            self.cache |= {cache_name(block, KEY): _heads_joined(key), cache_name(block, VALUE): _heads_joined(value)}
         return key, value
 
 
@@ -236,11 +250,8 @@ class _Cached:
         return self._with_cached(block, KEY, key), self._with_cached(block, VALUE, value)
 
     def _with_cached(self, block: int, part: str, rows: Tensor) -> Tensor:
-        cached = self._forecast(block, part)
-        heads = cached.shape[1]
-        index = self.index[block][:, None].expand(-1, heads, -1)
-        flat = _put_rows(cached.flatten(0, 1), index.flatten(0, 1), rows.flatten(0, 1))
-        return flat.reshape(cached.shape)
+        merged = _put_rows(self._forecast(block, part), self.index[block], _heads_joined(rows))
+        return _heads_split(merged, rows.shape[1])
 
 
 class _Superposed:
@@ -269,4 +280,7 @@ class _Superposed:
         # for, so the mix of the branch alone carries the gradient there.
         if not self.keys:
             return key, value
-        return self._mix(block, KEY, key), self._mix(block, VALUE, value)
+        heads = key.shape[1]
+        mixed = (self._mix(block, part, _heads_joined(fresh)) for part, fresh in ((KEY, key), (VALUE, value)))
+        key, value = (_heads_split(tokens, heads) for tokens in mixed)
+        return key, value

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 Noted = list[dict[str, Tensor]]
-"""Per block: ``attention``, ``mlp`` and ``block`` (B, N, D), ``key`` and ``value`` (B, heads, N, D / heads)."""
+"""Per block: ``attention``, ``mlp`` and ``block`` (B, N, D), ``key`` and ``value``, all (B, N, D)."""
 
 
 def step(
@@ -49,7 +49,7 @@ def step(
         new: dict[str, Tensor] = {}
 
         normed = _layer_norm(tokens, block.norm1.norm.eps) * (1 + scale_attention) + shift_attention
-        new["key"], new["value"] = _heads(block.attn1, "to_k", normed), _heads(block.attn1, "to_v", normed)
+        new["key"], new["value"] = block.attn1.to_k(normed), block.attn1.to_v(normed)
         new["attention"] = _attention(block.attn1, normed, new, mask, old if keys else None)
         attended = new["attention"]
         if cached is not None and not residual:
@@ -99,18 +99,19 @@ def _layer_norm(tokens: Tensor, eps: float) -> Tensor:
     return centred / (centred.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
-def _heads(attention: Any, name: str, tokens: Tensor) -> Tensor:
-    return getattr(attention, name)(tokens).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+def _heads(attention: Any, tokens: Tensor) -> Tensor:
+    return tokens.unflatten(2, (attention.heads, -1)).transpose(1, 2)
 
 
 def _attention(
     attention: Any, tokens: Tensor, new: Mapping[str, Tensor], mask: Tensor, old: Mapping[str, Tensor] | None
 ) -> Tensor:
-    query = _heads(attention, "to_q", tokens)
+    query = _heads(attention, attention.to_q(tokens))
     key, value = new["key"], new["value"]
     if old:
-        here = mask[:, None, :, None]
+        here = mask[..., None]
         key, value = torch.where(here, key, old["key"]), torch.where(here, value, old["value"])
+    key, value = _heads(attention, key), _heads(attention, value)
     scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5  # (B, heads, N, N)
     if old is None:
         scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)

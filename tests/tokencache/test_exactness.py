@@ -26,7 +26,7 @@ from tc_deploy.tokencache.forward import (
 from tc_deploy.tokencache.points import BLOCK
 from tc_deploy.types import Attention, Reuse
 
-BATCH, BLOCKS, TOKENS, WIDTH, HEADS = 3, 3, 16, 64, 4
+BATCH, BLOCKS, TOKENS, WIDTH = 3, 3, 16, 64
 TIMESTEPS = (900.0, 480.5, 3.0)
 LABELS = (7, 0, 10)
 NOTHING, MIXED, ALL = (0,) * BLOCKS, (0, 5, TOKENS), (TOKENS,) * BLOCKS
@@ -87,11 +87,9 @@ def full_steps(
 
 def junk(cache: CacheRecord, value: float) -> dict[str, Tensor]:
     """A cache with ``value`` everywhere."""
-    wide, narrow = (BATCH, TOKENS, WIDTH), (BATCH, HEADS, TOKENS, WIDTH // HEADS)
-    parts = {"attention": wide, "mlp": wide, BLOCK: wide, KEY: narrow, VALUE: narrow}
-    return {
-        cache_name(block, part): torch.full(shape, value) for block in range(BLOCKS) for part, shape in parts.items()
-    }
+    parts = ("attention", "mlp", BLOCK, KEY, VALUE)
+    shape = (BATCH, TOKENS, WIDTH)
+    return {cache_name(block, part): torch.full(shape, value) for block in range(BLOCKS) for part in parts}
 
 
 def error_between(found: Tensor, expected: Tensor) -> float:
