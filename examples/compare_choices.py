@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.measure import draw
+from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.schedule import PHASES, Schedule
@@ -78,9 +78,7 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
     sampling = Sampling(
         scheduler=load_scheduler(model_path), steps=steps, guidance_scale=guidance_scale, set_timesteps_kwargs={}
     )
-    draws = [draw(model, FIRST_SEED + index) for index in range(samples)]
-    noise = torch.cat([noise for noise, _ in draws])
-    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+    noise, conditions = draw_batch(model, range(FIRST_SEED, FIRST_SEED + samples))
     blocks, tokens = len(model.blocks), model.geometry.tokens
 
     def full(count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ plan's time or FLOPs would pay for, whichever is more. Writes ``demo.png`` and `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -26,7 +27,7 @@ import tc_deploy
 from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
-from tc_deploy.tokencache.sampler import Sampling, denoise, psnr_db
+from tc_deploy.tokencache.sampler import denoise, picture_psnr_db
 
 BATCH = 20
 COLUMNS = 10
@@ -37,13 +38,7 @@ def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int]
     """Sample with the unmodified model and fewer steps, in PyTorch: (B, C, H, W)."""
     plan = pipeline.plan
     model = load_model(Path(plan.model.source))
-    planned = sampling_from_plan(plan)
-    sampling = Sampling(
-        scheduler=planned.scheduler,
-        steps=steps,
-        guidance_scale=planned.guidance_scale,
-        set_timesteps_kwargs=planned.set_timesteps_kwargs,
-    )
+    sampling = dataclasses.replace(sampling_from_plan(plan), steps=steps)
     conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
     return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
 
@@ -82,12 +77,12 @@ def main(bundle: Path, count: int, seed: int) -> None:
             progress.advance(task, BATCH)
         cached_s, full_s = (statistics.median(times_s[full]) for full in (False, True))
         plan = pipeline.plan
-        affordable = math.ceil(plan.schedule.steps * max(plan.cost_ratio(), cached_s / full_s))
+        share = min(1.0, max(plan.cost_ratio(), cached_s / full_s))
+        affordable = math.ceil(plan.schedule.steps * share)
         noise = torch.from_numpy(pipeline.noise(seed, count))
-        fewer = fewer_full_steps(pipeline, min(affordable, plan.schedule.steps), labels, noise)
+        fewer = fewer_full_steps(pipeline, affordable, labels, noise)
 
-    # Pictures are what is compared: clipped to [-1, 1], so the peak is 2.
-    cached, full = (torch.from_numpy(np.concatenate(made[kind])).clamp(-1, 1) for kind in (False, True))
+    cached, full = (torch.from_numpy(np.concatenate(made[kind])) for kind in (False, True))
     facts = {
         "steps_full": steps_full,
         "steps_cached": steps_cached,
@@ -95,9 +90,9 @@ def main(bundle: Path, count: int, seed: int) -> None:
         "cached_s": round(cached_s, 4),
         "time_ratio": round(cached_s / full_s, 4),
         "cost_ratio": round(plan.cost_ratio(), 4),
-        "psnr_db": round(psnr_db(cached, full, peak=2.0), 2),
+        "psnr_db": round(picture_psnr_db(cached, full, pixels=True), 2),
         "fewer_steps": affordable,
-        "fewer_steps_psnr_db": round(psnr_db(fewer.clamp(-1, 1), full, peak=2.0), 2),
+        "fewer_steps_psnr_db": round(picture_psnr_db(fewer, full, pixels=True), 2),
         "class_accuracy": class_accuracy(cached.numpy(), np.array(labels)),
         "pictures": count,
         "batch_size": BATCH,

@@ -257,15 +257,6 @@ def check_writable(path: Path) -> None:
         raise StorageError(f"{path} cannot be written: {_reason(error)}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file all at once (temporary file, flush, rename).
-
-    Raises:
-        StorageError: the place cannot be written.
-    """
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file all at once (temporary file, flush, rename).
 

@@ -16,7 +16,6 @@ from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, rea
 from tc_deploy.errors import BundleError
 from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
-from tc_deploy.types import TensorSpec
 
 FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
@@ -62,10 +61,6 @@ class TensorRecord(Document):
     dtype: str
     shape: tuple[int | str, ...]
 
-    def spec(self) -> TensorSpec:
-        """The record as the runtime uses it."""
-        return TensorSpec(name=self.name, dtype=self.dtype, shape=self.shape)
-
 
 class GraphRecord(Document):
     """One ONNX graph of a bundle."""
@@ -102,7 +97,6 @@ class Manifest(Document):
     kind: Literal["bundle"]
     format_version: Literal[1]
     made_by: str
-    plan_sha256: str
     precision: Literal["fp32"]
     batch_size: PositiveInt | None
     """Samples per batch where the graphs fix it; None where they take any."""

@@ -32,8 +32,6 @@ FORMAT_VERSION: Final = 1
 PLAN = "plan.json"
 TABLES = "tables.safetensors"
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-
 
 class ModelRecord(Document):
     """The checkpoint that the plan was made for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -29,14 +28,3 @@ class Reuse(StrEnum):
     """Each branch's output before its adaLN gate; the present step's gate is applied."""
     RESIDUAL = "residual"
     """The block's residual f_l(z), added to the token's present value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """A graph's input or output: what it is called, what it holds, how large it is."""
-
-    name: str
-    dtype: str
-    """numpy's name of the element type, for example ``float32``."""
-    shape: tuple[int | str, ...]
-    """Sizes; a name such as ``batch`` stands for an axis that is fixed when the engine is loaded."""

@@ -20,7 +20,7 @@ from tc_deploy.bundle import (
     file_records,
     new_folder,
     read_document,
-    write_text,
+    write_bytes,
 )
 from tc_deploy.errors import BundleError, StorageError
 
@@ -148,7 +148,7 @@ def test_an_unwritable_place_is_refused(tmp_path: Path, depth: str) -> None:
     with pytest.raises(StorageError, match=r"cannot be written: (Not a directory|File exists)"):
         make(tmp_path / "file" / depth)
     with pytest.raises(StorageError, match=r"cannot be written: (Not a directory|File exists)"):
-        write_text(tmp_path / "file" / depth, "text")
+        write_bytes(tmp_path / "file" / depth, b"text")
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -312,7 +312,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> N
 
 def test_a_document_reads_back(tmp_path: Path) -> None:
     note = Note(text="é", number=3, ratio=0.1)
-    write_text(tmp_path / "sub" / "note.json", canonical_json(note.model_dump(mode="json")))
+    write_bytes(tmp_path / "sub" / "note.json", canonical_json(note.model_dump(mode="json")).encode())
     assert read_document(Note, tmp_path / "sub" / "note.json", "note", "make note") == note
     assert names(tmp_path / "sub") == ["note.json"]
 
@@ -358,6 +358,6 @@ def test_a_missing_document_names_the_command(tmp_path: Path, place: str) -> Non
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "note.json").mkdir()
     with pytest.raises(StorageError, match="cannot be written: Is a directory"):
-        write_text(tmp_path / "note.json", "text")
+        write_bytes(tmp_path / "note.json", b"text")
     assert names(tmp_path) == ["note.json"]
     assert names(tmp_path / "note.json") == []

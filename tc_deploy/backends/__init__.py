@@ -1,1 +1,1 @@
-"""One file per engine kind, with the same two verbs: ``build`` a target from a bundle, ``load`` its graphs."""
+"""One file per engine kind: open a device, load graphs, bind buffers. ``build`` makes a target with any of them."""

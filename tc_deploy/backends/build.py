@@ -51,7 +51,7 @@ def build_target(
     version = engine.version()
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
-    options = {"threads": 0} if options is None else dict(options)
+    options = dict(options or {})
     with new_folder(bundle / backend) as folder:
         device = engine.open(options)
         for name, record in manifest.graphs.items():

@@ -16,8 +16,9 @@ from typing import Any
 
 from tc_deploy.errors import BackendError
 from tc_deploy.hardware import hardware_line
+from tc_deploy.manifest import variant_name
 from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.schedule import FULL
+from tc_deploy.schedule import FULL, PHASES
 
 WARMUP_ROUNDS = 3
 START_UPS = 5
@@ -26,7 +27,7 @@ _START_UP = """
 import json, resource, sys, time
 start_s = time.perf_counter()
 import tc_deploy
-pipeline = tc_deploy.load(sys.argv[1], sys.argv[2])
+pipeline = tc_deploy.load(sys.argv[1], sys.argv[2], batch_size=int(sys.argv[3]))
 loaded_s = time.perf_counter()
 next(iter(pipeline.steps(class_labels=[0] * pipeline.batch_size)))
 done_s = time.perf_counter()
@@ -57,7 +58,8 @@ def bench_bundle(
         progress: told how far each part is.
 
     Returns:
-        JSON values: hardware, per variant the median, minimum and FLOPs; per cached variant ``compile_efficiency``,
+        JSON values. The full variant is the graph that a bundle runs: the model's own step, which also writes the
+        caches. Hardware; per variant the median, minimum and FLOPs; per cached variant ``compile_efficiency``,
         its speed-up in time over its speed-up in FLOPs (1 means that pruning costs nothing but what is computed);
         start-up times and resident memory of a process that imports, loads and finishes one step.
     """
@@ -66,15 +68,16 @@ def bench_bundle(
         for _ in pipeline.steps(class_labels=[0] * pipeline.batch_size):
             pass
         times_ms = _interleaved_ms(pipeline, rounds, progress)
-        plan, used = pipeline.plan, pipeline.backend
-        rows = pipeline.batch_size * (2 if pipeline.manifest.guided else 1)
+        plan, used, batch = pipeline.plan, pipeline.backend, pipeline.batch_size
+        rows = batch * (2 if pipeline.manifest.guided else 1)
     flops = dict(enumerate((plan.cost.full_flops, *plan.cost.cached_flops)))
-    full_ms = statistics.median(times_ms["full"])
+    full_ms = statistics.median(times_ms[variant_name(FULL)])
+    by_name = {variant_name(variant): variant for variant in (FULL, *PHASES)}
     variants: dict[str, dict[str, float]] = {}
     for name, times in times_ms.items():
         median_ms = statistics.median(times)
         variants[name] = {"median_ms": round(median_ms, 3), "min_ms": round(min(times), 3)}
-        variant = {"full": FULL, "cached-1": 1, "cached-2": 2}.get(name)
+        variant = by_name.get(name)
         if variant is not None:
             variants[name]["gflops"] = round(flops[variant] * rows / 1e9, 4)
             variants[name]["time_ratio"] = round(median_ms / full_ms, 4)
@@ -84,10 +87,10 @@ def bench_bundle(
         "bundle": str(path),
         "hardware": hardware_line(),
         "backend": used,
-        "batch_size": rows // (2 if plan.sampling.guidance_scale is not None else 1),
+        "batch_size": batch,
         "rounds": rounds,
         "variants": variants,
-        "start_up": _start_up(path, used, progress),
+        "start_up": _start_up(path, used, batch, progress),
     }
 
 
@@ -106,14 +109,15 @@ def _interleaved_ms(
     return times
 
 
-def _start_up(path: Path, backend: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _start_up(path: Path, backend: str, batch: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Medians over fresh processes."""
     runs = []
     for done in range(START_UPS):
-        command = [sys.executable, "-c", _START_UP, str(path), backend]
+        command = [sys.executable, "-c", _START_UP, str(path), backend, str(batch)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
         if answer.returncode:
-            raise BackendError(f"{path}: a fresh process cannot load it: {answer.stderr.strip().splitlines()[-1]}")
+            said = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+            raise BackendError(f"{path}: a fresh process cannot load it: {said[-1]}")
         runs.append(json.loads(answer.stdout))
         progress("starting fresh processes", done + 1, START_UPS)
     medians = {

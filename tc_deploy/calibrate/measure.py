@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -49,9 +49,7 @@ def measure(
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
     full, planned, shortened = [], [], []
     for start in range(0, samples, BATCH):
-        draws = [draw(model, seed) for seed in seeds[start : start + BATCH]]
-        noise = torch.cat([noise for noise, _ in draws])
-        conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+        noise, conditions = draw_batch(model, seeds[start : start + BATCH])
 
         def run(sampling: Sampling, steps: TokenCachedSteps | None) -> torch.Tensor:
             function = steps or (lambda _, inputs: model.forward(inputs))
@@ -89,7 +87,14 @@ def _with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
     return dataclasses.replace(sampling, steps=steps, set_timesteps_kwargs=arguments)
 
 
-def draw(model: DiffusionTransformer, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def draw_batch(model: DiffusionTransformer, seeds: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Noise (B, C, H, W) and conditions (B, ...) by name; each sample is a function of its own seed."""
+    draws = [_draw(model, seed) for seed in seeds]
+    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+    return torch.cat([noise for noise, _ in draws]), conditions
+
+
+def _draw(model: DiffusionTransformer, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Noise (1, C, H, W) and conditions of one sample, a function of its seed."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, *model.geometry.latent_shape), generator=generator)

@@ -27,9 +27,9 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from tc_deploy.bundle import Document
 from tc_deploy.errors import UsageError
@@ -38,6 +38,9 @@ from tc_deploy.types import Attention, Reuse
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 500_000
 """Training draws one sample per seed from the recipe's on, measurement from a million on; the two must not meet."""
+
+
+_ALTERNATIVES = {"cache.keep_ratio": "cache.keep_counts", "cache.keep_counts": "cache.keep_ratio"}
 
 
 class SamplingRecipe(Document):
@@ -72,6 +75,12 @@ class CacheRecipe(Document):
     reuse: Reuse = Reuse.BRANCH
     attention: Attention = Attention.ALL
     forecast_order: Annotated[int, Field(ge=0, le=2)] = 1
+
+    @model_validator(mode="after")
+    def _check_one_way(self) -> Self:
+        if self.keep_counts is not None and "keep_ratio" in self.model_fields_set:
+            raise ValueError("keep_counts and keep_ratio exclude each other; give one")
+        return self
 
 
 class PredictorRecipe(Document):
@@ -136,6 +145,10 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
                 if not isinstance(place, dict):
                     raise UsageError(f"{path}: {table}: expected a table [{table}], found {place!r}")
             place[name] = value
+            # Of two ways to say how much is kept, the command line's replaces the recipe's.
+            other = _ALTERNATIVES.get(key)
+            if other is not None and overrides.get(other) is None:
+                place.pop(other.rpartition(".")[2], None)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

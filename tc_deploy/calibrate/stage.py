@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes
+from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
-from tc_deploy.errors import StorageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.models.solver import read_solver
@@ -124,8 +123,7 @@ def calibrate(
         origin=OriginRecord(
             method="manual" if manual else "predictor",
             seed=recipe.seed,
-            settings=recipe.model_dump(mode="json", include={"predictor", "measure"})
-            | {"keep_ratio": list(recipe.cache.keep_ratio), "multiple": recipe.cache.multiple},
+            settings=_settings(recipe, manual=manual),
         ),
         measured=None,
         tables=tables_record(tables),
@@ -140,6 +138,14 @@ def calibrate(
     shutil.rmtree(work, ignore_errors=True)
     report("done", 1, 1)
     return plan
+
+
+def _settings(recipe: Recipe, *, manual: bool) -> dict[str, Any]:
+    """What the plan was decided and measured by, beside the seed."""
+    if manual:
+        return recipe.model_dump(mode="json", include={"measure"})
+    chosen = {"keep_ratio": list(recipe.cache.keep_ratio), "multiple": recipe.cache.multiple}
+    return chosen | recipe.model_dump(mode="json", include={"predictor", "measure"})
 
 
 def _importance(
@@ -158,10 +164,6 @@ def _importance(
         }
     )
     folder = work / sha256_of_bytes(identity.encode())[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error.strerror}") from None
     trajectories = _trajectories(recipe, model, sampling, folder / "trajectories.safetensors", report)
     scores = train_predictor(
         model,
@@ -188,9 +190,7 @@ def _trajectories(
     trajectories = record_trajectories(
         model, sampling, seeds, lambda step: report("sampling trajectories", step + 1, sampling.steps)
     )
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in trajectories.items()}, part)
-    part.replace(path)
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in trajectories.items()}))
     return trajectories
 
 

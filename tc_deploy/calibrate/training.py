@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tc_deploy.calibrate.measure import draw
+from tc_deploy.bundle import write_bytes
+from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
@@ -43,15 +44,13 @@ def record_trajectories(
     Returns:
         ``hidden_states`` (T, model batch, C, H, W), ``timestep`` (T,), and each condition (model batch, ...).
     """
-    draws = [draw(model, seed) for seed in seeds]
-    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
+    noise, conditions = draw_batch(model, seeds)
     seen: list[Mapping[str, Tensor]] = []
 
     def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG001
         seen.append(inputs)
         on_step(step)
 
-    noise = torch.cat([noise for noise, _ in draws])
     denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs), note)
     return {
         "hidden_states": torch.stack([inputs["hidden_states"] for inputs in seen]),
@@ -118,9 +117,9 @@ def train_predictor(
 
         with torch.no_grad():
             wanted = last_tokens(torch.ones(blocks, tokens))
-            unpruned_error = (last_tokens(torch.zeros(blocks, tokens)) - wanted).pow(2).mean().clamp_min(1e-12)
+            all_cached_error = (last_tokens(torch.zeros(blocks, tokens)) - wanted).pow(2).mean().clamp_min(1e-12)
         importance = predictor(timesteps[step])
-        error = (last_tokens(importance) - wanted).pow(2).mean() / unpruned_error
+        error = (last_tokens(importance) - wanted).pow(2).mean() / all_cached_error
         budget = (importance.mean() - keep_ratio[schedule.variants[step] - 1]) ** 2
         loss = error + recipe.budget_weight * budget
         optimizer.zero_grad()
@@ -172,9 +171,7 @@ def _save(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam, it
     tensors = {f"predictor/{name}": value for name, value in predictor.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
-    part = path.with_suffix(".part")
-    save_file({**tensors, "iteration": torch.tensor(iteration)}, part)
-    part.replace(path)
+    write_bytes(path, save({**tensors, "iteration": torch.tensor(iteration)}))
 
 
 def _load(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam) -> int:

@@ -37,7 +37,7 @@ COMMANDS = {
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
     "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
     "doctor": CommandEntry("tc_deploy.cli.doctor:command", "Say what this machine can run, and why not the rest."),
-    "bench": CommandEntry("tc_deploy.cli.bench:command", "Time built engines: full, cached and fewer steps."),
+    "bench": CommandEntry("tc_deploy.cli.bench:command", "Time full and cached engines, and a process's start."),
 }
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.backends.registry import DEFAULT
 from tc_deploy.cli.progress import log_step
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", show_default=True, help="Engine kind.")
+@click.option("--backend", default=DEFAULT, show_default=True, help="Engine kind.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
 def command(bundle: Path, backend: str, threads: int) -> None:
     """Build engines from BUNDLE (engines/NAME) and run each once."""

@@ -44,7 +44,7 @@ def example_inputs(
 ) -> dict[int, dict[str, Tensor]]:
     """Inputs of every variant, by tensor name, from one sampling run with ``batch`` samples.
 
-    A cached variant's inputs are those of its last cached step before enough full steps have filled every history.
+    A variant's inputs are those of its last step before every variant was seen and every history was full.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((batch, *model.geometry.latent_shape), generator=generator)

@@ -37,7 +37,7 @@ from tc_deploy.manifest import (
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
-from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, plan_sha256, token_index_name, write_plan_files
+from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
@@ -80,6 +80,11 @@ def export_bundle(
     sampling = sampling_from_plan(plan)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
+    if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
+        raise PlanError(
+            f"{plan_folder}: the plan was made for other timesteps than {plan.sampling.scheduler_class} gives with the"
+            " installed diffusers; install the version that it was made with, or calibrate again"
+        )
     progress("sampling with the plan in PyTorch, for inputs as they occur")
     batch = batch_size or EXAMPLE_BATCH
     examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
@@ -124,7 +129,6 @@ def export_bundle(
             kind="bundle",
             format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
-            plan_sha256=plan_sha256(plan),
             precision="fp32",
             batch_size=batch_size,
             latent_shape=geometry.latent_shape,

@@ -88,7 +88,7 @@ def read_solver(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[str, A
     """
     if steps < 1:
         raise ExportError(f"{_name(scheduler)}: steps must be at least 1, found {steps}")
-    start = partial(_started, scheduler, steps, set_timesteps_kwargs)
+    start = partial(started_scheduler, scheduler, steps, set_timesteps_kwargs)
     _check_linear(start, steps)
     fresh = start()
     timesteps, init_noise_sigma = _timesteps(fresh), _init_noise_sigma(fresh)
@@ -117,7 +117,7 @@ def check_solver(table: SolverTable, scheduler: Any, set_timesteps_kwargs: Mappi
         ExportError: timesteps, initial noise, model inputs or latents differ by more than ``TOLERANCE``, or the
             scheduler itself fails.
     """
-    start = partial(_started, scheduler, table.steps, set_timesteps_kwargs)
+    start = partial(started_scheduler, scheduler, table.steps, set_timesteps_kwargs)
     fresh = start()
     pairs = [
         ("timesteps", table.timesteps, _timesteps(fresh)),
@@ -271,7 +271,7 @@ def _run(start: Callable[[], Any], probe: DoubleArray, seed: int = 0) -> tuple[D
     return np.stack(inputs), np.stack(latents)
 
 
-def _started(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[str, Any] | None) -> Any:
+def started_scheduler(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[str, Any] | None) -> Any:
     """A copy of the scheduler, before its first step.
 
     Raises:

@@ -21,13 +21,13 @@ class CachePredictor(nn.Module):
     Args:
         blocks: L.
         tokens: N.
-        timesteps: scale of the timestep, the largest that occurs; it is divided out.
+        largest_timestep: the largest that occurs; it is divided out.
         keep_ratio: mean importance before training.
     """
 
-    def __init__(self, blocks: int, tokens: int, timesteps: float, keep_ratio: float) -> None:
+    def __init__(self, blocks: int, tokens: int, largest_timestep: float, keep_ratio: float) -> None:
         super().__init__()
-        self.scale = max(timesteps, 1e-6)
+        self.scale = max(largest_timestep, 1e-6)
         self.block = nn.Embedding(blocks, HIDDEN)
         self.time = nn.Linear(2 * FREQUENCIES, HIDDEN)
         self.mix = nn.Linear(HIDDEN, HIDDEN)

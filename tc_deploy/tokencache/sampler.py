@@ -5,7 +5,6 @@ The sampler itself is diffusers' scheduler, untouched. Nothing here is fast; the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.solver import started_scheduler
 from tc_deploy.plan import CacheRecord, index_row
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_cached, run_full
@@ -37,16 +37,7 @@ class Sampling:
 
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
-        scheduler = copy.deepcopy(self.scheduler)
-        arguments = dict(self.set_timesteps_kwargs)
-        # Most schedulers take either a step count or a list; diffusers' own pipelines pass the list alone.
-        if not {"sigmas", "timesteps"} & arguments.keys():
-            arguments["num_inference_steps"] = self.steps
-        scheduler.set_timesteps(**arguments)
-        # Otherwise the first step is looked up by its timestep, and the second is taken where two are equal.
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        return scheduler
+        return started_scheduler(self.scheduler, self.steps, self.set_timesteps_kwargs)
 
 
 class TokenCachedSteps:

@@ -186,3 +186,16 @@ def test_a_value_where_a_table_belongs(tmp_path: Path) -> None:
 
 def test_training_and_measurement_never_share_a_seed() -> None:
     assert MAX_SEED + Recipe(model="").predictor.batch_size < FIRST_SEED
+
+
+def test_keep_counts_and_keep_ratio_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="keep_counts and keep_ratio exclude each other"):
+        read_recipe(tmp_path, {"cache.keep_counts": [[0], [0]], "cache.keep_ratio": (0.0, 0.5)})
+
+
+def test_one_way_on_the_command_line_replaces_the_other_in_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "model"\n[cache]\nkeep_ratio = [0.0, 0.5]\n')
+    cache = read_recipe(recipe, {"cache.keep_counts": [[0], [8]]}).cache
+    assert cache.keep_counts == ((0,), (8,))
+    assert cache.keep_ratio == (0.0, 0.0)

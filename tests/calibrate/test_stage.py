@@ -37,6 +37,8 @@ def make_recipe(model: Path, *changes: dict[str, Any]) -> Recipe:
     for change in changes:
         for key, value in change.items():
             values[key] = values[key] | value if isinstance(value, dict) else value
+    if "keep_counts" in values["cache"]:
+        values["cache"] = {key: value for key, value in values["cache"].items() if key != "keep_ratio"}
     return Recipe.model_validate(values)
 
 
