@@ -134,6 +134,10 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: there is none, it is not of this version, or it leaves out the checksum of a file that is read.
     """
+    if not (folder / MANIFEST).exists() and (folder / PLAN).is_file():
+        raise BundleError(
+            f"{folder} is a plan, not a bundle; export it with: tc-deploy export {folder} -o engines/NAME"
+        )
     manifest = read_document(Manifest, folder / MANIFEST, "bundle", f"tc-deploy export calibration/NAME -o {folder}")
     read = {
         PLAN,

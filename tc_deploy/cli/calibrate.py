@@ -43,8 +43,18 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     callback=_counts,
     help="Tokens per block set by hand, like 0,0,16,64, or one number for every block. Nothing is trained.",
 )
-@click.option("--reuse", "cache__reuse", type=click.Choice([choice.value for choice in Reuse]))
-@click.option("--attention", "cache__attention", type=click.Choice([choice.value for choice in Attention]))
+@click.option(
+    "--reuse",
+    "cache__reuse",
+    type=click.Choice([choice.value for choice in Reuse]),
+    help="What a pruned token takes: each branch before its gate, or the block's residual.",
+)
+@click.option(
+    "--attention",
+    "cache__attention",
+    type=click.Choice([choice.value for choice in Attention]),
+    help="What kept tokens see: each other, or all tokens with the others' keys and values cached.",
+)
 @click.option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
 @click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")
 @click.option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")

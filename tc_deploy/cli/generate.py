@@ -21,7 +21,7 @@ LARGEST_DEFAULT_BATCH = 16
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--class-label", "labels", type=int, multiple=True, required=True, help="May be given several times.")
+@click.option("--class-label", "labels", type=int, multiple=True, required=True, help="Repeat it for several.")
 @click.option("-n", "--count", type=int, help="Pictures to make, labels in turn; one per label if not given.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture i has seed SEED + i.")
 @click.option("--guidance-scale", type=float, help="Instead of the plan's.")
@@ -52,6 +52,10 @@ def command(
     count = len(labels) if count is None else count
     if count < 1:
         raise UsageError(f"-n must be at least 1, found {count}")
+    if count < len(labels):
+        raise UsageError(
+            f"-n {count} is less than the {len(labels)} labels given; give -n at least that, or fewer labels"
+        )
     wanted = [labels[index % len(labels)] for index in range(count)]
     if batch_size is None:
         batch_size = _default_batch(bundle, count)
@@ -69,7 +73,11 @@ def command(
                 seed=seed,
                 guidance_scale=guidance_scale,
                 full=full,
-                on_step=lambda first, step: report(f"pictures from {first}", step.index + 1, step.total),
+                on_step=lambda first, step: report(
+                    "denoising",
+                    first // pipeline.batch_size * step.total + step.index + 1,
+                    math.ceil(count / pipeline.batch_size) * step.total,
+                ),
             )
             elapsed_s = time.perf_counter() - start_s
     write_bytes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,18 @@ def model_folder(path: Path) -> Path:
     Raises:
         ModelError: there is none.
     """
+    if path.is_file():
+        _refuse_pickles([path])
+        raise ModelError(f"{path}: a single file; save the model as a diffusers folder, with save_pretrained(folder)")
     if not path.is_dir():
         raise ModelError(
-            f"{path}: no such folder; give a diffusers model folder or a pipeline folder with transformer/"
+            f"{path}: no such folder (a hub's model must be downloaded first); give a diffusers model folder or a"
+            " pipeline folder with transformer/"
         )
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    _refuse_pickles(path)
+    _refuse_pickles(path.iterdir())
     raise ModelError(
         f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder;"
         " give one that save_pretrained wrote"
@@ -146,7 +150,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if not (folder / _INDEX).is_file():
         if (folder / _WEIGHTS).is_file():
             return (folder / _WEIGHTS,)
-        _refuse_pickles(folder)
+        _refuse_pickles(folder.iterdir())
         raise ModelError(f"{folder}: {_WEIGHTS} is missing; {_AGAIN}")
     weight_map = _read_json(folder / _INDEX).get("weight_map")
     shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -168,12 +172,12 @@ def _check_whole(files: tuple[Path, ...]) -> None:
             raise ModelError(f"{file}: not a whole safetensors file: {_first_line(error)}; {_AGAIN}") from None
 
 
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+def _refuse_pickles(files: Iterable[Path]) -> None:
+    pickles = sorted(file for file in files if file.suffix in _PICKLES)
     if pickles:
         raise ModelError(
-            f"{folder / pickles[0]}: a pickle can run code when it is read, so it is refused; convert it on a machine"
-            " that may, with model.save_pretrained(folder, safe_serialization=True)"
+            f"{pickles[0]}: a pickle can run code when it is read, so it is refused; convert it on a machine that may,"
+            " with model.save_pretrained(folder, safe_serialization=True)"
         )
 
 

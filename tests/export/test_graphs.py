@@ -315,7 +315,6 @@ def test_an_export_of_the_same_model_elsewhere_unchecked_gives_the_same_graphs(m
     checked = read_manifest(multistep.bundle)
     assert all(record.max_abs_error is not None for record in checked.graphs.values())
     assert manifest.files == checked.files
-    assert manifest.plan_sha256 == checked.plan_sha256
 
 
 @pytest.mark.slow

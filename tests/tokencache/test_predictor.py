@@ -10,7 +10,7 @@ BLOCKS, TOKENS = 5, 64
 
 def make(keep_ratio: float = 0.3, seed: int = 0) -> CachePredictor:
     torch.manual_seed(seed)
-    return CachePredictor(BLOCKS, TOKENS, timesteps=999.0, keep_ratio=keep_ratio)
+    return CachePredictor(BLOCKS, TOKENS, largest_timestep=999.0, keep_ratio=keep_ratio)
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +57,14 @@ def test_scores_differ_between_blocks_tokens_and_timesteps() -> None:
 @torch.no_grad()
 def test_the_timestep_is_seen_on_its_own_scale() -> None:
     torch.manual_seed(0)
-    small = CachePredictor(BLOCKS, TOKENS, timesteps=1.0, keep_ratio=0.3)
+    small = CachePredictor(BLOCKS, TOKENS, largest_timestep=1.0, keep_ratio=0.3)
     assert torch.allclose(small(torch.tensor(0.25)), make()(torch.tensor(999.0 * 0.25)))
 
 
 @torch.no_grad()
 def test_a_schedule_whose_only_timestep_is_0_has_scores() -> None:
     torch.manual_seed(0)
-    assert CachePredictor(BLOCKS, TOKENS, timesteps=0.0, keep_ratio=0.3)(torch.tensor(0.0)).isfinite().all()
+    assert CachePredictor(BLOCKS, TOKENS, largest_timestep=0.0, keep_ratio=0.3)(torch.tensor(0.0)).isfinite().all()
 
 
 def test_every_parameter_can_learn() -> None:
