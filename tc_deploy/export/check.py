@@ -59,8 +59,11 @@ def example_inputs(
         if variant != FULL:
             history, weights, rows = steps.cached_arguments(step, len(inputs["timestep"]))
             for age, noted in enumerate(history):
-                # Copied, as a history that is not full yet holds one tensor twice, which the exporter would make one.
-                example |= {history_name(name, age): tensor.clone() for name, tensor in noted.items()}
+                # A history that is not full yet holds a step twice, which the exporter would make one input.
+                repeated = any(noted is later for later in history[:age])
+                example |= {
+                    history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()
+                }
             example[FORECAST_WEIGHTS] = weights.contiguous()
             if rows is not None:
                 example[TOKEN_INDEX] = rows.contiguous()
