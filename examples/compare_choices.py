@@ -19,10 +19,10 @@ import torch
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.models.loading import load_model, load_scheduler
-from tc_deploy.plan import CacheRecord, pruned_blocks
-from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.plan import CacheRecord
+from tc_deploy.schedule import Schedule
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, picture_psnr_db
-from tc_deploy.tokencache.selection import select_tokens, spread_importance
+from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
 from tc_deploy.types import Attention, Reuse
 
 FEWER_STEPS = (0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -104,14 +104,9 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
             forecast_order=choice.order,
             keep_counts=(counts[0], counts[1]),
         )
-        index = {
-            phase: np.stack([select_tokens(spread_importance(blocks, tokens, step), counts[phase - 1]) for step in at])
-            for phase in PHASES
-            if (at := schedule.cached_steps(phase)) and pruned_blocks(counts[phase - 1], tokens)
-        }
-        flops = count_flops(model, cache)
-        per_variant = (flops.full_flops, *flops.cached_flops)
-        cost = sum(per_variant[variant] for variant in schedule.variants) / flops.full_flops
+        spread = np.stack([spread_importance(blocks, tokens, step) for step in range(steps)])
+        index = token_index_from_importance(spread, cache.keep_counts, schedule)
+        cost = count_flops(model, cache).in_full_steps(schedule)
         latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, index))
         name = (
             f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"

@@ -82,6 +82,11 @@ class CostRecord(Document):
     full_flops: PositiveInt
     cached_flops: tuple[NonNegativeInt, NonNegativeInt]
 
+    def in_full_steps(self, schedule: Schedule) -> float:
+        """What a run under ``schedule`` costs, in full steps."""
+        flops = (self.full_flops, *self.cached_flops)
+        return sum(flops[variant] for variant in schedule.variants) / self.full_flops
+
 
 class MeasuredRecord(Document):
     """What calibration measured in PyTorch on seeds that training did not see."""
@@ -134,8 +139,7 @@ class Plan(Document):
 
     def cost_in_full_steps(self) -> float:
         """What one sampling run costs, in full steps, by FLOPs."""
-        flops = (self.cost.full_flops, *self.cost.cached_flops)
-        return sum(flops[variant] for variant in self.tprr().variants) / self.cost.full_flops
+        return self.cost.in_full_steps(self.tprr())
 
     def cost_ratio(self) -> float:
         """What one sampling run costs against the run with every step full, by FLOPs; 1 means nothing is saved."""

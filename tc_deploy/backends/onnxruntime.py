@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.backends.base import Buffer, Graph
-from tc_deploy.errors import BackendError
+from tc_deploy.errors import BackendError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,7 +76,7 @@ class OrtBoundGraph:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
-            raise BackendError(f"ONNX Runtime fails: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime fails: {first_line(error)}") from error
 
 
 class OrtGraph:
@@ -120,7 +120,7 @@ class OrtDevice:
         try:
             return OrtGraph(self._module.InferenceSession(path, self._options, providers=_PROVIDERS))
         except Exception as error:  # as in OrtBoundGraph.run
-            raise BackendError(f"{path}: ONNX Runtime refuses the graph: {_first_line(error)}") from error
+            raise BackendError(f"{path}: ONNX Runtime refuses the graph: {first_line(error)}") from error
 
 
 class OnnxRuntime:
@@ -140,7 +140,3 @@ class OnnxRuntime:
             found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}"
             raise BackendError(f"{self.name} takes the option threads, a number from 0 on; found {found}; build again")
         return OrtDevice(threads=threads)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

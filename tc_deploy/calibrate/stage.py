@@ -36,14 +36,13 @@ from tc_deploy.plan import (
     ScheduleRecord,
     check_keep_counts,
     importance_name,
-    pruned_blocks,
     save_plan,
     tables_record,
     token_index_name,
 )
 from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tokencache.sampler import Sampling
-from tc_deploy.tokencache.selection import keep_counts_from_importance, select_tokens, spread_importance
+from tc_deploy.tokencache.selection import keep_counts_from_importance, spread_importance, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
 
 Report = Callable[[str, int, int], None]
@@ -97,11 +96,7 @@ def calibrate(
             keep_counts[phase - 1], len(model.blocks), model.geometry.tokens, f"{recipe.model}: phase {phase}"
         )
     cache = _cache_record(recipe, keep_counts)
-    token_index = {
-        phase: np.stack([select_tokens(importance[step], keep_counts[phase - 1]) for step in steps])
-        for phase in PHASES
-        if (steps := schedule.cached_steps(phase)) and pruned_blocks(keep_counts[phase - 1], model.geometry.tokens)
-    }
+    token_index = token_index_from_importance(importance, keep_counts, schedule)
     tables: dict[str, FloatArray | IntArray] = {token_index_name(phase): table for phase, table in token_index.items()}
     if not manual:
         for phase in token_index:

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError, safe_open
 
 from tc_deploy.bundle import sha256_of_file
-from tc_deploy.errors import ModelError
+from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit
 from tc_deploy.models.family import DiffusionTransformer, Family
 
@@ -54,7 +54,7 @@ def load_model(path: Path) -> DiffusionTransformer:
         )
     except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, SafetensorError) as error:
         # diffusers' advice that follows would fill missing weights with random ones.
-        reason = _first_line(error).partition(". If you want to instead overwrite")[0]
+        reason = first_line(error).partition(". If you want to instead overwrite")[0]
         raise ModelError(
             f"{folder}: config.json and the weights do not make a {family.model_class}: {reason}; {_AGAIN}"
         ) from error
@@ -113,7 +113,7 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str
         return kind.from_config(dict(config))
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
-            f"{where}: {class_name} refuses its configuration: {_first_line(error)}; save the scheduler again"
+            f"{where}: {class_name} refuses its configuration: {first_line(error)}; save the scheduler again"
         ) from error
 
 
@@ -169,7 +169,7 @@ def _check_whole(files: tuple[Path, ...]) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: not a whole safetensors file: {_first_line(error)}; {_AGAIN}") from None
+            raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}; {_AGAIN}") from None
 
 
 def _refuse_pickles(files: Iterable[Path]) -> None:
@@ -197,12 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {_first_line(error)}; {_AGAIN}") from None
+        raise ModelError(f"{path}: cannot be read as JSON: {first_line(error)}; {_AGAIN}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}; {_AGAIN}")
     return value
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return " ".join(line.split())

@@ -9,6 +9,7 @@ import numpy as np
 
 from tc_deploy.errors import PlanError
 from tc_deploy.plan import pruned_blocks
+from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.types import FloatArray, IntArray
 
 
@@ -67,6 +68,26 @@ def select_tokens(importance: FloatArray, keep_counts: tuple[int, ...]) -> IntAr
         for block in pruned_blocks(keep_counts, importance.shape[1])
     ]
     return np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)
+
+
+def token_index_from_importance(
+    importance: FloatArray, keep_counts: tuple[tuple[int, ...], tuple[int, ...]], schedule: Schedule
+) -> dict[int, IntArray]:
+    """Choose the tokens of every cached step.
+
+    Args:
+        importance: (T, L, N) scores of every step.
+        keep_counts: tokens kept per block, of phases 1 and 2.
+        schedule: which steps are cached.
+
+    Returns:
+        Per phase that prunes a block: (cached steps of the phase, sum of M over pruned blocks) int32.
+    """
+    return {
+        phase: np.stack([select_tokens(importance[step], keep_counts[phase - 1]) for step in steps])
+        for phase in PHASES
+        if (steps := schedule.cached_steps(phase)) and pruned_blocks(keep_counts[phase - 1], importance.shape[2])
+    }
 
 
 def spread_importance(blocks: int, tokens: int, step: int) -> FloatArray:
