@@ -26,7 +26,7 @@ from tc_deploy.bundle import (
 )
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
-from tc_deploy.types import Attention, FloatArray, IntArray, Reuse
+from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
 FORMAT_VERSION: Final = 1
 PLAN = "plan.json"
@@ -74,6 +74,12 @@ class CacheRecord(Document):
     forecast_order: Annotated[int, Field(ge=0, le=2)]
     keep_counts: tuple[tuple[NonNegativeInt, ...], tuple[NonNegativeInt, ...]]
     """Per phase, the tokens that each block computes in a cached step; 0 skips the block, N leaves it whole."""
+    skip: Skip = Skip.BLOCKS
+    """What a phase does whose keep counts are all 0."""
+
+    def skips_model(self, phase: int) -> bool:
+        """Whether the cached steps of ``phase`` do not run the model."""
+        return self.skip is Skip.MODEL and not any(self.keep_counts[phase - 1])
 
 
 class CostRecord(Document):

@@ -28,3 +28,12 @@ class Reuse(StrEnum):
     """Each branch's output before its adaLN gate; the present step's gate is applied."""
     RESIDUAL = "residual"
     """The block's residual f_l(z), added to the token's present value."""
+
+
+class Skip(StrEnum):
+    """What a cached step does that keeps no token in any block."""
+
+    MODEL = "model"
+    """It does not run the model: the output is forecast from those of the last full steps."""
+    BLOCKS = "blocks"
+    """It runs embeddings, adaLN and head; what the blocks add is forecast, as ``Reuse`` says."""

@@ -35,10 +35,10 @@ MIXED = {
     "cache": {"keep_counts": ((0, 16, 8), (8, 0, 4)), "attention": "all", "reuse": "branch", "forecast_order": 1},
 }
 MULTISTEP = {
-    # F c1 c1 F c1 c1 F c1
+    # F c1 c1 F | F c2 F c2: the cached steps of phase 2 skip the model.
     "sampling": {"steps": 8, "guidance_scale": 1.5},
-    "schedule": {"boundary": 8, "k1": 3, "k2": 1},
-    "cache": {"keep_counts": ((8,), (0,)), "attention": "all", "reuse": "branch", "forecast_order": 0},
+    "schedule": {"boundary": 4, "k1": 3, "k2": 2},
+    "cache": {"keep_counts": ((8,), (0,)), "reuse": "branch", "forecast_order": 0, "skip": "model"},
 }
 PIXEL_BATCH = 2
 

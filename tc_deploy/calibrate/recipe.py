@@ -33,7 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from tc_deploy.bundle import Document
 from tc_deploy.errors import UsageError
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 500_000
@@ -75,6 +75,7 @@ class CacheRecipe(Document):
     reuse: Reuse = Reuse.BRANCH
     attention: Attention = Attention.ALL
     forecast_order: Annotated[int, Field(ge=0, le=2)] = 1
+    skip: Skip = Skip.MODEL
 
     @model_validator(mode="after")
     def _check_one_way(self) -> Self:

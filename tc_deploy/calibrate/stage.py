@@ -210,6 +210,7 @@ def _cache_record(recipe: Recipe, keep_counts: tuple[tuple[int, ...], tuple[int,
         attention=recipe.cache.attention,
         forecast_order=recipe.cache.forecast_order,
         keep_counts=keep_counts,
+        skip=recipe.cache.skip,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tc_deploy.cli.progress import progress_bar
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 
 def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str, str] | None) -> Any:  # noqa: ARG001
@@ -54,6 +54,12 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     "cache__attention",
     type=click.Choice([choice.value for choice in Attention]),
     help="What kept tokens see: each other, or all tokens with the others' keys and values cached.",
+)
+@click.option(
+    "--skip",
+    "cache__skip",
+    type=click.Choice([choice.value for choice in Skip]),
+    help="What a cached step that keeps nothing leaves out: the whole model, or its blocks.",
 )
 @click.option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
 @click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")

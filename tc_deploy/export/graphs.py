@@ -52,7 +52,7 @@ class StepGraph(nn.Module):
         self.history_names = tuple(history_name(name, age) for age in range(depth) for name in self.cache_names)
         self.pruned = pruned_blocks(cache.keep_counts[variant - 1], model.geometry.tokens)
         self.input_names = (
-            *model.input_names,
+            *(() if cache.skips_model(variant) else model.input_names),
             *((FORECAST_WEIGHTS,) if depth > 1 and self.cache_names else ()),
             *((TOKEN_INDEX,) if self.pruned else ()),
             *self.history_names,
@@ -62,7 +62,7 @@ class StepGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
         given = dict(zip(self.input_names, tensors, strict=True))
-        inputs = {name: given[name] for name in self.model.input_names}
+        inputs = {name: given[name] for name in self.model.input_names if name in given}
         if self.variant == FULL:
             sample, noted = run_full(self.model, self.cache, inputs)
             return (sample, *(noted[name] for name in self.cache_names))

@@ -21,9 +21,12 @@ from tc_deploy.tokencache.points import BLOCK, cache_points
 from tc_deploy.types import Attention, Reuse
 
 Cache = Mapping[str, Tensor]
-"""What one full step left behind, by :func:`cache_name`: (B, N, D) each, keys and values with their heads joined."""
+"""What one full step left behind: by :func:`cache_name` (B, N, D) each, keys and values with their heads joined; and
+:data:`OUTPUT`."""
 
 KEY, VALUE = "key", "value"
+OUTPUT = "cache.output"
+"""The cached tensor that is the model's own output, (B, output channels, H, W)."""
 
 
 def cache_name(block: int, part: str) -> str:
@@ -39,12 +42,15 @@ def cached_tensors(model: DiffusionTransformer, cache: CacheRecord, phases: Sequ
     tokens = model.geometry.tokens
     branches = [BLOCK] if cache.reuse is Reuse.RESIDUAL else [branch.name for branch in model.family.branches]
     names = []
+    running = [phase for phase in phases if not cache.skips_model(phase)]
     for block in range(len(model.blocks)):
-        keeps = [cache.keep_counts[phase - 1][block] for phase in phases]
+        keeps = [cache.keep_counts[phase - 1][block] for phase in running]
         if any(keep < tokens for keep in keeps):
             names += [cache_name(block, branch) for branch in branches]
         if cache.attention is Attention.ALL and any(0 < keep < tokens for keep in keeps):
             names += [cache_name(block, KEY), cache_name(block, VALUE)]
+    if len(running) < len(phases):
+        names.append(OUTPUT)
     return tuple(names)
 
 
@@ -64,7 +70,7 @@ def run_full(
     points = _Full(keys=cache.attention is Attention.ALL)
     with cache_points(model, cache.reuse, points):
         output = model.forward(inputs)
-    return output, points.cache
+    return output, points.cache | {OUTPUT: output}
 
 
 def run_cached(
@@ -82,7 +88,7 @@ def run_cached(
         model: the model.
         cache: keep counts, reuse, attention, forecast order.
         phase: 1 or 2, whose keep counts hold.
-        inputs: the model's inputs by name.
+        inputs: the model's inputs by name; not read by a step that skips the model.
         history: caches of the last ``forecast_order + 1`` full steps, latest first.
         weights: (B, forecast_order + 1) float32, how the history is combined (``Schedule.forecast_weights``).
         token_index: (B, sum of M over pruned blocks) int, the tokens each block computes, blocks side by side; None
@@ -91,6 +97,8 @@ def run_cached(
     Returns:
         The model's output, (B, output channels, H, W).
     """
+    if cache.skips_model(phase):
+        return forecast([step[OUTPUT] for step in history], weights)
     keep_counts = cache.keep_counts[phase - 1]
     pruned = pruned_blocks(keep_counts, model.geometry.tokens)
     index: dict[int, Tensor] = {}

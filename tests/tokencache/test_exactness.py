@@ -131,7 +131,8 @@ def test_a_full_step_notes_what_the_blocks_computed(
     assert_close(output, expected_output)
     parts = ["block"] if reuse is Reuse.RESIDUAL else ["attention", "mlp"]
     parts += ["key", "value"] if attention is Attention.ALL else []
-    assert set(noted) == {f"cache.{block}.{part}" for block in range(BLOCKS) for part in parts}
+    assert set(noted) == {OUTPUT, *(f"cache.{block}.{part}" for block in range(BLOCKS) for part in parts)}
+    assert noted[OUTPUT] is output
     for block, part in product(range(BLOCKS), parts):
         assert_close(noted[f"cache.{block}.{part}"], expected[block][part])
 
