@@ -34,6 +34,12 @@ def _openvino() -> Any:
     return openvino
 
 
+def precisions_of(core: openvino.Core) -> tuple[str, ...]:
+    """The precisions that this CPU computes in."""
+    able = set(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
+    return tuple(name for name, capability in _CAPABILITIES.items() if capability in able)
+
+
 class OpenVinoBuffer:
     """A tensor in host memory, which it owns."""
 
@@ -126,10 +132,11 @@ class OpenVinoDevice:
     def __init__(self, *, threads: int, precision: str) -> None:
         self.core: openvino.Core = _openvino().Core()
         # A precision that the CPU lacks is no more than a hint to OpenVINO, which would take another one unasked.
-        able = set(self.core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
-        if _CAPABILITIES[precision] not in able:
-            offered = ", ".join(name for name, capability in _CAPABILITIES.items() if capability in able)
-            raise BackendError(f"this CPU does not compute in {precision}, it offers {offered}; build again")
+        offered = precisions_of(self.core)
+        if precision not in offered:
+            raise BackendError(
+                f"this CPU does not compute in {precision}, only in {', '.join(offered)}; build again with one of these"
+            )
         self.settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": precision,
