@@ -142,6 +142,8 @@ class OpenVinoDevice:
             "INFERENCE_PRECISION_HINT": precision,
             # A pipeline runs one graph at a time: all threads belong to it.
             "NUM_STREAMS": 1,
+            # Pinned, the threads of two pipelines would share the first cores and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
         }
 
     def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> OpenVinoBuffer:
