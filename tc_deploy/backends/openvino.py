@@ -2,7 +2,8 @@
 
 Its engines are the bundle's ONNX graphs as they are: OpenVINO compiles them when a pipeline is made, for the very
 machine and batch it runs with, so a target of this backend holds no copy of them, only the settings and the checks of
-its build. (Compiled graphs kept as files would load in three quarters of the time, and hold the weights once each.)
+its build. (Compiled graphs kept as files load in half to three quarters of the time, fix the batch, and each hold the
+weights again.)
 """
 
 from __future__ import annotations
