@@ -46,7 +46,6 @@ PLANNED_ENGINES = {
     "ONNX Runtime, CUDA": "onnxruntime-gpu",
     "TensorRT": "tensorrt",
     "TensorRT-RTX": "tensorrt_rtx",
-    "OpenVINO": "openvino",
 }
 """Engines for which this version has no backend, with the distribution that brings each."""
 
@@ -54,7 +53,7 @@ _NEGATION = (
     b'\x08\t:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14"
 )
-"""An ONNX model of one node, y = -x, so that the engine can be tried where onnx is not installed."""
+"""An ONNX model of one node, y = -x, so that an engine can be tried where onnx is not installed."""
 
 
 class Status(StrEnum):
@@ -98,6 +97,10 @@ class Facts:
     """What onnxruntime says it was built with; empty where it does not import."""
     onnxruntime_error: str | None
     """Why onnxruntime does not work; None where it works or is not installed."""
+    openvino_precisions: tuple[str, ...]
+    """What openvino can compute in on this CPU; empty where it does not work or is not installed."""
+    openvino_error: str | None
+    """As for onnxruntime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ def examine() -> Report:
 def report_from_facts(facts: Facts) -> Report:
     """Judge what was found; a pure function."""
     cpu = _cpu_stage(facts)
-    stages = (_compile_stage(facts), cpu, *_planned_stages(facts))
+    stages = (_compile_stage(facts), cpu, _openvino_stage(facts), *_planned_stages(facts))
     return Report(
         tc_deploy=__version__,
         facts=facts,
@@ -159,6 +162,17 @@ def _cpu_stage(facts: Facts) -> Stage:
     return Stage(name=name, status=Status.OK, detail=_versions_line(facts, installed) + "; ran a one-node graph")
 
 
+def _openvino_stage(facts: Facts) -> Stage:
+    name, cure = "build, run (OpenVINO, CPU)", "pip install 'tc-deploy[openvino]'"
+    if facts.openvino_error is not None:
+        cure = f"pip uninstall -y openvino; then {cure}"
+        return Stage(name=name, status=Status.BROKEN, detail=facts.openvino_error, cure=cure)
+    if "openvino" not in facts.versions:
+        return Stage(name=name, status=Status.MISSING, detail="openvino is not installed", cure=cure)
+    detail = f"{_versions_line(facts, ['openvino'])}; ran a one-node graph"
+    return Stage(name=name, status=Status.OK, detail=f"{detail}, computes in {', '.join(facts.openvino_precisions)}")
+
+
 def _planned_stages(facts: Facts) -> list[Stage]:
     stages = []
     for engine, distribution in PLANNED_ENGINES.items():
@@ -188,8 +202,9 @@ def gather_facts() -> Facts:
     """Look at this machine."""
     cpu, cpu_features = cpu_and_features()
     gpus, gpu_note = nvidia_gpus()
-    versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, *PLANNED_ENGINES.values()))
+    versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, "openvino", *PLANNED_ENGINES.values()))
     providers, onnxruntime_error = _try_onnxruntime()
+    openvino_precisions, openvino_error = _try_openvino()
     return Facts(
         python=platform.python_version(),
         system=platform.platform(),
@@ -202,6 +217,8 @@ def gather_facts() -> Facts:
         versions=versions,
         providers=providers,
         onnxruntime_error=onnxruntime_error,
+        openvino_precisions=openvino_precisions,
+        openvino_error=openvino_error,
     )
 
 
@@ -227,3 +244,22 @@ def _try_onnxruntime() -> tuple[tuple[str, ...], str | None]:
     except Exception as error:  # noqa: BLE001 - a half-deleted installation fails in ways that nobody can list
         return (), f"onnxruntime is installed and does not work: {type(error).__name__}: {error}"
     return providers, None if y.tolist() == [-1.0] else f"onnxruntime computes wrongly: -1 came out as {y.tolist()}"
+
+
+def _try_openvino() -> tuple[tuple[str, ...], str | None]:
+    """The precisions that openvino offers, and what is wrong with it."""
+    try:
+        import numpy as np
+        import openvino
+
+        from tc_deploy.backends.openvino import precisions_of
+
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(_NEGATION), "CPU")
+        y = compiled({"x": np.ones(1, dtype=np.float32)})["y"]
+        precisions = precisions_of(core)
+    except ModuleNotFoundError as error:
+        return (), None if error.name == "openvino" else f"openvino does not import: {error}"
+    except Exception as error:  # noqa: BLE001 - as in _try_onnxruntime
+        return (), f"openvino is installed and does not work: {type(error).__name__}: {error}"
+    return precisions, None if y.tolist() == [-1.0] else f"openvino computes wrongly: -1 came out as {y.tolist()}"

@@ -38,6 +38,8 @@ SOUND = Facts(
     versions={"onnxruntime": "1.22", **dict.fromkeys(COMPILE_DISTRIBUTIONS, "1.0")},
     providers=("CPUExecutionProvider",),
     onnxruntime_error=None,
+    openvino_precisions=(),
+    openvino_error=None,
 )
 
 
@@ -109,6 +111,20 @@ def test_an_onnxruntime_without_its_cpu_provider() -> None:
     assert "OtherExecutionProvider" in stage(report, "ONNX Runtime, CPU").detail
 
 
+def test_an_openvino_that_works_says_what_it_computes_in() -> None:
+    report = judge(versions={**SOUND.versions, "openvino": "2026.4"}, openvino_precisions=("f32", "bf16"))
+    assert stage(report, "OpenVINO").status is Status.OK
+    assert stage(report, "OpenVINO").detail == "openvino 2026.4; ran a one-node graph, computes in f32, bf16"
+
+
+def test_an_openvino_that_is_missing_or_broken_leaves_the_default_path() -> None:
+    for changes, status in (({}, Status.MISSING), ({"openvino_error": "it fell over"}, Status.BROKEN)):
+        report = judge(**changes)
+        assert report.can_run
+        assert stage(report, "OpenVINO").status is status
+        assert "tc-deploy[openvino]" in str(stage(report, "OpenVINO").cure)
+
+
 def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
     report = judge(versions={"onnxruntime": "1.32", "onnxruntime-gpu": "1.31"})
     assert report.can_run
@@ -123,7 +139,6 @@ def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
         ("(ONNX Runtime, CUDA)", "onnxruntime-gpu"),
         ("(TensorRT)", "tensorrt"),
         ("(TensorRT-RTX)", "tensorrt_rtx"),
-        ("(OpenVINO)", "openvino"),
     ],
 )
 def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distribution: str) -> None:
@@ -137,7 +152,7 @@ def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distrib
 
 def test_every_backend_has_its_stage() -> None:
     # A new backend fails here until the doctor tries it, and no longer calls it planned.
-    assert set(registry.BACKENDS) == {"onnxruntime"}
+    assert set(registry.BACKENDS) == {"onnxruntime", "openvino"}
 
 
 def test_the_extras_that_it_names_exist() -> None:
@@ -154,6 +169,8 @@ def test_what_it_finds_here() -> None:
     facts = gather_facts()
     assert facts.onnxruntime_error is None
     assert "CPUExecutionProvider" in facts.providers
+    assert facts.openvino_error is None
+    assert "f32" in facts.openvino_precisions
     assert facts.cores >= 1
     assert bool(facts.gpus) != bool(facts.gpu_note)
 
@@ -231,6 +248,21 @@ def test_a_broken_onnxruntime(tmp_path: Path, source: str, message: str) -> None
     assert answer.returncode == BackendError.exit_code
     assert answer.stderr == ""
     (line,) = (line for line in answer.stdout.splitlines() if line.startswith("broken: build, run (ONNX Runtime, CPU)"))
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "AttributeError"),
+        ("import a_library_that_is_not_there", "does not import: No module named 'a_library_that_is_not_there'"),
+    ],
+)
+def test_a_broken_openvino(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "openvino.py").write_text(source)
+    answer = doctor(path=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    (line,) = (line for line in answer.stdout.splitlines() if line.startswith("broken: build, run (OpenVINO, CPU)"))
     assert message in line
 
 

@@ -35,7 +35,11 @@ class Graph(Protocol):
     """A loaded graph."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundGraph:
-        """Fix the buffers by tensor name; nothing is copied or allocated by running the result."""
+        """Fix the buffers by tensor name; nothing is copied or allocated by running the result.
+
+        Raises:
+            BackendError: the engine refuses the graph for these buffers.
+        """
 
 
 class Device(Protocol):
@@ -69,5 +73,5 @@ class Backend(Protocol):
         """Open a device as a target's options say.
 
         Raises:
-            BackendError: it is not installed, or an option is unknown.
+            BackendError: it is not installed, or an option is unknown or nothing that this machine can do.
         """

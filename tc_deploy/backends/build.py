@@ -39,7 +39,7 @@ def build_target(
     Args:
         bundle: ``engines/NAME``.
         backend: the engine kind.
-        options: its settings; ``threads`` for onnxruntime.
+        options: its settings; ``threads``, and for openvino ``precision``.
         progress: told what is being done.
 
     Raises:

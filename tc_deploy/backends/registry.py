@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tc_deploy.backends.base import Backend
 from tc_deploy.backends.onnxruntime import OnnxRuntime
+from tc_deploy.backends.openvino import OpenVino
 from tc_deploy.errors import UsageError
 
-BACKENDS: dict[str, Backend] = {OnnxRuntime.name: OnnxRuntime()}
+BACKENDS: dict[str, Backend] = {OnnxRuntime.name: OnnxRuntime(), OpenVino.name: OpenVino()}
 DEFAULT = OnnxRuntime.name
 
 

@@ -1,126 +1,144 @@
-"""Time the variants of a built bundle, interleaved, and the way from import to the first finished step.
+"""Measure built bundles side by side: whole sampling runs, the graphs in them, and fresh processes.
 
-Every round runs each variant once, so that a noisy or slowing machine hits all of them alike; medians are quoted.
+In: bundles, backends and batch sizes. Out: one dictionary of JSON values. All that is loaded is loaded before anything
+is timed, and all contenders are timed in one interleaved run.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import datetime as dt
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tc_deploy.errors import BackendError
+from tc_deploy import __version__
+from tc_deploy.backends import registry
+from tc_deploy.bench.clock import Clock, Run
+from tc_deploy.bench.interleave import interleaved
+from tc_deploy.bench.report import FULL_RUN, PLAN_RUN, host_share, runs_report, start_up_report, variants_report
+from tc_deploy.bench.start_up import start_up
+from tc_deploy.errors import UsageError
 from tc_deploy.hardware import hardware_line
-from tc_deploy.manifest import variant_name
 from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.schedule import FULL, PHASES
 
-WARMUP_ROUNDS = 3
-START_UPS = 5
-
-_START_UP = """
-import json, resource, sys, time
-start_s = time.perf_counter()
-import tc_deploy
-pipeline = tc_deploy.load(sys.argv[1], sys.argv[2], batch_size=int(sys.argv[3]))
-loaded_s = time.perf_counter()
-next(iter(pipeline.steps(class_labels=[0] * pipeline.batch_size)))
-done_s = time.perf_counter()
-print(json.dumps({
-    "load_s": loaded_s - start_s,
-    "first_step_s": done_s - start_s,
-    "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    "torch_imported": "torch" in sys.modules,
-}))
-"""
-"""What a fresh process does; imports and time are its own."""
+WARMUP_ROUNDS = 2
+START_UPS = 3
+_WATCHED_RUN = "watched"
+"""The plan's run with every graph timed."""
 
 
-def bench_bundle(
+class _Contender:
+    """A bundle, loaded with one backend and batch size, and its clock."""
+
+    def __init__(self, path: Path, backend: str | None, batch_size: int | None) -> None:
+        self.clock = Clock()
+        try:
+            self.pipeline = Pipeline(path, backend, batch_size=batch_size, watch=self.clock.watch)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        self.model_batch = self.pipeline.batch_size * (2 if self.pipeline.manifest.guided else 1)
+
+    def run(self, kind: str) -> Run:
+        request = functools.partial(self.pipeline, class_labels=[0] * self.pipeline.batch_size, full=kind == FULL_RUN)
+        return self.clock.timed(request, graphs=kind == _WATCHED_RUN)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.pipeline.path),
+            "backend": self.pipeline.backend,
+            "backend_version": registry.backend(self.pipeline.backend).version(),
+            "batch_size": self.pipeline.batch_size,
+        }
+
+
+def bench_bundles(
     path: Path,
-    backend: str | None,
-    batch_size: int | None,
+    backend: str | None = None,
+    against: Sequence[str] = (),
+    batch_sizes: Sequence[int] = (),
+    *,
     rounds: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measure a bundle.
+    """Measure a bundle, and others against it.
 
     Args:
         path: ``engines/NAME``.
         backend: which target; None as for ``load``.
-        batch_size: samples per batch; None as for ``load``.
-        rounds: how often each variant is timed.
+        against: others, each ``BUNDLE`` (with the backend of the first) or ``BUNDLE:BACKEND``.
+        batch_sizes: pictures per run; none takes the first bundle's own, or 1. All bundles run with all of them.
+        rounds: how often each contender makes each kind of run.
         progress: told how far each part is.
 
     Returns:
-        JSON values. The full variant is the graph that a bundle runs: the model's own step, which also writes the
-        caches. Hardware; per variant the median, minimum and FLOPs; per cached variant ``compile_efficiency``,
-        its speed-up in time over its speed-up in FLOPs (1 means that pruning costs nothing but what is computed);
-        start-up times and resident memory of a process that imports, loads and finishes one step.
+        JSON values: the hardware, and per contender (each bundle with each batch size) its whole runs, the graphs in
+        them, the host's share, and what a fresh process costs.
+
+    Raises:
+        BundleError: nothing exported or built in one of the places, or a file is missing, truncated or altered.
+        BackendError: an engine is not installed or refuses the graphs.
+        UsageError: a backend is unknown, or a batch size does not fit a bundle.
     """
-    with Pipeline(path, backend, batch_size=batch_size) as pipeline:
-        # A run first: the caches then hold what they hold in use, and not zeros.
-        for _ in pipeline.steps(class_labels=[0] * pipeline.batch_size):
-            pass
-        times_ms = _interleaved_ms(pipeline, rounds, progress)
-        plan, used, batch = pipeline.plan, pipeline.backend, pipeline.batch_size
-        rows = batch * (2 if pipeline.manifest.guided else 1)
-    flops = dict(enumerate((plan.cost.full_flops, *plan.cost.cached_flops)))
-    full_ms = statistics.median(times_ms[variant_name(FULL)])
-    by_name = {variant_name(variant): variant for variant in (FULL, *PHASES)}
-    variants: dict[str, dict[str, float]] = {}
-    for name, times in times_ms.items():
-        median_ms = statistics.median(times)
-        variants[name] = {"median_ms": round(median_ms, 3), "min_ms": round(min(times), 3)}
-        variant = by_name.get(name)
-        if variant is not None:
-            variants[name]["gflops"] = round(flops[variant] * rows / 1e9, 4)
-            variants[name]["time_ratio"] = round(median_ms / full_ms, 4)
-            variants[name]["flops_ratio"] = round(flops[variant] / flops[FULL], 4)
-            variants[name]["compile_efficiency"] = round((full_ms / median_ms) * (flops[variant] / flops[FULL]), 3)
+    with ExitStack() as stack:
+        contenders = list(_contenders(stack, path, backend, against, batch_sizes))
+        facts = [contender.facts() for contender in contenders]
+        actions = {
+            (number, kind): functools.partial(contender.run, kind)
+            for number, contender in enumerate(contenders)
+            for kind in (PLAN_RUN, FULL_RUN, _WATCHED_RUN)
+        }
+        interleaved(actions, WARMUP_ROUNDS, functools.partial(progress, "warming up"))
+        timed = interleaved(actions, rounds, functools.partial(progress, "timing sampling runs in turn"))
+        plans = [(contender.pipeline.plan, contender.model_batch) for contender in contenders]
+    # The engines are closed: fresh processes have the machine to themselves.
+    starts = {
+        number: functools.partial(start_up, Path(fact["bundle"]), fact["backend"], fact["batch_size"])
+        for number, fact in enumerate(facts)
+    }
+    started = interleaved(starts, min(rounds, START_UPS), functools.partial(progress, "starting fresh processes"))
+    bundles = 1 + len(against)
+    for number, fact in enumerate(facts):
+        first = number - number % bundles
+        runs, base = ({kind: timed[of, kind] for kind in (PLAN_RUN, FULL_RUN)} for of in (number, first))
+        watched = timed[number, _WATCHED_RUN]
+        fact["runs"] = runs_report(runs, base, fact["batch_size"])
+        fact["host_share"] = host_share(watched)
+        fact["variants"] = variants_report(watched, *plans[number])
+        fact["start_up"] = start_up_report(started[number])
     return {
-        "bundle": str(path),
         "hardware": hardware_line(),
-        "backend": used,
-        "batch_size": batch,
+        "made_by": f"tc-deploy {__version__}",
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "rounds": rounds,
-        "variants": variants,
-        "start_up": _start_up(path, used, batch, progress),
+        "contenders": facts,
     }
 
 
-def _interleaved_ms(
-    pipeline: Pipeline, rounds: int, progress: Callable[[str, int, int], None]
-) -> dict[str, list[float]]:
-    graphs = pipeline.variants()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(WARMUP_ROUNDS + rounds):
-        for name, graph in graphs.items():
-            start_s = time.perf_counter()
-            graph.run()
-            if turn >= WARMUP_ROUNDS:
-                times[name].append(1e3 * (time.perf_counter() - start_s))
-        progress("timing the variants in turn", max(0, turn + 1 - WARMUP_ROUNDS), rounds)
-    return times
+def _contenders(
+    stack: ExitStack, path: Path, backend: str | None, against: Sequence[str], batch_sizes: Sequence[int]
+) -> Iterator[_Contender]:
+    """Load each bundle with each batch size; of one batch size all bundles, the first one first."""
+
+    def load(path: Path, backend: str | None, batch_size: int | None) -> _Contender:
+        contender = _Contender(path, backend, batch_size)
+        stack.enter_context(contender.pipeline)
+        return contender
+
+    for batch_size in dict.fromkeys(batch_sizes) or (None,):
+        first = load(path, backend, batch_size)
+        yield first
+        for other in against:
+            other_path, other_backend = bundle_and_backend(other)
+            other_backend = first.pipeline.backend if other_backend is None else other_backend
+            yield load(other_path, other_backend, first.pipeline.batch_size)
 
 
-def _start_up(path: Path, backend: str, batch: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """Medians over fresh processes."""
-    runs = []
-    for done in range(START_UPS):
-        command = [sys.executable, "-c", _START_UP, str(path), backend, str(batch)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
-        if answer.returncode:
-            said = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
-            raise BackendError(f"{path}: a fresh process cannot load it: {said[-1]}")
-        runs.append(json.loads(answer.stdout))
-        progress("starting fresh processes", done + 1, START_UPS)
-    medians = {
-        key: round(statistics.median(run[key] for run in runs), 3) for key in ("load_s", "first_step_s", "rss_mib")
-    }
-    return {**medians, "torch_imported": any(run["torch_imported"] for run in runs)}
+def bundle_and_backend(text: str) -> tuple[Path, str | None]:
+    """The bundle, and the backend if one is named, of ``BUNDLE`` or ``BUNDLE:BACKEND``.
+
+    A folder that exists is a bundle, even with a colon in its name.
+    """
+    path, colon, backend = text.rpartition(":")
+    return (Path(path), backend) if colon and not Path(text).is_dir() else (Path(text), None)

@@ -1,8 +1,10 @@
-"""``tc-deploy bench``: how fast a bundle's engines are here."""
+"""``tc-deploy bench``: how fast a bundle's engines are here. The tables are Markdown, to paste in a pull request."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,32 +15,105 @@ from tc_deploy.cli.progress import progress_bar
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", help="Which of the bundle's engines.")
-@click.option("--batch-size", type=int, help="Pictures that run together.")
-@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Times each variant is run.")
+@click.option(
+    "--against", multiple=True, metavar="BUNDLE[:BACKEND]", help="Measure this too, in turn with the first; repeat it."
+)
+@click.option(
+    "--batch-size", "batch_sizes", type=int, multiple=True, help="Pictures that run together; repeat it for several."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of each kind per contender."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def command(bundle: Path, backend: str | None, batch_size: int | None, rounds: int, as_json: bool) -> None:
-    """Time the full and the cached engines of BUNDLE (engines/NAME) in turn, and the start of a fresh process.
+def command(
+    bundle: Path,
+    backend: str | None,
+    against: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Time whole sampling runs of BUNDLE (engines/NAME), under its plan and with every step full.
 
-    Compile efficiency is a cached variant's speed-up in time over its speed-up in FLOPs.
+    Also every graph in them, the host's share, and a fresh process's start and memory. In each round every
+    contender makes each kind of run once, in a changing order; ratios are taken round by round. Without :BACKEND,
+    --against takes the backend of BUNDLE.
     """
-    from tc_deploy.bench.measure import bench_bundle
+    from tc_deploy.bench.measure import bench_bundles
 
     with progress_bar() as report:
-        facts = bench_bundle(bundle, backend, batch_size, rounds, report)
+        facts = bench_bundles(bundle, backend, against, batch_sizes, rounds=rounds, progress=report)
     if as_json:
         click.echo(canonical_json(facts), nl=False)
         return
-    click.echo(f"{facts['bundle']} with {facts['backend']}, batch {facts['batch_size']}, on {facts['hardware']}")
-    click.echo(f"{'variant':<10}{'median ms':>11}{'min ms':>9}{'time':>8}{'FLOPs':>8}{'efficiency':>12}")
-    for name, row in facts["variants"].items():
-        ratios = ("time_ratio", "flops_ratio", "compile_efficiency")
-        text = "".join(
-            f"{row[ratio]:>{width}.3f}" for ratio, width in zip(ratios, (8, 8, 12), strict=True) if ratio in row
-        )
-        click.echo(f"{name:<10}{row['median_ms']:>11.2f}{row['min_ms']:>9.2f}{text}")
-    start = facts["start_up"]
-    torch = "imports torch" if start["torch_imported"] else "no torch"
-    click.echo(
-        f"fresh process: loaded after {start['load_s']:.2f} s, first step done after {start['first_step_s']:.2f} s,"
-        f" {start['rss_mib']:.0f} MiB resident, {torch}"
-    )
+    contenders = facts["contenders"]
+    versions = sorted({f"{contender['backend']} {contender['backend_version']}" for contender in contenders})
+    click.echo(", ".join([facts["hardware"], *versions, facts["made_by"], facts["date"], f"{rounds} rounds in turn"]))
+    _show_runs(contenders, compared=bool(against))
+    _show_variants(contenders)
+    _show_processes(contenders)
+
+
+def _show_runs(contenders: list[dict[str, Any]], *, compared: bool) -> None:
+    rows = []
+    for contender in contenders:
+        for kind, run in contender["runs"].items():
+            times = [f"{run[name]:.1f}" for name in ("p50_ms", "iqr_ms", "p90_ms", "p99_ms")]
+            ratios = [_spread(run["ratio_to_full"]), *([_spread(run["ratio_to_first"])] if compared else [])]
+            rows.append([*_names(contender), kind, *times, f"{run['pictures_per_s']:.2f}", *ratios])
+    head = ["engines", "batch", "run", "p50 ms", "IQR ms", "p90 ms", "p99 ms", "pictures/s", "to full (IQR)"]
+    _show_table([*head, *(["to first (IQR)"] if compared else [])], rows)
+
+
+def _show_variants(contenders: list[dict[str, Any]]) -> None:
+    rows, notes = [], []
+    for contender in contenders:
+        for name, variant in contender["variants"].items():
+            times = [f"{variant[name]:.3f}" for name in ("p50_ms", "iqr_ms")]
+            ratios = [_number(variant[name]) for name in ("time_ratio", "flops_ratio", "compile_efficiency")]
+            rows.append([*_names(contender), name, str(variant["calls"]), *times, *ratios])
+            if variant["note"]:
+                notes.append(f"{name}: {variant['note']}")
+    _show_table(["engines", "batch", "graph", "calls", "p50 ms", "IQR ms", "time", "FLOPs", "efficiency"], rows)
+    click.echo()
+    click.echo("time, FLOPs: to the full step's, which also writes the caches; efficiency: FLOPs / time")
+    for note in dict.fromkeys(notes):
+        click.echo(f"no efficiency for {note}")
+
+
+def _show_processes(contenders: list[dict[str, Any]]) -> None:
+    rows = []
+    for contender in contenders:
+        start = contender["start_up"]
+        times = [f"{start[name]:.2f}" for name in ("load_s", "first_step_s")]
+        memory = [f"{start[name]:.0f}" for name in ("resident_mib", "peak_mib")]
+        share = f"{100 * contender['host_share']['median']:.1f} %"
+        rows.append([*_names(contender), share, *times, *memory, "yes" if start["torch_imported"] else "no"])
+    head = ["host share", "loaded after s", "first step after s", "resident MiB", "peak MiB", "imports torch"]
+    _show_table(["engines", "batch", *head], rows)
+
+
+def _names(contender: dict[str, Any]) -> list[str]:
+    return [f"{contender['bundle']}:{contender['backend']}", str(contender["batch_size"])]
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.3f} ({ratio['iqr']:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table, padded so that it also reads well as it is; numbers stand to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    numbers = [all(cell[:1].isdigit() or not cell for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, numbers, strict=True)]
+    click.echo()
+    for line in (head, rule, *rows):
+        cells = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, numbers, strict=True)
+        ]
+        click.echo(f"| {' | '.join(cells)} |")

@@ -35,7 +35,8 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
     for name, target in facts["targets"].items():
-        _line("engines", f"{name} {target['version']}" if target["usable"] else f"{name}: {target['why']}")
+        options = ", ".join(f"{option} {value}" for option, value in target.get("options", {}).items())
+        _line("engines", f"{name} {target['version']}, {options}" if target["usable"] else f"{name}: {target['why']}")
     if not facts["targets"]:
         _line("engines", f"none yet: tc-deploy build {facts['path']}")
 

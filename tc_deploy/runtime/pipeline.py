@@ -90,11 +90,19 @@ def load(path: str | Path, backend: str | None = None, *, batch_size: int | None
     return Pipeline(Path(path), backend, batch_size=batch_size)
 
 
-class Pipeline:
-    """A loaded bundle; see :func:`load` for the arguments and errors."""
+Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
+"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
+what runs in its place."""
 
-    def __init__(self, path: Path, backend: str | None = None, *, batch_size: int | None = None) -> None:
+
+class Pipeline:
+    """A loaded bundle; see :func:`load` for the arguments and errors. ``watch`` sees every graph as it is bound."""
+
+    def __init__(
+        self, path: Path, backend: str | None = None, *, batch_size: int | None = None, watch: Watch | None = None
+    ) -> None:
         self.path = path
+        self._watch = watch
         self.manifest: Manifest = read_manifest(path)
         self.backend = _chosen_backend(path, backend)
         target = read_target(path, self.backend)
@@ -357,7 +365,9 @@ class Pipeline:
         def buffers(names: Mapping[str, str], tensors: Sequence[TensorRecord]) -> dict[str, Buffer]:
             return {tensor.name: self._buffer(device, names[tensor.name], tensor, step) for tensor in tensors}
 
-        return graphs[call.graph].bind(buffers(call.inputs, record.inputs), buffers(call.outputs, record.outputs))
+        outputs = buffers(call.outputs, record.outputs)
+        bound = graphs[call.graph].bind(buffers(call.inputs, record.inputs), outputs)
+        return bound if self._watch is None else self._watch(call.graph, bound, next(iter(outputs.values())))
 
     def _buffer(self, device: Device, name: str, tensor: TensorRecord, step: int) -> Buffer:
         """The buffer of that name, made at its first mention; a table's row is filled there and never again."""

@@ -1,0 +1,192 @@
+"""OpenVINO on the CPU: the fast path there, in the graphs' own fp32 or, where a target asks for it, in half precision.
+
+Its engines are the bundle's ONNX graphs as they are: OpenVINO compiles them when a pipeline is made, for the very
+machine and batch it runs with, so a target of this backend holds no copy of them, only the settings and the checks of
+its build. (Compiled graphs kept as files load in half to three quarters of the time, fix the batch, and each hold the
+weights again.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.errors import BackendError
+
+if TYPE_CHECKING:
+    import openvino
+
+DEFAULT_PRECISION = "f32"
+_DEVICE = "CPU"
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+"""What OpenVINO calls a CPU's ability to compute in a precision."""
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise BackendError("OpenVINO is not installed; install tc-deploy[openvino]") from None
+    return openvino
+
+
+def precisions_of(core: openvino.Core) -> tuple[str, ...]:
+    """The precisions that this CPU computes in."""
+    able = set(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
+    return tuple(name for name, capability in _CAPABILITIES.items() if capability in able)
+
+
+class OpenVinoBuffer:
+    """A tensor in host memory, which it owns."""
+
+    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        module = _openvino()
+        self.tensor: openvino.Tensor = module.Tensor(module.Type(dtype), module.Shape(shape))
+        self._array: NDArray[Any] = self.tensor.data  # a view
+        self._array[...] = 0
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        if (array.dtype, array.shape) != (self._array.dtype, self._array.shape):
+            raise ValueError(f"expected {self._array.dtype} {self._array.shape}, found {array.dtype} {array.shape}")
+        self._array[...] = array
+
+    def read(self) -> NDArray[Any]:
+        """A copy."""
+        return self._array.copy()
+
+
+class OpenVinoBoundGraph:
+    """An infer request with all its inputs and outputs set."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def run(self) -> None:
+        """Run it; the outputs are there on return.
+
+        Raises:
+            BackendError: OpenVINO fails.
+        """
+        try:
+            # ``infer`` would do the same and then wrap every output for Python.
+            self._request.start_async()
+            self._request.wait()
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO fails: {_reason(error)}") from error
+
+
+class OpenVinoGraph:
+    """A graph that has been read; it is compiled for the shapes that it is bound to.
+
+    Compiled for any batch it would infer every shape again at each run, which takes a cached step of the demo nearly
+    twice as long.
+    """
+
+    def __init__(self, device: OpenVinoDevice, path: Path) -> None:
+        self._device, self._path = device, path
+        self._model = device.core.read_model(path)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._compiled: Any = None
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OpenVinoBoundGraph:
+        """Fix the buffers by tensor name.
+
+        Raises:
+            BackendError: OpenVINO refuses the graph for buffers of these shapes.
+        """
+        tensors = {name: cast("OpenVinoBuffer", buffer).tensor for name, buffer in {**inputs, **outputs}.items()}
+        shapes = {name: tuple(tensors[name].shape) for name in inputs}
+        try:
+            if shapes != self._shapes:
+                self._model.reshape(shapes)
+                self._compiled = self._device.core.compile_model(self._model, _DEVICE, self._device.settings)
+                self._shapes = shapes
+            request = self._compiled.create_infer_request()
+            for name, tensor in tensors.items():
+                request.set_tensor(name, tensor)
+        except RuntimeError as error:
+            raise _refusal(self._path, error) from error
+        return OpenVinoBoundGraph(request)
+
+
+class OpenVinoDevice:
+    """The CPU, with the threads and the precision that a target's options say.
+
+    Args:
+        threads: 0 leaves the choice to OpenVINO (the physical cores).
+        precision: what matrix products and most else are computed in; inputs, outputs and caches stay as they are.
+
+    Raises:
+        BackendError: the CPU does not compute in that precision.
+    """
+
+    def __init__(self, *, threads: int, precision: str) -> None:
+        self.core: openvino.Core = _openvino().Core()
+        # A precision that the CPU lacks is no more than a hint to OpenVINO, which would take another one unasked.
+        offered = precisions_of(self.core)
+        if precision not in offered:
+            raise BackendError(
+                f"this CPU does not compute in {precision}, only in {', '.join(offered)}; build again with one of these"
+            )
+        self.settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+            # A pipeline runs one graph at a time: all threads belong to it.
+            "NUM_STREAMS": 1,
+            # Pinned, the threads of two pipelines would share the first cores and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
+        }
+
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> OpenVinoBuffer:
+        """Allocate, filled with zeros."""
+        return OpenVinoBuffer(dtype, shape)
+
+    def load(self, path: Path) -> Graph:
+        """Read an ONNX file; its external data lies beside it."""
+        try:
+            return OpenVinoGraph(self, path)
+        except RuntimeError as error:
+            raise _refusal(path, error) from error
+
+
+class OpenVino:
+    """The backend."""
+
+    name = "openvino"
+
+    def version(self) -> str:
+        """OpenVINO's version, without the build's hash."""
+        return str(_openvino().__version__).partition("-")[0]
+
+    def open(self, options: Mapping[str, Any]) -> OpenVinoDevice:
+        """Open the CPU; see :class:`OpenVinoDevice` for the options."""
+        settings = {"threads": 0, "precision": DEFAULT_PRECISION, **options}
+        unknown = sorted(settings.keys() - {"threads", "precision"})
+        threads, precision = settings["threads"], settings["precision"]
+        if unknown or not isinstance(threads, int) or threads < 0 or precision not in _CAPABILITIES:
+            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}, precision {precision!r}"
+            raise BackendError(
+                f"{self.name} takes the options threads, a number from 0 on, and precision, one of"
+                f" {', '.join(_CAPABILITIES)}; found {found}; build again"
+            )
+        return OpenVinoDevice(threads=threads, precision=precision)
+
+
+def _refusal(path: Path, error: Exception) -> BackendError:
+    return BackendError(f"{path}: OpenVINO refuses the graph: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says last: before it stand the places in its source that the error passed."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return " ".join(line.split())
