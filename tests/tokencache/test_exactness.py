@@ -16,6 +16,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.tokencache.forward import (
     KEY,
+    OUTPUT,
     VALUE,
     cache_name,
     cached_tensors,
@@ -24,7 +25,7 @@ from tc_deploy.tokencache.forward import (
     run_superposed,
 )
 from tc_deploy.tokencache.points import BLOCK
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 BATCH, BLOCKS, TOKENS, WIDTH = 3, 3, 16, 64
 TIMESTEPS = (900.0, 480.5, 3.0)
@@ -311,11 +312,33 @@ def test_superposition_of_zeros_and_ones_is_pruning(tiny_dit: DiffusionTransform
     assert_close(run_superposed(tiny_dit, cache, inputs, history, weights, same_tokens), pruned)
 
 
+# ------------------------------------------------------------------------------------------------------ skipped steps
+@each_order
+def test_a_step_that_skips_the_model_combines_its_outputs(tiny_dit: DiffusionTransformer, order: int) -> None:
+    cache = record(Reuse.BRANCH, Attention.ALL, order, NOTHING).model_copy(update={"skip": Skip.MODEL})
+    outputs, history = zip(*(run_full(tiny_dit, cache, draw_inputs(seed)) for seed in range(order + 1)), strict=True)
+    weights = draw_weights(order, seed=9)
+    # Without any input the model cannot run.
+    found = run_cached(tiny_dit, cache, 1, {}, history, weights, None)
+    assert_close(found, torch.einsum("abchw,ba->bchw", torch.stack(outputs), weights))
+
+
+@pytest.mark.parametrize("skip", tuple(Skip))
+def test_a_phase_that_keeps_a_token_runs_the_model_whatever_skip_says(
+    tiny_dit: DiffusionTransformer, skip: Skip
+) -> None:
+    cache = record(Reuse.BRANCH, Attention.ALL, 0, MIXED).model_copy(update={"skip": skip})
+    index, _ = draw_index(MIXED, seed=3)
+    inputs = draw_inputs(seed=1)
+    output, noted = run_full(tiny_dit, cache, inputs)
+    assert_close(run_cached(tiny_dit, cache, 1, inputs, [noted], torch.ones(BATCH, 1), index), output)
+
+
 # -------------------------------------------------------------------------------------------------- what is left behind
 def test_only_what_a_cached_step_reads_is_named(tiny_dit: DiffusionTransformer) -> None:
-    def named(reuse: Reuse, attention: Attention, *keeps: tuple[int, ...]) -> tuple[str, ...]:
+    def named(reuse: Reuse, attention: Attention, *keeps: tuple[int, ...], skip: Skip = Skip.BLOCKS) -> tuple[str, ...]:
         both = (keeps[0], keeps[-1])
-        cache = CacheRecord(reuse=reuse, attention=attention, forecast_order=0, keep_counts=both)
+        cache = CacheRecord(reuse=reuse, attention=attention, forecast_order=0, keep_counts=both, skip=skip)
         return cached_tensors(tiny_dit, cache, phases=tuple(range(1, len(keeps) + 1)))
 
     assert named(Reuse.BRANCH, Attention.ALL, ALL) == ()
@@ -332,6 +355,11 @@ def test_only_what_a_cached_step_reads_is_named(tiny_dit: DiffusionTransformer) 
         "cache.2.attention",
         "cache.2.mlp",
     )
+    assert named(Reuse.RESIDUAL, Attention.ALL, NOTHING, (0, TOKENS, TOKENS), skip=Skip.MODEL) == (
+        "cache.0.block",
+        OUTPUT,
+    )
+    assert named(Reuse.RESIDUAL, Attention.ALL, ALL, skip=Skip.MODEL) == ()
 
 
 def patched(model: DiffusionTransformer) -> list[str]:
