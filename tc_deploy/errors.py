@@ -32,7 +32,7 @@ class UsageError(TcDeployError):
 
 
 class ModelError(TcDeployError):
-    """A checkpoint is missing, half-written, of an unknown class or in a pickle format; or a classifier does not fit."""
+    """A checkpoint is missing, half-written, of an unknown class or in a pickle format; or a classifier is unfit."""
 
     exit_code = 3
 
