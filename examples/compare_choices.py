@@ -20,8 +20,9 @@ from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
+from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, picture_psnr_db
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
 from tc_deploy.types import Attention, Reuse
 

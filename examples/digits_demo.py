@@ -27,7 +27,8 @@ import tc_deploy
 from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
-from tc_deploy.tokencache.sampler import denoise, picture_psnr_db
+from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.tokencache.sampler import denoise
 
 BATCH = 20
 COLUMNS = 10

@@ -22,6 +22,7 @@ EXTRA_BY_MODULE = {
     "onnx_ir": "compile",
     "onnxscript": "compile",
     "torch": "compile",
+    "torchmetrics": "compile",
     "transformers": "compile",
     "onnxruntime": "cpu",
     "tensorrt": "tensorrt",
@@ -33,7 +34,16 @@ EXTRA_BY_MODULE = {
 }
 """The extra of tc-deploy that brings a library, by the name under which Python imports it."""
 
-COMPILE_DISTRIBUTIONS = ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript")
+COMPILE_DISTRIBUTIONS = (
+    "torch",
+    "torchmetrics",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+)
 ONNXRUNTIME_DISTRIBUTIONS = (
     "onnxruntime",
     "onnxruntime-gpu",

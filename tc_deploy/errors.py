@@ -2,7 +2,8 @@
 
     TcDeployError                 1
     ├── UsageError                2   an option or argument is out of range or does not fit the others
-    ├── ModelError                3   a checkpoint is missing, half-written, of an unknown class or in a pickle format
+    ├── ModelError                3   a checkpoint is missing, half-written, of an unknown class or in a pickle format;
+    │                                 or a classifier does not judge the model's pictures
     ├── PlanError                 4   a plan is malformed, or made for another model, step count or size
     ├── BundleError               5   an artefact folder is missing, incomplete or altered
     ├── ExportError               6   a graph or a scheduler cannot be exported, or the graph departs from PyTorch
@@ -31,7 +32,7 @@ class UsageError(TcDeployError):
 
 
 class ModelError(TcDeployError):
-    """A checkpoint is missing, half-written, of a class without a family, or in a pickle format."""
+    """A checkpoint is missing, half-written, of an unknown class or in a pickle format; or a classifier is unfit."""
 
     exit_code = 3
 

@@ -12,14 +12,19 @@ import tc_deploy
 from tc_deploy.export.stage import sampling_from_plan, token_index_tables
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, load_plan, plan_bytes
+from tc_deploy.quality.classifier import Classifier
+from tc_deploy.quality.compare import compare
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 
 ROOT = Path(__file__).parent.parent
 PLAN_FOLDER = ROOT / "calibration" / "digits"
 MODEL_FOLDER = ROOT / "examples" / "digits-dit"
+CLASSIFIER = ROOT / "examples" / "digits-classifier.onnx"
 LARGEST_COST = 0.45
 LEAST_PSNR_DB = 38.0
 LEAST_GAIN_DB = 6.0
+LEAST_CLASS_ACCURACY = 0.95
+LEAST_SSIM = 0.99
 """What the project promises of the demo's plan."""
 
 
@@ -64,3 +69,18 @@ def test_trajectory_equals_pytorch(bundle: Path, full: bool) -> None:
     )
     error = np.abs(found - expected.numpy()).max()
     assert error <= tolerance("onnxruntime", "fp32", "trajectory_max_abs")
+
+
+def test_the_shipped_classifier_reads_what_was_asked_for(bundle: Path) -> None:
+    labels = np.arange(10)
+    with tc_deploy.load(bundle, batch_size=len(labels)) as pipeline:
+        cached, full = (
+            torch.from_numpy(pipeline(class_labels=labels.tolist(), seed=60, full=full).latents)
+            for full in (False, True)
+        )
+    found = compare(cached, full, torch.from_numpy(labels), pixels=True, judge=Classifier(CLASSIFIER))
+    assert found.class_accuracy is not None
+    assert found.class_accuracy >= LEAST_CLASS_ACCURACY
+    assert found.psnr_db >= LEAST_PSNR_DB
+    assert found.ssim is not None
+    assert found.ssim >= LEAST_SSIM

@@ -11,8 +11,9 @@ import torch
 from tc_deploy.errors import ModelError, PlanError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise, picture_psnr_db
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import IntArray
 
 FIRST_SEED = 1_000_000

@@ -19,8 +19,6 @@ from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.types import IntArray
 
-LARGEST_PSNR_DB = 140.0
-
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
 
@@ -120,25 +118,3 @@ def denoise(
         if on_step is not None:
             on_step(step, inputs, latents)
     return latents
-
-
-def psnr_db(images: Tensor, reference: Tensor, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, mean over samples.
-
-    Samples that agree better than fp32 can tell count as 140 dB, so that equal pictures have a finite figure.
-
-    Args:
-        images: (B, ...).
-        reference: (B, ...).
-        peak: range of the values, 2 for pictures in [-1, 1]; None takes the range that ``reference`` has.
-    """
-    span = float(reference.max() - reference.min()) if peak is None else peak
-    relative_errors = (images - reference).flatten(1).div(span).pow(2).mean(1)
-    return float(-10 * torch.log10(relative_errors.clamp_min(10 ** (-LARGEST_PSNR_DB / 10))).mean())
-
-
-def picture_psnr_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> float:
-    """PSNR of what is seen: of pictures clipped to [-1, 1] where the latents are pictures, else of the latents."""
-    if pixels:
-        return psnr_db(latents.clamp(-1, 1), reference.clamp(-1, 1), peak=2.0)
-    return psnr_db(latents, reference)

@@ -14,8 +14,9 @@ from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.schedule import Schedule, full_schedule
-from tc_deploy.tokencache.sampler import LARGEST_PSNR_DB, Sampling, denoise, psnr_db
+from tc_deploy.tokencache.sampler import Sampling, denoise
 from tc_deploy.types import Attention, Reuse
 
 STEPS, TOKENS, BLOCKS = 6, 16, 3
@@ -76,7 +77,7 @@ def test_fewer_steps_are_the_plain_run_with_that_step_count(tiny_dit: DiffusionT
         plain = dataclasses.replace(sampling, steps=steps)
         return denoise(tiny_dit, plain, noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
 
-    assert measured.fewer_steps_psnr_db == round(psnr_db(denoised(2), denoised(STEPS)), 2)
+    assert measured.fewer_steps_psnr_db == round(picture_psnr_db(denoised(2), denoised(STEPS), pixels=False), 2)
 
 
 def test_timesteps_that_are_listed_one_by_one_become_fewer_too(tiny_dit: DiffusionTransformer) -> None:
@@ -93,7 +94,7 @@ def test_timesteps_that_are_listed_one_by_one_become_fewer_too(tiny_dit: Diffusi
         denoise(tiny_dit, sampling, noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
         for sampling in (listed, half)
     )
-    assert measured.fewer_steps_psnr_db == round(psnr_db(fewer, full), 2)
+    assert measured.fewer_steps_psnr_db == round(picture_psnr_db(fewer, full, pixels=False), 2)
     assert measured.fewer_steps_psnr_db < LARGEST_PSNR_DB
 
 

@@ -16,7 +16,7 @@ from tc_deploy.calibrate.training import SAVE_EVERY
 from tc_deploy.errors import ExportError, ModelError, PlanError, StorageError, TcDeployError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN, TABLES, load_plan
-from tc_deploy.tokencache.sampler import LARGEST_PSNR_DB
+from tc_deploy.quality.metrics import LARGEST_PSNR_DB
 
 STEPS, BLOCKS, TOKENS = 7, 3, 16
 ITERATIONS = SAVE_EVERY + 4

@@ -15,7 +15,7 @@ from torch import Tensor
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import Schedule, full_schedule
-from tc_deploy.tokencache.sampler import LARGEST_PSNR_DB, Sampling, TokenCachedSteps, denoise, picture_psnr_db, psnr_db
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Attention, IntArray, Reuse
 
 STEPS, BATCH, TOKENS = 9, 2, 16
@@ -230,32 +230,3 @@ def test_the_callers_scheduler_is_left_alone(tiny_dit: DiffusionTransformer) -> 
     first = denoise(tiny_dit, sampling, *draw(), lambda _, inputs: tiny_dit.forward(inputs))
     assert torch.equal(sampling.scheduler.timesteps, before)
     assert torch.equal(denoise(tiny_dit, sampling, *draw(), lambda _, inputs: tiny_dit.forward(inputs)), first)
-
-
-# ----------------------------------------------------------------------------------------------------------------- PSNR
-def test_psnr_by_hand() -> None:
-    expected = torch.zeros(2, 1, 2, 2)
-    expected[0, 0, 0, 0] = 2.0  # the range, over all samples, is 2
-    found = expected.clone()
-    found[0] += 0.2  # 20 dB
-    found[1] -= 0.02  # 40 dB
-    allowed = tolerance("torch", "fp32", "psnr_db")
-    assert psnr_db(found, expected) == pytest.approx(30.0, abs=allowed)
-    assert psnr_db(found[:1], expected[:1]) == pytest.approx(20.0, abs=allowed)
-    assert psnr_db(found, expected, peak=20.0) == pytest.approx(50.0, abs=allowed)
-
-
-def test_equal_pictures_have_a_finite_psnr() -> None:
-    pictures = torch.randn(2, 3, 4, 4)
-    assert psnr_db(pictures, pictures) == pytest.approx(LARGEST_PSNR_DB, abs=tolerance("torch", "fp32", "psnr_db"))
-
-
-def test_pictures_are_compared_as_they_are_seen() -> None:
-    expected = torch.linspace(-3, 3, 32).reshape(1, 2, 4, 4)
-    found = torch.where(expected.abs() > 1, expected * 2, expected)
-    assert picture_psnr_db(found, expected, pixels=True) == psnr_db(expected, expected)
-    assert picture_psnr_db(found, expected, pixels=False) == psnr_db(found, expected)
-    shifted = expected.clamp(-1, 1) * 0.9
-    by_hand = -10 * np.log10(float(((shifted - expected.clamp(-1, 1)) ** 2).mean()) / 4)
-    allowed = tolerance("torch", "fp32", "psnr_db")
-    assert picture_psnr_db(shifted, expected, pixels=True) == pytest.approx(by_hand, abs=allowed)
