@@ -1,0 +1,138 @@
+"""What a search found, as a document: ``search.json`` beside ``samples.safetensors``.
+
+Read by ``tc-deploy plan`` (to choose again without searching again) and by ``tc-deploy report``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from tc_deploy.bundle import Document, FileRecord, read_document
+from tc_deploy.plan import CacheRecord, ModelRecord, ScheduleRecord
+from tc_deploy.quality.compare import Quality
+
+SEARCH = "search.json"
+SAMPLES = "samples.safetensors"
+"""Final latents of a few pictures per point, ``(n, C, H, W)`` float32 under the point's name."""
+FORMAT_VERSION: Final = 1
+FULL_POINT = "full"
+"""Name of the point that is the model's own run; every quality is a comparison with it."""
+
+
+class Kind(StrEnum):
+    """What a point is an example of."""
+
+    FULL = "full run"
+    TOKEN_CACHE = "tc-deploy"  # noqa: S105 - not a password
+    """A point of the search's space."""
+    FEWER_STEPS = "fewer steps"
+    BETTER_SOLVER = "better solver"
+    SKIP_REUSE = "skip, reuse"
+    SKIP_FORECAST = "skip, forecast"
+    RANDOM_TOKENS = "random tokens"
+    UNIFORM_BLOCKS = "uniform blocks"
+    CACHE_DIT = "cache-dit"
+
+
+class SettingsRecord(Document):
+    """What makes a point, so that its plan can be written again; None where it is no plan (cache-dit)."""
+
+    scheduler_class: str
+    schedule: ScheduleRecord
+    cache: CacheRecord
+
+
+class PointRecord(Document):
+    """One way to make pictures, run on seeds that the search did not see."""
+
+    name: str
+    """Unique and readable: ``K=(4, 2), boundary 25, order 2``."""
+    kind: Kind
+    settings: SettingsRecord | None
+    steps_full: NonNegativeInt
+    steps_cached: NonNegativeInt
+    cost_in_full_steps: NonNegativeFloat
+    """FLOPs over those of one full step."""
+    latency_ms: PositiveFloat
+    """Of one whole sampling run: the full run's median times ``latency_ratio``."""
+    latency_ratio: PositiveFloat
+    """To the full run, median over rounds in which both ran."""
+    latency_iqr: NonNegativeFloat
+    """Interquartile range of that ratio over the rounds; 0 where the latency was not measured."""
+    quality: Quality
+    converged_psnr_db: float | None
+    """PSNR to a full run of four times the steps: what a better solver is right to be judged by."""
+    drift: tuple[float, ...] | None
+    """Per step, relative L2 of the latents to the full run's; None where the steps are others."""
+    on_front: bool
+    """No other point is both faster and closer to the full run."""
+    predicted_latency_ratio: float | None
+    """By the cost model that the search used; None for a point that was not searched for."""
+
+
+class VariantCost(Document):
+    """What the cost model knows of one graph: time of one call over the full step's."""
+
+    graph: str
+    """``full``, ``skip``, ``solver`` or ``keep``."""
+    reuse: str | None
+    attention: str | None
+    forecast_order: int | None
+    keep_ratio: float | None
+    ratio: NonNegativeFloat
+    iqr: NonNegativeFloat
+
+
+class ScreenedRecord(Document):
+    """One candidate that the search looked at, on the screening seeds."""
+
+    boundary: NonNegativeInt
+    k1: PositiveInt
+    k2: PositiveInt
+    keep_ratio: tuple[float, float]
+    forecast_order: NonNegativeInt
+    reuse: str
+    attention: str
+    latency_ratio: PositiveFloat
+    psnr_db: float
+
+
+class SearchRecord(Document):
+    """A search."""
+
+    kind: Literal["search"]
+    format_version: Literal[1]
+    made_by: str
+    date: str
+    model: ModelRecord
+    hardware: str
+    latency_source: Literal["measured", "flops"]
+    backend: str
+    backend_version: str
+    batch_size: PositiveInt
+    """Pictures per run in every latency."""
+    seed: NonNegativeInt
+    screening_seeds: NonNegativeInt
+    confirmation_seeds: NonNegativeInt
+    settings: dict[str, Any]
+    """The recipe's search table."""
+    variants: tuple[VariantCost, ...]
+    screened: tuple[ScreenedRecord, ...]
+    points: tuple[PointRecord, ...]
+    """The full run first, then by latency."""
+    remarks: tuple[str, ...]
+    """What the figures say, in words."""
+    samples: FileRecord
+
+
+def read_search(folder: Path) -> SearchRecord:
+    """Read a search.
+
+    Raises:
+        BundleError: there is none, or it is not of this version.
+    """
+    return read_document(SearchRecord, folder / SEARCH, "search", f"tc-deploy plan RECIPE -o {folder}")
