@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from tc_deploy.bundle import Document, FileRecord, read_document
 from tc_deploy.plan import CacheRecord, ModelRecord, ScheduleRecord
-from tc_deploy.quality.compare import Quality
+from tc_deploy.quality.record import Quality
 
 SEARCH = "search.json"
 SAMPLES = "samples.safetensors"

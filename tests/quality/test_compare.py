@@ -11,8 +11,9 @@ from tolerances import tolerance
 
 from tc_deploy.errors import ModelError
 from tc_deploy.quality.classifier import Classifier
-from tc_deploy.quality.compare import Quality, compare
+from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, frechet_distance, picture_psnr_db, ssim
+from tc_deploy.quality.record import Quality
 
 DB = tolerance("torch", "fp32", "psnr_db")
 ROUNDING = tolerance("torch", "fp32", "metric")
