@@ -46,7 +46,7 @@ def measure(
         PlanError: the plan's run does.
     """
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
-    fewer = _with_fewer_steps(sampling, fewer_steps)
+    fewer = with_fewer_steps(sampling, fewer_steps)
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
     full, planned, shortened = [], [], []
     for start in range(0, samples, BATCH):
@@ -77,7 +77,7 @@ def measure(
     )
 
 
-def _with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
+def with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
     """The sampler with fewer steps; of timesteps or sigmas that are listed one by one, every so many are taken."""
     listed = {
         name: [sampling.set_timesteps_kwargs[name][step * sampling.steps // steps] for step in range(steps)]

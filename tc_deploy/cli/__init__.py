@@ -32,6 +32,7 @@ class CommandEntry(NamedTuple):
 
 COMMANDS = {
     "calibrate": CommandEntry("tc_deploy.cli.calibrate:command", "Make a plan from a checkpoint and a recipe."),
+    "plan": CommandEntry("tc_deploy.cli.plan:command", "Search for the best plan at a latency or a quality."),
     "export": CommandEntry("tc_deploy.cli.export:command", "Export a plan and its checkpoint as ONNX graphs."),
     "build": CommandEntry("tc_deploy.cli.build:command", "Build engines for this machine from exported graphs."),
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),

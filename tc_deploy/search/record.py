@@ -57,12 +57,13 @@ class PointRecord(Document):
     steps_cached: NonNegativeInt
     cost_in_full_steps: NonNegativeFloat
     """FLOPs over those of one full step."""
-    latency_ms: PositiveFloat
-    """Of one whole sampling run: the full run's median times ``latency_ratio``."""
+    latency_ms: PositiveFloat | None
+    """Of one whole sampling run: the median of the full runs beside it times ``latency_ratio``; None where the latency
+    was not measured."""
     latency_ratio: PositiveFloat
-    """To the full run, median over rounds in which both ran."""
+    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured."""
     latency_iqr: NonNegativeFloat
-    """Interquartile range of that ratio over the rounds; 0 where the latency was not measured."""
+    """Interquartile range of that ratio over the rounds."""
     quality: Quality
     converged_psnr_db: float | None
     """PSNR to a full run of four times the steps: what a better solver is right to be judged by."""

@@ -1,0 +1,127 @@
+"""``tc-deploy plan``: search for the plan that fits a budget, with the baselines beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tc_deploy.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tc_deploy.search.record import PointRecord, SearchRecord
+
+
+@click.command()
+@click.argument("source", metavar="RECIPE|MODEL|PLAN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
+@click.option("--target-psnr", type=float, help="The fastest plan at least so close to the full run, in dB.")
+@click.option("--max-latency-ms", type=float, help="The closest plan that takes no longer for a whole run.")
+@click.option("--pareto", is_flag=True, help="Show every point, and not those alone that no other beats.")
+@click.option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per timed run.")
+@click.option("--from-flops", is_flag=True, help="Take FLOPs for latency; nothing is timed.")
+@click.option("--trials", "search__trials", type=int, help="Candidates to sample with.")
+@click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@click.option("--seed", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Print the search's record.")
+def command(
+    source: Path,
+    output: Path | None,
+    target_psnr: float | None,
+    max_latency_ms: float | None,
+    pareto: bool,
+    backend: str | None,
+    batch_size: int,
+    from_flops: bool,
+    as_json: bool,
+    search__trials: int | None,
+    sampling__steps: int | None,
+    sampling__guidance_scale: float | None,
+    seed: int | None,
+) -> None:
+    """Search for the best plan at a latency or a quality; without either, at half of the full run's latency.
+
+    RECIPE is a TOML file with a [search] table, MODEL a diffusers folder. Latency is measured on engines, quality on
+    seeds that the search did not see, and every baseline (fewer steps, a better solver, skipped steps, ...) runs beside
+    the plans. A search that was stopped continues when it is started again. PLAN is a folder that this command wrote:
+    another of its points is chosen, without searching again.
+    """
+    from tc_deploy.backends.registry import DEFAULT
+    from tc_deploy.bundle import canonical_json
+    from tc_deploy.calibrate.recipe import read_recipe
+    from tc_deploy.search.record import SEARCH
+    from tc_deploy.search.stage import Wish, choose_again, chosen_point, search_plan
+
+    if target_psnr is not None and max_latency_ms is not None:
+        raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")
+    if from_flops and max_latency_ms is not None:
+        raise click.UsageError("--max-latency-ms needs measured latencies; leave out --from-flops")
+    wish = Wish(target_psnr_db=target_psnr, max_latency_ms=max_latency_ms)
+    if (source / SEARCH).is_file():
+        if output is not None:
+            raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
+        output = source
+        record = choose_again(source, wish)
+    else:
+        if output is None:
+            raise click.UsageError("missing option -o, the plan folder to write")
+        overrides = {
+            "search.trials": search__trials,
+            "sampling.steps": sampling__steps,
+            "sampling.guidance_scale": sampling__guidance_scale,
+            "seed": seed,
+        }
+        recipe = read_recipe(source, overrides)
+        with progress_bar() as report:
+            record = search_plan(
+                recipe,
+                output,
+                wish,
+                backend=backend or DEFAULT,
+                batch_size=batch_size,
+                from_flops=from_flops,
+                report=report,
+            )
+    if as_json:
+        click.echo(canonical_json(record.model_dump(mode="json")), nl=False)
+        return
+    _print(record, chosen_point(record, wish), output, pareto=pareto)
+
+
+def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: bool) -> None:
+    measured = record.latency_source == "measured"
+    source = f"{record.backend} {record.backend_version}, batch {record.batch_size}" if measured else "FLOPs"
+    click.echo(f"latency by {source}, on {record.hardware}; {record.confirmation_seeds} unseen seeds; {record.date}")
+    click.echo(
+        f"{'':2}{'latency':>8}{'±':>7}{'ms':>9}{'PSNR dB':>9}{'SSIM':>8}{'FD':>8}{'read':>7}{'exact':>7}"
+        f"{'full+cached':>13}  kind: point"
+    )
+    for point in record.points:
+        if not (pareto or point.on_front):
+            continue
+        quality = point.quality
+        mark = ">" if point.name == chosen.name else "*" if point.on_front else " "
+        columns = (
+            _number(point.latency_ratio, 8, 3),
+            _number(point.latency_iqr, 7, 3),
+            _number(point.latency_ms, 9, 1),
+            _number(quality.psnr_db, 9, 1),
+            _number(quality.ssim, 8, 4),
+            _number(quality.frechet_distance, 8, 3),
+            _number(quality.class_accuracy, 7, 3),
+            _number(point.converged_psnr_db, 7, 1),
+            f"{point.steps_full} + {point.steps_cached}".rjust(13),
+        )
+        click.echo(f"{mark:2}{''.join(columns)}  {point.kind}: {point.name}")
+    click.echo("* nothing is both faster and closer; > the plan; FD Frechet distance to the full run's pictures;")
+    click.echo("  read: share that the classifier reads as asked; exact: PSNR to a run of four times the steps")
+    for remark in record.remarks:
+        click.echo(remark)
+    click.echo(f"{output}: {chosen.kind}: {chosen.name}")
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    return ("-" if value is None else f"{value:.{digits}f}").rjust(width)

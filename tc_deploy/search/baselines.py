@@ -1,0 +1,168 @@
+"""What users try first, as plans: run on the same engines, from the same noise, in the same search.
+
+Fewer steps; a better solver at fewer steps; whole steps skipped, their output reused (what FORA does, arXiv 2407.01425)
+or every branch forecast (what TaylorSeer does, arXiv 2503.06923), at one interval for the whole run. And for a point
+that keeps tokens: the same budget on random tokens, and the same budget spread evenly over the blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tc_deploy.calibrate.measure import with_fewer_steps
+from tc_deploy.calibrate.stage import assemble_plan
+from tc_deploy.errors import ExportError, ModelError
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import scheduler_from_config
+from tc_deploy.plan import CacheRecord, OriginRecord, Plan
+from tc_deploy.schedule import PHASES, Schedule, full_schedule
+from tc_deploy.search.points import PlannedPoint
+from tc_deploy.search.record import Kind
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
+from tc_deploy.types import Attention, FloatArray, Reuse, Skip
+
+FEWER_STEPS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+"""Shares of the steps."""
+BETTER_SOLVER = "DPMSolverMultistepScheduler"
+BETTER_SOLVER_STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
+INTERVALS = (2, 3, 4, 5, 6, 8)
+TAYLOR_ORDERS = (1, 2)
+CONVERGED = 4
+"""The converged run has so many times the steps."""
+
+
+class Baselines:
+    """Makes the baselines of one model and sampler.
+
+    Args:
+        model: the model.
+        sampling: the sampler with all its steps.
+        seed: of random tokens.
+    """
+
+    def __init__(self, model: DiffusionTransformer, sampling: Sampling, seed: int) -> None:
+        self.model, self.sampling, self.seed = model, sampling, seed
+
+    def full(self) -> PlannedPoint:
+        """The model's own run."""
+        return self._full_steps(self.sampling, "full", Kind.FULL)
+
+    def converged(self) -> PlannedPoint | None:
+        """The model's own run with four times the steps; None where the sampler cannot have so many."""
+        if self.sampling.set_timesteps_kwargs:
+            return None
+        try:
+            return self._full_steps(
+                with_fewer_steps(self.sampling, CONVERGED * self.sampling.steps), "converged", Kind.FULL
+            )
+        except ExportError:
+            return None
+
+    def all(self) -> Iterator[PlannedPoint]:
+        """Every baseline that needs no point of ours."""
+        steps = self.sampling.steps
+        for count in _step_counts(FEWER_STEPS, steps):
+            sampling = with_fewer_steps(self.sampling, count)
+            yield self._full_steps(sampling, f"{count} steps", Kind.FEWER_STEPS)
+        better = self._better_solver()
+        for count in _step_counts(BETTER_SOLVER_STEPS, steps) if better else ():
+            sampling = dataclasses.replace(self.sampling, scheduler=better, steps=count)
+            yield self._full_steps(sampling, f"DPM-Solver++, {count} steps", Kind.BETTER_SOLVER)
+        nothing = (0,) * len(self.model.blocks)
+        for interval in (interval for interval in INTERVALS if interval < steps):
+            schedule = Schedule(steps=steps, boundary=steps, k1=interval, k2=1)
+            cache = CacheRecord(
+                reuse=Reuse.BRANCH,
+                attention=Attention.ALL,
+                forecast_order=0,
+                keep_counts=(nothing, nothing),
+                skip=Skip.MODEL,
+            )
+            yield self.cached(schedule, cache, f"output reused, interval {interval}", Kind.SKIP_REUSE)
+            for order in TAYLOR_ORDERS:
+                forecast = cache.model_copy(update={"forecast_order": order, "skip": Skip.BLOCKS})
+                name = f"branches forecast, order {order}, interval {interval}"
+                yield self.cached(schedule, forecast, name, Kind.SKIP_FORECAST)
+
+    def twins(self, point: PlannedPoint, importance: FloatArray) -> Iterator[PlannedPoint]:
+        """The same budget as a point's spent otherwise; nothing where it keeps no token.
+
+        Args:
+            point: keeps tokens, chosen by ``importance``.
+            importance: (T, L, N) scores.
+        """
+        schedule, cache, tokens = point.plan.tprr(), point.plan.cache, self.model.geometry.tokens
+        kept = [any(cache.keep_counts[phase - 1]) and bool(schedule.cached_steps(phase)) for phase in PHASES]
+        if not any(kept):
+            return
+        random = np.random.default_rng(self.seed).random(importance.shape, dtype=np.float32)
+        yield self.cached(schedule, cache, f"{point.name}, random tokens", Kind.RANDOM_TOKENS, random)
+        blocks = len(self.model.blocks)
+        even = tuple(_evenly(sum(counts), blocks, tokens) for counts in cache.keep_counts)
+        uniform = cache.model_copy(update={"keep_counts": even})
+        if uniform != cache:
+            yield self.cached(schedule, uniform, f"{point.name}, uniform blocks", Kind.UNIFORM_BLOCKS, importance)
+
+    def _better_solver(self) -> Any:
+        """DPM-Solver++ with the model's noise schedule; None where diffusers cannot make it of this scheduler."""
+        if type(self.sampling.scheduler).__name__ == BETTER_SOLVER or self.sampling.set_timesteps_kwargs:
+            return None
+        config = {key: value for key, value in self.sampling.scheduler.config.items() if not key.startswith("_")}
+        try:
+            return scheduler_from_config(BETTER_SOLVER, config, self.model.source)
+        except ModelError:
+            return None
+
+    def _full_steps(self, sampling: Sampling, name: str, kind: Kind) -> PlannedPoint:
+        all_tokens = (self.model.geometry.tokens,) * len(self.model.blocks)
+        cache = CacheRecord(
+            reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=0, keep_counts=(all_tokens, all_tokens)
+        )
+        return self._point(sampling, full_schedule(sampling.steps), cache, name, kind, None)
+
+    def cached(
+        self, schedule: Schedule, cache: CacheRecord, name: str, kind: Kind, importance: FloatArray | None = None
+    ) -> PlannedPoint:
+        """A plan of the model's own sampler; tokens spread evenly where nothing scores them."""
+        return self._point(self.sampling, schedule, cache, name, kind, importance)
+
+    def _point(
+        self,
+        sampling: Sampling,
+        schedule: Schedule,
+        cache: CacheRecord,
+        name: str,
+        kind: Kind,
+        importance: FloatArray | None,
+    ) -> PlannedPoint:
+        blocks, tokens = len(self.model.blocks), self.model.geometry.tokens
+        if importance is None:
+            importance = np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)])
+        index = token_index_from_importance(importance, cache.keep_counts, schedule)
+        origin = OriginRecord(method="baseline", seed=self.seed, settings={"kind": kind.value, "name": name})
+        plan, tables = assemble_plan(self.model, sampling, schedule, cache, index, importance=None, origin=origin)
+        return PlannedPoint(name=name, kind=kind, plan=plan, tables=tables)
+
+
+def settings_name(plan: Plan) -> str:
+    """What a point of the search's space is called."""
+    cache, schedule = plan.cache, plan.schedule
+    kept = [sum(counts) / (plan.model.blocks * plan.model.tokens) for counts in cache.keep_counts]
+    keep = f", keep {kept[0]:.3g}/{kept[1]:.3g}" if any(kept) else ""
+    how = f", {cache.reuse}, attention {cache.attention}" if any(kept) else ""
+    return f"K=({schedule.k1}, {schedule.k2}), boundary {schedule.boundary}, order {cache.forecast_order}{keep}{how}"
+
+
+def _step_counts(shares: tuple[float, ...], steps: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(count for share in shares if 0 < (count := round(share * steps)) < steps))
+
+
+def _evenly(total: int, blocks: int, tokens: int) -> tuple[int, ...]:
+    """Keep counts that differ by one at most and add up to ``total``."""
+    base, left = divmod(min(total, blocks * tokens), blocks)
+    return tuple(base + (block < left) for block in range(blocks))

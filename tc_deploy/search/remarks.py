@@ -1,0 +1,110 @@
+"""What a search's figures say, in words: computed from the points, good news and bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tc_deploy.search.record import Kind, PointRecord
+
+SHARES = (0.5, 0.25)
+"""Of the full run's latency, at which the best points are compared."""
+CLOSE_DB = 1.0
+SLACK = 1.02
+"""Latency ratios are measured; what is two per cent over a limit counts as at it."""
+
+OURS = (Kind.TOKEN_CACHE,)
+BASELINES = (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.SKIP_REUSE, Kind.SKIP_FORECAST, Kind.CACHE_DIT)
+TWINS = {
+    Kind.RANDOM_TOKENS: "the same number of random tokens",
+    Kind.UNIFORM_BLOCKS: "the same budget spread evenly over the blocks",
+}
+
+
+def best_at(points: Sequence[PointRecord], kinds: Sequence[Kind], latency_ratio: float) -> PointRecord | None:
+    """The point of these kinds closest to the full run that takes no longer; None where there is none."""
+    fits = [point for point in points if point.kind in kinds and point.latency_ratio <= latency_ratio * SLACK]
+    return max(fits, key=lambda point: point.quality.psnr_db, default=None)
+
+
+def front_names(points: Sequence[PointRecord]) -> set[str]:
+    """The points that no other beats in latency or PSNR without losing in the other."""
+    names, best_db = set(), float("-inf")
+    for point in sorted(points, key=lambda point: (point.latency_ratio, -point.quality.psnr_db)):
+        if point.quality.psnr_db > best_db:
+            best_db = point.quality.psnr_db
+            names.add(point.name)
+    return names
+
+
+def remarks_of(points: Sequence[PointRecord]) -> tuple[str, ...]:
+    """Sentences, each a statement about these points alone."""
+    said = [line for share in SHARES for line in _at(points, share)]
+    said += _tokens(points)
+    for point in points:
+        better = [other for other in points if other.kind in BASELINES and dominates(other, point)]
+        if point.kind in OURS and better:
+            other = max(better, key=lambda other: other.quality.psnr_db)
+            said.append(f"{point.name} is not recommended: {other.kind} ({other.name}) is faster and closer.")
+    return tuple(said)
+
+
+def dominates(one: PointRecord, other: PointRecord) -> bool:
+    """Whether ``one`` is as fast and as close to the full run as ``other``, and better in one of the two."""
+    mine, theirs = ((point.latency_ratio, -point.quality.psnr_db) for point in (one, other))
+    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
+
+
+def _at(points: Sequence[PointRecord], share: float) -> list[str]:
+    ours = best_at(points, OURS, share)
+    if ours is None:
+        return [f"At {share:.0%} of the full run's latency no plan of the search fits."]
+    said = []
+    fewer = best_at(points, (Kind.FEWER_STEPS,), share)
+    gain = "" if fewer is None else f", {_gain(ours, fewer)} fewer steps ({fewer.name}, {_figures(fewer)})"
+    said.append(f"At {share:.0%} of the full run's latency: {ours.name}, {_figures(ours)}{gain}.")
+    for kind in BASELINES:
+        peer = best_at(points, (kind,), share)
+        if kind is Kind.FEWER_STEPS or peer is None:
+            continue
+        difference = peer.quality.psnr_db - ours.quality.psnr_db
+        if difference > -CLOSE_DB:
+            how = "better" if difference > 0 else "within 1 dB"
+            said.append(f"At {share:.0%}, {kind} is {how}: {peer.name}, {_figures(peer)}.")
+    return said
+
+
+def _tokens(points: Sequence[PointRecord]) -> list[str]:
+    with_tokens = [point for point in points if point.kind in OURS and _keeps_tokens(point)]
+    if not with_tokens:
+        return ["No plan that keeps tokens was built."]
+    said = []
+    without = [point for point in points if point.kind in OURS and not _keeps_tokens(point)]
+    if all(any(dominates(other, point) for other in without) for point in with_tokens):
+        said.append(
+            "Keeping tokens adds nothing here: each plan that keeps some is slower than one that skips the model in its"
+            " cached steps and forecasts the output, and no closer to the full run."
+        )
+    for point in with_tokens:
+        for kind, what in TWINS.items():
+            for twin in points:
+                if twin.kind is kind and twin.name.startswith(f"{point.name}, "):
+                    gain = point.quality.psnr_db - twin.quality.psnr_db
+                    said.append(f"{point.name}: {gain:+.1f} dB against {what}.")
+    return said
+
+
+def _keeps_tokens(point: PointRecord) -> bool:
+    if point.settings is None:
+        return False
+    schedule = point.settings.schedule
+    phases = {1: schedule.boundary > 0 and schedule.k1 > 1, 2: schedule.boundary < schedule.steps and schedule.k2 > 1}
+    return any(used and any(point.settings.cache.keep_counts[phase - 1]) for phase, used in phases.items())
+
+
+def _gain(ours: PointRecord, other: PointRecord) -> str:
+    gain = ours.quality.psnr_db - other.quality.psnr_db
+    return f"{abs(gain):.1f} dB {'above' if gain >= 0 else 'BELOW'}"
+
+
+def _figures(point: PointRecord) -> str:
+    return f"{point.quality.psnr_db:.1f} dB at {point.latency_ratio:.2f}"

@@ -1,0 +1,108 @@
+"""What a candidate costs in quality, by sampling with it in PyTorch on the screening seeds.
+
+The full run's pictures are made once; every judgement is kept in the work folder as it is made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.calibrate.cost import count_flops
+from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord
+from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.schedule import PHASES
+from tc_deploy.search.cost import CostModel
+from tc_deploy.search.space import Candidate, Judged
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.tokencache.selection import keep_counts_from_importance, token_index_from_importance
+from tc_deploy.types import FloatArray, IntArray, Skip
+
+FIRST_SEED = 600_000
+"""Above the seeds of training, below those of measurement."""
+NOT_FINITE_DB = 0.0
+
+
+class Screen:
+    """Judges candidates.
+
+    Args:
+        model: the model.
+        sampling: the sampler with all its steps.
+        importance: (T, L, N) scores that choose blocks and tokens.
+        multiple: keep counts are multiples of it.
+        samples: pictures per judgement.
+        costs: predicts latency; None takes FLOPs.
+        folder: where judgements are kept.
+        on_judged: told how many were judged.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        sampling: Sampling,
+        importance: FloatArray,
+        multiple: int,
+        samples: int,
+        costs: CostModel | None,
+        folder: Path,
+        on_judged: Callable[[int], None],
+    ) -> None:
+        self.model, self.sampling, self.importance, self.multiple = model, sampling, importance, multiple
+        self.costs, self.folder, self.on_judged = costs, folder, on_judged
+        self.noise, self.conditions = draw_batch(model, range(FIRST_SEED, FIRST_SEED + samples))
+        self.reference = denoise(model, sampling, self.noise, self.conditions, lambda _, inputs: model.forward(inputs))
+        self.judged = 0
+
+    def __call__(self, candidate: Candidate) -> Judged:
+        """Sample with a candidate, unless that was done before."""
+        schedule, cache = candidate.schedule(self.sampling.steps), self.cache(candidate)
+        if self.costs is None:
+            ratio = count_flops(self.model, cache).in_full_steps(schedule) / schedule.steps
+        else:
+            ratio = self.costs.latency_ratio(schedule, cache)
+        psnr_db = self._psnr_db(candidate, cache)
+        self.judged += 1
+        self.on_judged(self.judged)
+        return Judged(candidate=candidate, latency_ratio=ratio, psnr_db=psnr_db)
+
+    def cache(self, candidate: Candidate) -> CacheRecord:
+        """A candidate's cache settings: the budget of each phase spent over blocks by importance."""
+        counts = []
+        schedule = candidate.schedule(self.sampling.steps)
+        for phase in PHASES:
+            steps = list(schedule.cached_steps(phase))
+            per_block = self.importance[steps or slice(None)].mean(axis=(0, 2))
+            ratio = candidate.keep_ratio[phase - 1]
+            counts.append(keep_counts_from_importance(per_block, ratio, self.model.geometry.tokens, self.multiple))
+        return CacheRecord(
+            reuse=candidate.reuse,
+            attention=candidate.attention,
+            forecast_order=candidate.forecast_order,
+            keep_counts=(counts[0], counts[1]),
+            skip=Skip.MODEL,
+        )
+
+    def token_index(self, candidate: Candidate) -> dict[int, IntArray]:
+        """The tokens of each cached step, per phase."""
+        cache = self.cache(candidate)
+        return token_index_from_importance(self.importance, cache.keep_counts, candidate.schedule(self.sampling.steps))
+
+    def _psnr_db(self, candidate: Candidate, cache: CacheRecord) -> float:
+        schedule = candidate.schedule(self.sampling.steps)
+        identity = canonical_json({"variants": schedule.variants, "cache": cache.model_dump(mode="json")})
+        path = self.folder / f"{sha256_of_bytes(identity.encode())[:16]}.json"
+        try:
+            return float(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
+        steps = TokenCachedSteps(self.model, cache, schedule, self.token_index(candidate))
+        found = denoise(self.model, self.sampling, self.noise, self.conditions, steps)
+        pixels = self.model.geometry.pixels
+        psnr_db = picture_psnr_db(found, self.reference, pixels=pixels) if found.isfinite().all() else NOT_FINITE_DB
+        write_bytes(path, json.dumps(psnr_db).encode())
+        return psnr_db

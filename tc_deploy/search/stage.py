@@ -1,0 +1,475 @@
+"""Search: a checkpoint and a recipe to a plan that earned its place, with every point and baseline beside it.
+
+1. Cost: graphs on a grid of keep counts are built and timed (``cost``), or FLOPs are taken where that was asked for.
+2. Screening: candidates sample in PyTorch (``space``, ``screen``).
+3. Confirmation: the front's candidates and all baselines become engines, which make the pictures of seeds that nobody
+   saw before and are timed in turn with the full run (``points``, ``baselines``).
+
+In: a recipe. Out: a plan folder that also holds ``search.json``, samples, and the plan of every point. A search that
+was killed goes on where it stood, from ``.NAME.work``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+from tc_deploy import __version__
+from tc_deploy.backends import registry
+from tc_deploy.bundle import (
+    FileRecord,
+    canonical_json,
+    check_files,
+    check_replaceable,
+    new_folder,
+    sha256_of_bytes,
+)
+from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.stage import assemble_plan, importance_of, sampling_from_recipe
+from tc_deploy.errors import UsageError
+from tc_deploy.hardware import hardware_line
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model
+from tc_deploy.plan import PLAN, CacheRecord, OriginRecord, load_plan, write_plan_files
+from tc_deploy.quality.classifier import Classifier
+from tc_deploy.quality.compare import compare
+from tc_deploy.quality.metrics import drift, picture_psnr_db
+from tc_deploy.schedule import Schedule
+from tc_deploy.search.baselines import Baselines, settings_name
+from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, labels_of
+from tc_deploy.search.record import (
+    FORMAT_VERSION,
+    FULL_POINT,
+    SAMPLES,
+    SEARCH,
+    Kind,
+    PointRecord,
+    ScreenedRecord,
+    SearchRecord,
+    SettingsRecord,
+    VariantCost,
+    read_search,
+)
+from tc_deploy.search.remarks import SLACK, front_names, remarks_of
+from tc_deploy.search.screen import Screen
+from tc_deploy.search.space import Judged, candidates, chosen_for_engines, judge_candidates, settings_of
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.types import FloatArray, Skip
+
+Report = Callable[[str, int, int], None]
+"""(what is being done, done, of how many)."""
+
+CONFIRMATION_SEED = 3_000_000
+POINTS = "points"
+SAMPLE_PICTURES = 8
+GRID_ROUNDS = 5
+REFERENCE_INTERVAL = 4
+"""Interval of the schedule that the Cache Predictor is trained for, when many schedules will use its scores."""
+DEFAULT_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a user asks of a plan; with neither, half of the full run's latency."""
+
+    target_psnr_db: float | None = None
+    max_latency_ms: float | None = None
+
+
+def search_plan(
+    recipe: Recipe,
+    destination: Path,
+    wish: Wish,
+    *,
+    backend: str = registry.DEFAULT,
+    batch_size: int = 1,
+    from_flops: bool = False,
+    report: Report = lambda what, done, total: None,
+) -> SearchRecord:
+    """Search, and write the plan that fits the wish best.
+
+    Args:
+        recipe: model, sampling, space, classifier.
+        destination: ``calibration/NAME``; a plan that exists is replaced.
+        wish: what the plan must fulfil.
+        backend: on whose engines latency is measured.
+        batch_size: pictures per run when latency is measured.
+        from_flops: predict and quote latencies by FLOPs, without timing anything; the record says so.
+        report: told how far each part is.
+
+    Raises:
+        ModelError: the checkpoint, its scheduler or the classifier cannot be loaded.
+        PlanError: no candidate has a cached step.
+        BackendError: the engine is not installed or refuses a graph.
+        UsageError: no point fulfils the wish; names the best that there is. The record is kept in the work folder.
+        StorageError: the destination cannot be written.
+    """
+    check_replaceable(destination, marker=PLAN)
+    registry.backend(backend).version()
+    judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
+    report("loading the checkpoint", 0, 1)
+    model = load_model(Path(recipe.model))
+    if judge is not None:
+        judge.check_fits(model.geometry.latent_shape)
+    search = _Search(recipe, model, destination, backend, batch_size, from_flops=from_flops, report=report)
+    record, plans, samples = search.run(judge)
+    _write(record, plans, samples, destination, wish)
+    shutil.rmtree(search.work, ignore_errors=True)
+    return read_search(destination)
+
+
+def choose_again(folder: Path, wish: Wish) -> SearchRecord:
+    """Let another point of a finished search be the folder's plan.
+
+    Raises:
+        BundleError: the folder holds no search, or it is damaged.
+        UsageError: no point fulfils the wish.
+        StorageError: the folder cannot be written.
+    """
+    record = read_search(folder)
+    check_files(folder, {SAMPLES: record.samples})
+    samples = safetensors.numpy.load_file(folder / SAMPLES)
+    plans = {}
+    for point in record.points:
+        if point.settings is not None:
+            plan, tables = load_plan(folder / POINTS / _slug(point.name))
+            plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
+    _write(record, plans, samples, folder, wish)
+    return record
+
+
+def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
+    """The point that fulfils a wish best: the fastest that is close enough, or the closest that is fast enough.
+
+    Baselines take part where they are plans, so what is chosen is never dominated by one.
+
+    Raises:
+        UsageError: none does; names the best.
+    """
+    full = next(point for point in record.points if point.name == FULL_POINT)
+    plans = [
+        point
+        for point in record.points
+        if point.settings is not None
+        and point.on_front
+        and (wish.target_psnr_db is None or point.quality.psnr_db >= wish.target_psnr_db)
+        and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
+    ]
+    if wish.target_psnr_db is None and wish.max_latency_ms is None:
+        plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE * SLACK]
+    if not plans:
+        fastest = min(record.points, key=lambda point: point.latency_ratio)
+        time = "" if full.latency_ms is None else f" of {full.latency_ms:.1f} ms"
+        raise UsageError(
+            f"no plan fulfils it: the fastest takes {fastest.latency_ratio:.2f} of the full run's latency{time}, at"
+            f" {fastest.quality.psnr_db:.1f} dB ({fastest.name}); ask for less, or widen the recipe's [search]"
+        )
+    if wish.target_psnr_db is not None:
+        return min(plans, key=lambda point: point.latency_ratio)
+    return max(plans, key=lambda point: point.quality.psnr_db)
+
+
+class _Search:
+    """One search's parts, in the order in which they run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: DiffusionTransformer,
+        destination: Path,
+        backend: str,
+        batch_size: int,
+        *,
+        from_flops: bool,
+        report: Report,
+    ) -> None:
+        self.recipe, self.model, self.report = recipe, model, report
+        self.backend, self.batch_size, self.from_flops = backend, batch_size, from_flops
+        self.sampling: Sampling = sampling_from_recipe(recipe)
+        identity = {
+            "model": model.record().model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "backend": [backend, registry.backend(backend).version(), batch_size, from_flops],
+        }
+        self.work = destination.parent / f".{destination.name}.work"
+        folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
+        self.folder = folder
+        self.maker = PointMaker(folder, Path(recipe.model), backend, batch_size)
+        self.baselines = Baselines(model, self.sampling, recipe.seed)
+
+    def run(self, judge: Classifier | None) -> tuple[SearchRecord, dict[str, PlannedPoint], dict[str, FloatArray]]:
+        importance = self._importance()
+        full = self.baselines.full()
+        variants: tuple[VariantCost, ...] = ()
+        costs = None
+        if not self.from_flops:
+            variants = self._timed_graphs(self.maker.bundle(full.plan, full.tables))
+            costs = cost_model(self.model.geometry.tokens, variants)
+        judged, ours = self._screened(importance, costs)
+        planned = [full, *ours, *self.baselines.all()]
+        for point in ours:
+            planned += self.baselines.twins(point, importance)
+        points, samples = self._confirmed(planned, judge)
+        stored = safetensors.numpy.save(samples)
+        record = SearchRecord(
+            kind="search",
+            format_version=FORMAT_VERSION,
+            made_by=f"tc-deploy {__version__}",
+            date=dt.datetime.now(dt.UTC).date().isoformat(),
+            model=self.model.record(),
+            hardware=hardware_line(),
+            latency_source="flops" if self.from_flops else "measured",
+            backend=self.backend,
+            backend_version=registry.backend(self.backend).version(),
+            batch_size=self.batch_size,
+            seed=self.recipe.seed,
+            screening_seeds=self.recipe.search.screening_samples,
+            confirmation_seeds=self.recipe.search.confirmation_samples,
+            settings=self.recipe.search.model_dump(mode="json"),
+            variants=variants,
+            screened=tuple(ScreenedRecord.model_validate(settings_of(item)) for item in judged),
+            points=points,
+            remarks=remarks_of(points),
+            samples=FileRecord(size_bytes=len(stored), sha256=sha256_of_bytes(stored)),
+        )
+        return record, {point.name: point for point in planned}, samples
+
+    def _importance(self) -> FloatArray:
+        """(T, L, N) scores; one Cache Predictor serves the whole search."""
+        steps = self.sampling.steps
+        ratio = max(self.recipe.search.keep_ratio) / 2
+        settings = self.recipe.model_copy(
+            update={"cache": self.recipe.cache.model_copy(update={"keep_counts": None, "keep_ratio": (ratio, ratio)})}
+        )
+        schedule = Schedule(steps=steps, boundary=steps, k1=min(REFERENCE_INTERVAL, steps), k2=1)
+        importance, _ = importance_of(settings, self.model, self.sampling, schedule, self.folder, self.report)
+        return importance
+
+    def _timed_graphs(self, reference: Path) -> tuple[VariantCost, ...]:
+        """Every setting of the space that keeps tokens, on its grid of keep ratios; and skipping, and the solver."""
+        space = candidates(self.recipe.search, self.sampling.steps).values()
+        wanted: dict[Setting, None] = {
+            (item.reuse, item.attention, item.forecast_order): None for item in space if item.keeps_tokens
+        }
+        ratios = sorted({0.0, *self.recipe.search.keep_ratio} - {1.0})
+        grids: list[tuple[Setting | None, tuple[float, float], CacheRecord]] = []
+        highest = max(self.recipe.search.forecast_order)
+        first = (self.recipe.search.reuse[0], self.recipe.search.attention[0], highest)
+        grids.append((None, (0.0, 0.0), self._grid_record(first, (0.0, 0.0), Skip.MODEL)))
+        pairs = list(zip(ratios[::2], [*ratios[1::2], ratios[-1]], strict=False))
+        grids += [
+            (setting, pair, self._grid_record(setting, pair, Skip.BLOCKS)) for setting in wanted for pair in pairs
+        ]
+        bundles = []
+        for done, (_, _, cache) in enumerate(grids):
+            self.report("building graphs to time", done, len(grids))
+            bundles.append(self._grid_bundle(cache))
+        found = time_graphs(
+            reference,
+            bundles,
+            self.backend,
+            self.batch_size,
+            GRID_ROUNDS,
+            lambda done, total: self.report("timing graphs in turn", done, total),
+        )
+        costs: list[VariantCost] = []
+        for (setting, pair, _), figures in zip(grids, found, strict=True):
+            costs.append(variant_cost("solver", figures["solver"], setting))
+            if setting is None:
+                costs.append(variant_cost("skip", figures["cached-1"]))
+                continue
+            costs.append(variant_cost("full", figures["full"], setting))
+            for graph, ratio in zip(("cached-1", "cached-2"), pair, strict=True):
+                if not any(
+                    cost.graph == "keep"
+                    and cost.keep_ratio == ratio
+                    and (cost.reuse, cost.attention, cost.forecast_order) == setting
+                    for cost in costs
+                ):
+                    costs.append(variant_cost("keep", figures[graph], setting, ratio))
+        return tuple(costs)
+
+    def _grid_record(self, setting: Setting, ratios: tuple[float, float], skip: Skip) -> CacheRecord:
+        blocks, tokens = len(self.model.blocks), self.model.geometry.tokens
+        counts = [(round(ratio * tokens),) * blocks for ratio in ratios]
+        reuse, attention, order = setting
+        return CacheRecord(
+            reuse=reuse, attention=attention, forecast_order=order, keep_counts=(counts[0], counts[1]), skip=skip
+        )
+
+    def _grid_bundle(self, cache: CacheRecord) -> Path:
+        steps = self.sampling.steps
+        interval = min(REFERENCE_INTERVAL, max(2, steps // 2))
+        schedule = Schedule(steps=steps, boundary=steps // 2, k1=interval, k2=interval)
+        point = self.baselines.cached(schedule, cache, "grid", Kind.TOKEN_CACHE)
+        return self.maker.bundle(point.plan, point.tables, check=False)
+
+    def _screened(
+        self, importance: FloatArray, costs: CostModel | None
+    ) -> tuple[tuple[Judged, ...], list[PlannedPoint]]:
+        settings, steps = self.recipe.search, self.sampling.steps
+        total = min(settings.trials, len(candidates(settings, steps)))
+        self.report("sampling with candidates", 0, total)
+        screen = Screen(
+            self.model,
+            self.sampling,
+            importance,
+            self.recipe.cache.multiple,
+            settings.screening_samples,
+            costs,
+            self.folder / "screening",
+            lambda done: self.report("sampling with candidates", done, total),
+        )
+        judged = judge_candidates(settings, steps, self.recipe.seed, screen)
+        ours = []
+        for item in chosen_for_engines(judged, settings.points):
+            plan, tables = assemble_plan(
+                self.model,
+                self.sampling,
+                item.candidate.schedule(steps),
+                screen.cache(item.candidate),
+                screen.token_index(item.candidate),
+                importance=importance if item.candidate.keeps_tokens else None,
+                origin=OriginRecord(
+                    method="search",
+                    seed=self.recipe.seed,
+                    settings={
+                        "latency": "flops" if self.from_flops else "measured",
+                        "search": settings.model_dump(mode="json"),
+                    },
+                ),
+            )
+            ours.append(
+                PlannedPoint(
+                    name=settings_name(plan),
+                    kind=Kind.TOKEN_CACHE,
+                    plan=plan,
+                    tables=tables,
+                    predicted_latency_ratio=item.latency_ratio,
+                )
+            )
+        return judged, ours
+
+    def _confirmed(
+        self, planned: Sequence[PlannedPoint], judge: Classifier | None
+    ) -> tuple[tuple[PointRecord, ...], dict[str, FloatArray]]:
+        """Build, run and time every point; the first is the full run."""
+        count = self.recipe.search.confirmation_samples
+        bundles = []
+        for done, point in enumerate(planned):
+            self.report("building points and baselines", done, len(planned))
+            bundles.append(self.maker.bundle(point.plan, point.tables))
+        converged = self.baselines.converged()
+        exact = None
+        if converged is not None:
+            self.report("making the converged run's pictures", 0, 1)
+            exact = self.maker.pictures(
+                self.maker.bundle(converged.plan, converged.tables),
+                count,
+                CONFIRMATION_SEED,
+                lambda done, total: self.report("making the converged run's pictures", done, total),
+            )
+        pictures: list[Pictures] = []
+        for done, bundle in enumerate(bundles):
+            self.report("making pictures", done, len(planned))
+            pictures.append(self.maker.pictures(bundle, count, CONFIRMATION_SEED))
+        latencies: list[Latency | None] = []
+        for done, bundle in enumerate(bundles):
+            self.report("timing points in turn with the full run", done, len(planned))
+            timed = not self.from_flops
+            rounds = self.recipe.search.latency_rounds
+            latencies.append(self.maker.latency(bundles[0], bundle, rounds) if timed else None)
+        timesteps = planned[0].plan.sampling.timesteps
+        found = [
+            self._point(
+                point, made, pictures[0], exact, latency, judge, same_steps=point.plan.sampling.timesteps == timesteps
+            )
+            for point, made, latency in zip(planned, pictures, latencies, strict=True)
+            if np.isfinite(made.latents).all()
+        ]
+        on_front = front_names(found)
+        points = [point.model_copy(update={"on_front": point.name in on_front}) for point in found]
+        ordered = [points[0], *sorted(points[1:], key=lambda point: point.latency_ratio)]
+        samples = {
+            point.name: np.ascontiguousarray(made.latents[:SAMPLE_PICTURES])
+            for point, made in zip(planned, pictures, strict=True)
+        }
+        return tuple(ordered), samples
+
+    def _point(
+        self,
+        point: PlannedPoint,
+        made: Pictures,
+        full: Pictures,
+        exact: Pictures | None,
+        latency: Latency | None,
+        judge: Classifier | None,
+        *,
+        same_steps: bool,
+    ) -> PointRecord:
+        pixels = self.model.geometry.pixels
+        latents, reference = torch.from_numpy(made.latents), torch.from_numpy(full.latents)
+        classes = self.model.geometry.conditions[0].classes
+        labels = None if classes is None else torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, classes))
+        schedule = point.plan.tprr()
+        cost = point.plan.cost_in_full_steps()
+        ratio = cost / self.sampling.steps if latency is None else latency.ratio
+        if point.name == FULL_POINT:
+            ratio = 1.0  # timed against itself, it shows how noisy the machine is
+        return PointRecord(
+            name=point.name,
+            kind=point.kind,
+            settings=SettingsRecord(
+                scheduler_class=point.plan.sampling.scheduler_class,
+                schedule=point.plan.schedule,
+                cache=point.plan.cache,
+            ),
+            steps_full=schedule.full_steps,
+            steps_cached=schedule.steps - schedule.full_steps,
+            cost_in_full_steps=round(cost, 3),
+            latency_ms=None if latency is None else round(ratio * latency.full_ms, 3),
+            latency_ratio=round(ratio, 4),
+            latency_iqr=0.0 if latency is None else latency.iqr,
+            quality=compare(latents, reference, labels, pixels=pixels, judge=judge),
+            converged_psnr_db=None
+            if exact is None
+            else round(picture_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2),
+            drift=drift(torch.from_numpy(made.trajectory), torch.from_numpy(full.trajectory)) if same_steps else None,
+            on_front=False,
+            predicted_latency_ratio=point.predicted_latency_ratio,
+        )
+
+
+def _write(
+    record: SearchRecord,
+    plans: Mapping[str, PlannedPoint],
+    samples: Mapping[str, FloatArray],
+    destination: Path,
+    wish: Wish,
+) -> None:
+    """Write the chosen plan, the record, the samples and every point's plan, all or nothing."""
+    chosen = chosen_point(record, wish)
+    with new_folder(destination, marker=PLAN) as folder:
+        for point in record.points:
+            if point.settings is not None:
+                own = folder / POINTS / _slug(point.name)
+                own.mkdir(parents=True)
+                write_plan_files(plans[point.name].plan, plans[point.name].tables, own)
+        (folder / SAMPLES).write_bytes(safetensors.numpy.save(dict(samples)))
+        (folder / SEARCH).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
+        write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder)
+
+
+def _slug(name: str) -> str:
+    """A point's name as a folder's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
