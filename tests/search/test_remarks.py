@@ -1,0 +1,94 @@
+"""What is said of points: computed, and as plain about a loss as about a gain."""
+
+import pytest
+
+from tc_deploy.plan import CacheRecord, ScheduleRecord
+from tc_deploy.quality.record import Quality
+from tc_deploy.search.record import Kind, PointRecord, SettingsRecord
+from tc_deploy.search.remarks import best_at, dominates, front_names, remarks_of
+from tc_deploy.types import Attention, Reuse, Skip
+
+
+def point(kind: Kind, name: str, ratio: float, psnr_db: float, keep: int = 0) -> PointRecord:
+    cache = CacheRecord(
+        reuse=Reuse.BRANCH,
+        attention=Attention.ALL,
+        forecast_order=1,
+        keep_counts=((keep,) * 2, (keep,) * 2),
+        skip=Skip.MODEL,
+    )
+    settings = SettingsRecord(
+        scheduler_class="DDIMScheduler", schedule=ScheduleRecord(steps=10, boundary=5, k1=2, k2=2), cache=cache
+    )
+    quality = Quality(psnr_db=psnr_db, psnr_db_std=1.0, ssim=None, frechet_distance=None, class_accuracy=None)
+    return PointRecord(
+        name=name,
+        kind=kind,
+        settings=None if kind is Kind.CACHE_DIT else settings,
+        steps_full=5,
+        steps_cached=5,
+        cost_in_full_steps=5.0,
+        latency_ms=100 * ratio,
+        latency_ratio=ratio,
+        latency_iqr=0.0,
+        quality=quality,
+        converged_psnr_db=None,
+        drift=None,
+        on_front=False,
+        predicted_latency_ratio=None,
+    )
+
+
+FULL = point(Kind.FULL, "full", 1.0, 140.0)
+FAST, SLOW = point(Kind.TOKEN_CACHE, "ours a", 0.24, 35.0), point(Kind.TOKEN_CACHE, "ours b", 0.45, 45.0)
+TOKENS = point(Kind.TOKEN_CACHE, "ours c", 0.6, 44.0, keep=4)
+FEWER = point(Kind.FEWER_STEPS, "5 steps", 0.5, 36.0)
+OURS = [FULL, FAST, SLOW, TOKENS, FEWER]
+
+
+def test_the_best_at_a_latency_is_the_closest_that_is_no_slower() -> None:
+    assert best_at(OURS, (Kind.TOKEN_CACHE,), 0.5) == SLOW
+    assert best_at(OURS, (Kind.TOKEN_CACHE,), 0.25) == FAST
+    assert best_at(OURS, (Kind.TOKEN_CACHE,), 0.1) is None
+
+
+def test_the_front() -> None:
+    assert front_names(OURS) == {"full", "ours a", "ours b"}
+    assert dominates(SLOW, TOKENS)
+    assert not dominates(TOKENS, SLOW)
+    assert not dominates(SLOW, SLOW)
+
+
+def said(*points: PointRecord) -> str:
+    return "\n".join(remarks_of(points))
+
+
+def test_a_gain_over_fewer_steps_is_named_with_both_figures() -> None:
+    text = said(*OURS)
+    assert "At 50% of the full run's latency: ours b, 45.0 dB at 0.45, 9.0 dB above fewer steps (5 steps" in text
+    assert "At 25% of the full run's latency: ours a, 35.0 dB at 0.24." in text
+    assert "Keeping tokens adds nothing here" in text
+
+
+@pytest.mark.parametrize(
+    ("psnr_db", "how"), [(43.9, None), (44.1, "within 1 dB"), (45.5, "better")], ids=["far", "close", "better"]
+)
+def test_a_baseline_that_comes_close_is_named(psnr_db: float, how: str | None) -> None:
+    text = said(*OURS, point(Kind.CACHE_DIT, "theirs", 0.48, psnr_db))
+    assert ("cache-dit" in text) == (how is not None)
+    if how is not None:
+        assert f"At 50%, cache-dit is {how}: theirs" in text
+
+
+def test_a_plan_that_loses_to_fewer_steps_is_not_recommended() -> None:
+    text = said(FULL, point(Kind.TOKEN_CACHE, "ours", 0.5, 30.0), point(Kind.FEWER_STEPS, "5 steps", 0.4, 36.0))
+    assert "6.0 dB BELOW fewer steps" in text
+    assert "ours is not recommended: fewer steps (5 steps) is faster and closer." in text
+
+
+def test_tokens_that_pay_are_not_talked_down_and_are_compared_with_random_ones() -> None:
+    paying = point(Kind.TOKEN_CACHE, "ours c", 0.6, 50.0, keep=4)
+    random = point(Kind.RANDOM_TOKENS, "ours c, random tokens", 0.6, 51.5, keep=4)
+    text = said(FULL, SLOW, paying, random)
+    assert "adds nothing" not in text
+    assert "ours c: -1.5 dB against the same number of random tokens." in text

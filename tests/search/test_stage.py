@@ -1,0 +1,229 @@
+"""A whole search on a tiny model: real engines, real timing, every baseline; what it writes, and how it goes on."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+from bundles import Answer, run_cli, snapshot
+
+from tc_deploy.calibrate.recipe import read_recipe
+from tc_deploy.errors import UsageError
+from tc_deploy.plan import PLAN, load_plan
+from tc_deploy.search import stage
+from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, Kind, SearchRecord, read_search
+from tc_deploy.search.stage import Wish, chosen_point, search_plan
+
+STEPS = 6
+RECIPE = """
+model = "{model}"
+
+[sampling]
+steps = 6
+guidance_scale = 1.5
+
+[cache]
+multiple = 4
+
+[predictor]
+trajectories = 2
+iterations = 2
+batch_size = 2
+
+[search]
+boundary = [0.5]
+k1 = [2]
+k2 = [3]
+keep_ratio = [0.0, 0.5]
+forecast_order = [1]
+screening_samples = 2
+confirmation_samples = 2
+points = 2
+latency_rounds = 2
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A search's recipe, its folder and what the command said."""
+
+    recipe: Path
+    folder: Path
+    answer: Answer
+
+    @property
+    def record(self) -> SearchRecord:
+        return read_search(self.folder)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Searched:
+    """Latency by FLOPs, so that nothing depends on the machine's mood."""
+    folder = tmp_path_factory.mktemp("search")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=tiny_dit_folder), encoding="utf-8")
+    answer = run_cli("plan", recipe, "-o", folder / "plan", "--pareto", "--from-flops", "--target-psnr", 0)
+    assert answer.code == 0, answer.err
+    return Searched(recipe=recipe, folder=folder / "plan", answer=answer)
+
+
+def test_every_baseline_runs_beside_our_points(searched: Searched) -> None:
+    record = searched.record
+    assert record.points[0].name == FULL_POINT
+    assert record.points[0].quality.psnr_db == 140.0
+    kinds = {point.kind for point in record.points}
+    assert kinds == set(Kind) - {Kind.CACHE_DIT, Kind.UNIFORM_BLOCKS} or kinds == set(Kind) - {Kind.CACHE_DIT}
+    names = [point.name for point in record.points]
+    assert len(set(names)) == len(names)
+    # One that keeps tokens is built whatever the search prefers.
+    ours = [point for point in record.points if point.kind is Kind.TOKEN_CACHE]
+    assert any("keep" in point.name for point in ours)
+    assert len(record.screened) == 4
+    for point in record.points:
+        assert point.steps_full + point.steps_cached == (point.settings.schedule.steps if point.settings else 0)
+        assert (point.drift is None) == (point.kind in (Kind.FEWER_STEPS, Kind.BETTER_SOLVER))
+        assert f": {point.name}" in searched.answer.out
+
+
+def test_latency_by_flops_says_so_and_is_the_cost(searched: Searched) -> None:
+    record = searched.record
+    assert record.latency_source == "flops"
+    assert record.variants == ()
+    assert "latency by FLOPs" in searched.answer.out
+    for point in record.points:
+        assert point.latency_ms is None
+        assert point.latency_ratio == pytest.approx(point.cost_in_full_steps / STEPS, abs=1e-3)
+    plan, _ = load_plan(searched.folder)
+    assert plan.origin.settings.get("latency", "flops") == "flops"
+
+
+def test_every_points_plan_and_samples_are_kept(searched: Searched) -> None:
+    record = searched.record
+    samples = safetensors.numpy.load_file(searched.folder / SAMPLES)
+    assert set(samples) == {point.name for point in record.points}
+    assert all(array.shape == (2, 4, 8, 8) for array in samples.values())
+    folders = sorted((searched.folder / stage.POINTS).iterdir())
+    assert len(folders) == len(record.points)
+    schedules = [load_plan(folder)[0].schedule for folder in folders]
+    assert {schedule.steps for schedule in schedules} >= {STEPS, 3}
+    assert not list(searched.folder.parent.glob(".plan.work"))
+
+
+def test_another_point_is_chosen_without_searching(searched: Searched, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(searched.folder, tmp_path / "plan"))
+    best = max(
+        (point for point in searched.record.points if point.on_front and point.name != FULL_POINT),
+        key=lambda point: point.quality.psnr_db,
+    )
+    answer = run_cli("plan", folder, "--target-psnr", best.quality.psnr_db - 1e-6)
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[-1] == f"{folder}: {best.kind}: {best.name}"
+    assert best.settings is not None
+    plan, _ = load_plan(folder)
+    assert (plan.schedule, plan.cache) == (best.settings.schedule, best.settings.cache)
+    before, after = snapshot(searched.folder), snapshot(folder)
+    assert {name for name in before if before[name] != after[name]} <= {PLAN, "tables.safetensors"}
+
+
+def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(searched.recipe, {})
+    destination = tmp_path / "plan"
+    seen: list[str] = []
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        seen.append(what)
+        if what == "making pictures" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_plan(recipe, destination, Wish(target_psnr_db=0), from_flops=True, report=interrupted)
+    assert not destination.exists()
+
+    def no_export(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("every bundle was there")
+
+    monkeypatch.setattr("tc_deploy.search.points.export_bundle", no_export)
+    search_plan(recipe, destination, Wish(target_psnr_db=0), from_flops=True)
+    mine, theirs = snapshot(destination), snapshot(searched.folder)
+    for files in (mine, theirs):
+        document = json.loads(files.pop(SEARCH))
+        document.pop("date")
+        files["document"] = json.dumps(document, sort_keys=True).encode()
+    assert mine == theirs
+
+
+def test_a_wish_that_nothing_fulfils_names_what_there_is(searched: Searched, tmp_path: Path) -> None:
+    before = snapshot(searched.folder)
+    answer = run_cli("plan", searched.folder, "--target-psnr", 200)
+    assert answer.code == UsageError.exit_code
+    assert "no plan fulfils it: the fastest takes 0." in answer.error
+    assert snapshot(searched.folder) == before
+
+
+def test_what_is_chosen_is_on_the_front(searched: Searched) -> None:
+    record = searched.record
+    for wish in (Wish(target_psnr_db=0), Wish(target_psnr_db=15), Wish()):
+        try:
+            chosen = chosen_point(record, wish)
+        except UsageError:
+            continue
+        assert chosen.on_front
+        assert all(
+            other.quality.psnr_db <= chosen.quality.psnr_db or other.latency_ratio > chosen.latency_ratio
+            for other in record.points
+        )
+
+
+def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path) -> None:
+    """Without tokens, to be quick; two graphs are timed and every point runs in turn with the full run."""
+    recipe = tmp_path / "recipe.toml"
+    text = RECIPE.format(model=tiny_dit_folder).replace("keep_ratio = [0.0, 0.5]", "keep_ratio = [0.0]")
+    recipe.write_text(text, encoding="utf-8")
+    answer = run_cli("plan", recipe, "-o", tmp_path / "plan", "--max-latency-ms", 1e6, "--json")
+    assert answer.code == 0, answer.err
+    record = SearchRecord.model_validate_json(answer.out)
+    assert record.latency_source == "measured"
+    assert {(cost.graph, cost.keep_ratio) for cost in record.variants} == {("skip", None), ("solver", None)}
+    assert all(point.latency_ms is not None and point.latency_ms > 0 for point in record.points)
+    ours = next(point for point in record.points if point.kind is Kind.TOKEN_CACHE)
+    assert ours.predicted_latency_ratio is not None
+    assert "No plan that keeps tokens was built." in record.remarks
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--target-psnr", 30, "--max-latency-ms", 5), "exclude each other"),
+        (("--from-flops", "--max-latency-ms", 5), "needs measured latencies"),
+        ((), "missing option -o"),
+        (("-o", "x", "--backend", "nonsense"), "unknown backend 'nonsense'"),
+        (("-o", "x", "--trials", 0), "search.trials"),
+    ],
+)
+def test_bad_arguments(searched: Searched, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
+    words = tuple(tmp_path / word if word == "x" else word for word in words)
+    answer = run_cli("plan", searched.recipe, *words)
+    assert answer.code == UsageError.exit_code
+    assert said in answer.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_search_is_not_searched_again_into_another_folder(searched: Searched, tmp_path: Path) -> None:
+    answer = run_cli("plan", searched.folder, "-o", tmp_path / "other")
+    assert answer.code == UsageError.exit_code
+    assert "is a finished search" in answer.error
+
+
+def test_a_classifier_of_other_pictures_is_refused_before_any_work(searched: Searched, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    classifier = Path(__file__).parents[2] / "examples" / "digits-classifier.onnx"
+    recipe.write_text(searched.recipe.read_text() + f'\n[quality]\nclassifier = "{classifier}"\n', encoding="utf-8")
+    answer = run_cli("plan", recipe, "-o", tmp_path / "plan")
+    assert answer.code == 3
+    assert "the classifier reads images (1, 16, 16), the model makes (4, 8, 8)" in answer.error
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
