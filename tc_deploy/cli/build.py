@@ -1,22 +1,43 @@
-"""``tc-deploy build``: an exported bundle to engines of this machine."""
+"""``tc-deploy build``: an exported bundle to engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tc_deploy.backends.registry import DEFAULT
-from tc_deploy.cli.progress import log_step
+from tc_deploy.backends.registry import BACKENDS, DEFAULT
+from tc_deploy.cli.progress import progress_bar
+
+
+def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:  # noqa: ARG001
+    return None if value is None else value.split(",")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default=DEFAULT, show_default=True, help="Engine kind.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
-def command(bundle: Path, backend: str, threads: int) -> None:
-    """Build engines from BUNDLE (engines/NAME) and run each once."""
+@click.option("--backend", default=DEFAULT, show_default=True, help=f"Engine kind: {', '.join(BACKENDS)}.")
+@click.option("--threads", type=click.IntRange(min=0), help="onnxruntime: CPU threads; 0, its default: all cores.")
+@click.option(
+    "--compute-capability",
+    callback=_list,
+    metavar="LIST",
+    help="tensorrt-rtx: the GPUs to build for, like 8.6,8.9,12.0; without it Ampere and later.",
+)
+@click.option(
+    "--batch-profile",
+    callback=_list,
+    metavar="MIN,OPT,MAX",
+    help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1,1,8.",
+)
+@click.option("--workspace-mib", type=int, help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.")
+@click.option("--optimization-level", type=int, help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.")
+def command(bundle: Path, backend: str, **options: Any) -> None:
+    """Build engines from BUNDLE (engines/NAME); those that can run here are run once."""
     from tc_deploy.backends.build import build_target
 
-    target = build_target(bundle, backend, {"threads": threads}, progress=log_step)
+    given = {name: value for name, value in options.items() if value is not None}
+    with progress_bar() as report:
+        target = build_target(bundle, backend, given, report)
     click.echo(f"{bundle / backend}: built with {target.backend} {target.backend_version}")
