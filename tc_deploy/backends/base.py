@@ -2,7 +2,7 @@
 
 A backend file holds a :class:`Backend`. The runtime sees these Protocols alone, so a new kind of engine is one file:
 it builds a bundle's engines into a folder, and opens a device that loads them.
-They are Protocols and not base classes because a backend shares no code with another.
+They are Protocols and not base classes because most backends share no code with another.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ of the calls; only reading waits for it.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class Cuda:
             raise BackendError(f"no NVIDIA GPU to use here: {reason}; see: tc-deploy doctor")
         self._do("cudaSetDevice", _DEVICE)
         self.stream = int(self._do("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
+        weakref.finalize(self, runtime.cudaStreamDestroy, self.stream)
 
     def gpu(self) -> GpuRecord:
         """The GPU by name, compute capability and the CUDA version of its driver."""

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import Buffer, Graph, Progress
-from tc_deploy.backends.first_run import run_each_once
+from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.errors import BackendError, first_line
-from tc_deploy.manifest import GraphRecord, Manifest, TargetManifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -125,7 +124,7 @@ class OrtDevice:
             raise BackendError(f"{path}: ONNX Runtime refuses the graph: {first_line(error)}") from error
 
 
-class OnnxRuntime:
+class OnnxRuntime(CompiledAtLoad):
     """The backend."""
 
     name = "onnxruntime"
@@ -133,24 +132,6 @@ class OnnxRuntime:
     def version(self) -> str:
         """ONNX Runtime's version."""
         return str(_onnxruntime().__version__)
-
-    def build(
-        self,
-        bundle: Path,
-        manifest: Manifest,
-        folder: Path,  # noqa: ARG002 - sessions are made at every load
-        options: Mapping[str, Any],
-        progress: Progress,
-    ) -> None:
-        """Run every graph once; nothing is written."""
-        run_each_once(self.open(options), bundle, manifest, progress)
-
-    def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - the graph is its own engine
-        """The ONNX graph."""
-        return record.file
-
-    def check(self, bundle: Path, target: TargetManifest) -> None:
-        """Nothing to compare: whatever version is here compiles the graphs anew."""
 
     def open(self, options: Mapping[str, Any]) -> OrtDevice:
         """Open the CPU; see :class:`OrtDevice` for the options."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ ALIGNMENT = 256
 """Bytes; TensorRT wants every address to be a multiple of it."""
 DEFAULT_BATCH_PROFILE = (1, 1, 8)
 """For a bundle of any batch size."""
-BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 300, 3.5
+BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 400, 3.5
 """A build's peak of memory: measured with TensorRT-RTX 1.7 on random DiTs from 1 MiB to 2.7 GiB of weights."""
 
 
@@ -70,32 +70,14 @@ class TensorRtOptions(Document):
         return profile
 
 
-class Memory(Protocol):
-    """A device's memory and its one stream: :class:`~tc_deploy.backends.cuda.Cuda`."""
-
-    stream: int
-
-    def allocate(self, size_bytes: int) -> int:
-        """The address of zeroed memory."""
-
-    def free(self, address: int) -> None:
-        """Give it back."""
-
-    def write(self, address: int, array: NDArray[Any]) -> None:
-        """Copy to the device."""
-
-    def read(self, address: int, array: NDArray[Any]) -> None:
-        """Wait for the stream, then copy from the device."""
-
-
 class TrtBuffer:
     """Device memory of one tensor."""
 
-    def __init__(self, memory: Memory, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self._memory = dtype, shape, memory
+    def __init__(self, cuda: Cuda, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self._cuda = dtype, shape, cuda
         self.size_bytes = dtype.itemsize * int(np.prod(shape))
-        self.address = memory.allocate(max(self.size_bytes, 1))
-        weakref.finalize(self, memory.free, self.address)
+        self.address = cuda.allocate(max(self.size_bytes, 1))
+        weakref.finalize(self, cuda.free, self.address)
 
     def write(self, array: NDArray[Any]) -> None:
         """Copy ``array`` in.
@@ -105,12 +87,12 @@ class TrtBuffer:
         """
         if (array.dtype, array.shape) != (self.dtype, self.shape):
             raise ValueError(f"expected {self.dtype} {self.shape}, found {array.dtype} {array.shape}")
-        self._memory.write(self.address, array)
+        self._cuda.write(self.address, array)
 
     def read(self) -> NDArray[Any]:
         """A copy, once the device is done with what it was told before."""
         array = np.empty(self.shape, self.dtype)
-        self._memory.read(self.address, array)
+        self._cuda.read(self.address, array)
         return array
 
 
@@ -180,17 +162,17 @@ class TrtDevice:
     Args:
         name: the backend's.
         runtime: what deserialises engines: a ``Runtime`` of the Python module.
-        memory: the GPU's memory and stream.
+        cuda: the GPU's memory and stream.
         errors: what the runtime has complained of, for messages.
     """
 
-    def __init__(self, name: str, runtime: Any, memory: Memory, errors: list[str]) -> None:
-        self._name, self._runtime, self._memory, self._errors = name, runtime, memory, errors
+    def __init__(self, name: str, runtime: Any, cuda: Cuda, errors: list[str]) -> None:
+        self._name, self._runtime, self._cuda, self._errors = name, runtime, cuda, errors
         runtime.engine_host_code_allowed = False
 
     def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TrtBuffer:
         """Allocate, filled with zeros."""
-        return TrtBuffer(self._memory, dtype, shape)
+        return TrtBuffer(self._cuda, dtype, shape)
 
     def load(self, path: Path) -> TrtGraph:
         """Deserialise an engine whose checksum and identity have been checked."""
@@ -205,7 +187,7 @@ class TrtDevice:
         context = engine.create_execution_context()
         if context is None:
             raise BackendError(f"{path}: {self._name} has no memory to run the engine: {self._reason()}")
-        return TrtGraph(path, context, record, self._memory.stream)
+        return TrtGraph(path, context, record, self._cuda.stream)
 
     def _reason(self) -> str:
         return self._errors[0] if self._errors else "it gives no reason"
@@ -217,11 +199,12 @@ class TensorRt:
     Args:
         module: ``tensorrt`` or ``tensorrt_rtx``.
         extra: the extra of tc-deploy that brings it.
+        cuda: opens the GPU.
     """
 
-    def __init__(self, module: str, extra: str) -> None:
+    def __init__(self, module: str, *, extra: str, cuda: Callable[[], Cuda] = Cuda) -> None:
         self.name = module.replace("_", "-")
-        self._module, self._extra = module, extra
+        self._module, self._extra, self._cuda = module, extra, cuda
         self._ahead_of_time = module == "tensorrt_rtx"
 
     def version(self) -> str:
@@ -235,10 +218,10 @@ class TensorRt:
         chosen = self._options(options)
         capabilities = self._capability_names(chosen)
         axes = _axes(manifest, chosen)
-        gpu = None if self._ahead_of_time else Cuda().gpu()
+        gpu = None if self._ahead_of_time else self._cuda().gpu()
         weights = manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"]
         expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20
-        progress(f"each build takes about {expected_mib:.0f} MiB of memory", 1, 1)
+        progress(f"each build takes up to about {expected_mib:.0f} MiB of memory", 1, 1)
         earlier = self._earlier_target(bundle)
         for name, graph in manifest.graphs.items():
             identity = EngineIdentity(
@@ -285,13 +268,13 @@ class TensorRt:
                 f"{where}: built with {self.name} {target.backend_version}, found {self.version()} here;"
                 f" install that version or build again with: {command}"
             )
-        _check_gpu(where, Cuda().gpu(), target.gpu, options, command)
+        _check_gpu(where, self._cuda().gpu(), target.gpu, options, command)
 
     def open(self, options: Mapping[str, Any]) -> TrtDevice:  # noqa: ARG002 - they have gone into the engines
         """Open the GPU."""
         trt = self._import()
         errors: list[str] = []
-        return TrtDevice(self.name, trt.Runtime(_logger(trt, errors)), Cuda(), errors)
+        return TrtDevice(self.name, trt.Runtime(_logger(trt, errors)), self._cuda(), errors)
 
     def _import(self) -> Any:
         try:

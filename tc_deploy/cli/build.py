@@ -27,14 +27,14 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option(
     "--batch-profile",
-    callback=_list,
-    metavar="MIN,OPT,MAX",
-    help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1,1,8.",
+    type=(int, int, int),
+    metavar="LEAST BEST MOST",
+    help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1 1 8.",
 )
 @click.option("--workspace-mib", type=int, help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.")
 @click.option("--optimization-level", type=int, help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.")
 def command(bundle: Path, backend: str, **options: Any) -> None:
-    """Build engines from BUNDLE (engines/NAME); those that can run here are run once."""
+    """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target
 
     given = {name: value for name, value in options.items() if value is not None}
