@@ -20,21 +20,28 @@ _DEVICE = 0
 """The first GPU that CUDA_VISIBLE_DEVICES leaves visible."""
 
 
+def _cuda_runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise BackendError(
+            "cuda-bindings is not installed; install tc-deploy[rtx] or tc-deploy[tensorrt], as you built"
+        ) from None
+    return runtime
+
+
 class Cuda:
     """The first visible GPU, with a stream of its own.
+
+    Args:
+        runtime: the module that calls CUDA; None takes ``cuda.bindings.runtime``.
 
     Raises:
         BackendError: cuda-bindings is not installed, or there is no driver or no GPU.
     """
 
-    def __init__(self) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            raise BackendError(
-                "cuda-bindings is not installed; install tc-deploy[rtx] or tc-deploy[tensorrt], as you built"
-            ) from None
-        self._cuda: Any = runtime
+    def __init__(self, runtime: Any = None) -> None:
+        self._cuda = runtime = runtime or _cuda_runtime()
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess or not count:
             reason = nvidia_gpus()[1] or self._text(error)

@@ -140,14 +140,6 @@ class Pipeline:
             for graph in self.variants().values():
                 graph.run()
 
-    def wait(self) -> None:
-        """Wait until the device has done all that it was told; for timing.
-
-        Raises:
-            UsageError: the pipeline is closed.
-        """
-        self._opened(full=False)[0].latents.read()
-
     def variants(self) -> dict[str, BoundGraph]:
         """Every graph of the schedule once, by name, bound as at its first step; for timing, on whatever lies there.
 

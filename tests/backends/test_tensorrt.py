@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorrt_rtx
-from backends.gpu_stand_in import ADA, StandInContext, StandInCuda, StandInEngine, StandInRuntime
+from backends.gpu_stand_in import StandInContext, StandInCudaRuntime, StandInEngine, StandInRuntime
 from bundles import Made, MadeByCommands, edit_manifest, reseal, run_cli, snapshot
+from cuda.bindings import runtime as cuda_runtime
 from tolerances import tolerance
 
 import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
+from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.tensorrt import TensorRt, TrtBuffer, TrtDevice, _logger
 from tc_deploy.backends.tensorrt_build import EngineJob, PhaseTree, build_engine
@@ -30,7 +33,6 @@ from tc_deploy.manifest import (
     SOLVER,
     WEIGHTS,
     EngineIdentity,
-    GpuRecord,
     read_engine_record,
     read_manifest,
     read_target,
@@ -40,7 +42,7 @@ NAME = "tensorrt-rtx"
 CAPABILITIES = "8.6,8.9,12.0"
 GRAPHS = ("cached-1", "cached-2", "full", "solver")
 PROFILE = (1, 2, 4)
-HOPPER = GpuRecord(name="Stand-in Hopper", compute_capability="9.0", driver="none")
+HOPPER = {"name": "Stand-in Hopper", "compute_capability": "9.0"}
 
 without_gpu = pytest.mark.skipif(bool(nvidia_gpus()[0]), reason="needs a machine without an NVIDIA GPU")
 
@@ -303,24 +305,24 @@ def test_what_does_not_match_is_refused_before_a_gpu_is_looked_for(
     assert "\n" not in str(raised.value)
 
 
-def stand_in(bundle: Path, cuda: StandInCuda, monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+def stand_in(bundle: Path, gpu: StandInCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
     """Let the registry's TensorRT-RTX run on the stand-in."""
     engines = {
         (bundle / NAME / f"{name}.engine").read_bytes(): (name, str(bundle / ONNX_FOLDER / f"{name}.onnx"))
         for name in read_manifest(bundle).graphs
     }
-    runtime = StandInRuntime(cuda, engines)
+    runtime = StandInRuntime(gpu, engines)
 
     class OnStandIn(TensorRt):
         def open(self, options: object) -> TrtDevice:  # noqa: ARG002 - as the base class does
             return TrtDevice(self.name, runtime, self._cuda(), ["the stand-in knows no such engine"])
 
-    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: cuda))
+    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: Cuda(gpu)))
     return runtime
 
 
 def test_an_engine_for_another_gpu_is_refused_before_it_is_read(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = stand_in(built.bundle, StandInCuda(HOPPER), monkeypatch)
+    runtime = stand_in(built.bundle, StandInCudaRuntime(**HOPPER), monkeypatch)
     with pytest.raises(BackendError) as raised:
         load_target(built.bundle, read_manifest(built.bundle), NAME)
     assert str(raised.value) == (
@@ -332,10 +334,10 @@ def test_an_engine_for_another_gpu_is_refused_before_it_is_read(built: Made, mon
 
 def test_an_engine_built_on_a_gpu_is_for_its_kind(built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = built.copy(tmp_path / "bundle")
-    edit_target(bundle, gpu=ADA.model_dump(mode="json"), options={})
-    stand_in(bundle, StandInCuda(ADA), monkeypatch)
+    edit_target(bundle, gpu=Cuda(StandInCudaRuntime()).gpu().model_dump(mode="json"), options={})
+    stand_in(bundle, StandInCudaRuntime(), monkeypatch)
     load_target(bundle, read_manifest(bundle), NAME)
-    stand_in(bundle, StandInCuda(HOPPER), monkeypatch)
+    stand_in(bundle, StandInCudaRuntime(**HOPPER), monkeypatch)
     with pytest.raises(BackendError, match=r"built for compute capability 8\.9, but .* has 9\.0; build again with: "):
         load_target(bundle, read_manifest(bundle), NAME)
 
@@ -343,7 +345,7 @@ def test_an_engine_built_on_a_gpu_is_for_its_kind(built: Made, tmp_path: Path, m
 def test_an_engine_that_the_runtime_refuses_is_a_backend_error(
     built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = stand_in(built.bundle, StandInCuda(), monkeypatch)
+    runtime = stand_in(built.bundle, StandInCudaRuntime(), monkeypatch)
     bundle = built.copy(tmp_path / "bundle")
     alter(bundle / NAME / "full.engine")
     device = registry.backend(NAME).open({})
@@ -359,7 +361,7 @@ def test_an_engine_that_the_runtime_refuses_is_a_backend_error(
 def test_the_real_runtime_s_reason_is_in_the_message(built: Made) -> None:
     errors: list[str] = []
     runtime = tensorrt_rtx.Runtime(_logger(tensorrt_rtx, errors))
-    device = TrtDevice(NAME, runtime, StandInCuda(), errors)
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), errors)
     with pytest.raises(
         BackendError, match=r"solver\.engine: tensorrt-rtx refuses the engine: .*cudaError 35"
     ) as raised:
@@ -384,49 +386,48 @@ def test_a_machine_without_tensorrt_is_told_the_extra(built: Made, tmp_path: Pat
 
 
 def test_the_engines_are_bound_and_run_as_onnx_runtime_s_are(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = StandInCuda()
-    stand_in(built.bundle, cuda, monkeypatch)
+    gpu = StandInCudaRuntime()
+    stand_in(built.bundle, gpu, monkeypatch)
     request = {"class_labels": [1, 2, 3], "seed": 5}
     with tc_deploy.load(built.bundle, "onnxruntime", batch_size=2) as pipeline:
         expected = [pipeline(**request, full=full).latents for full in (False, True)]
     with tc_deploy.load(built.bundle, NAME, batch_size=2) as pipeline:
         pipeline.warmup()
         for full, latents in zip((False, True), expected, strict=True):
-            cuda.wait()
-            cuda.runs.clear()
-            cuda.reads = 0
+            gpu.wait()
+            gpu.runs.clear()
+            gpu.waits = 0
             found = pipeline(**request, full=full)
             error = np.abs(found.latents - latents).max() / np.abs(latents).max()
             assert error <= tolerance("onnxruntime", "fp32", "trajectory_max_rel")
             # Three pictures in batches of two: nothing but the latents at the end of a batch was waited for.
-            assert cuda.reads == 2
+            assert gpu.waits == 2
             first, second = ["full", "cached-1", "cached-1"], ["full", "cached-2"] * 3 + ["full"]
             schedule = first + second
             steps = ["full"] * len(schedule) if full else schedule
-            assert cuda.runs == [name for step in steps * 2 for name in (step, SOLVER)]
-        assert cuda.live_bytes > 0
+            assert gpu.runs == [name for step in steps * 2 for name in (step, SOLVER)]
+        assert gpu.live_bytes > 0
     del pipeline
     gc.collect()
-    assert cuda.live_bytes == 0
+    assert gpu.live_bytes == 0
 
 
 def test_a_batch_outside_the_profile_is_refused_before_anything_runs(
     built: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda = StandInCuda()
-    stand_in(built.bundle, cuda, monkeypatch)
+    gpu = StandInCudaRuntime()
+    stand_in(built.bundle, gpu, monkeypatch)
     with pytest.raises(
         BackendError, match=r"model_batch is 10, but the engine was built for 2 to 8; load with another batch size, or"
     ):
         tc_deploy.load(built.bundle, NAME, batch_size=5)
-    cuda.wait()
-    assert cuda.runs == []
+    gpu.wait()
+    assert gpu.runs == []
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_a_buffer_starts_at_zero_and_keeps_what_is_written(shape: tuple[int, ...]) -> None:
-    cuda = StandInCuda()
-    buffer = TrtBuffer(cuda, np.dtype("int32"), shape)
+    buffer = TrtBuffer(Cuda(StandInCudaRuntime()), np.dtype("int32"), shape)
     assert (buffer.read() == np.zeros(shape)).all()
     values = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
     buffer.write(values)
@@ -438,14 +439,38 @@ def test_a_buffer_starts_at_zero_and_keeps_what_is_written(shape: tuple[int, ...
             buffer.write(wrong)
 
 
+def test_a_gpu_without_that_much_memory_says_so() -> None:
+    device = TrtDevice(NAME, StandInRuntime(StandInCudaRuntime(), {}), Cuda(StandInCudaRuntime(memory_bytes=1000)), [])
+    kept = device.buffer(np.dtype("float32"), (200,))
+    with pytest.raises(BackendError, match=r"^CUDA fails in cudaMalloc: out of memory$"):
+        device.buffer(np.dtype("float32"), (200,))
+    assert not kept.read().any()
+    del kept
+    gc.collect()
+    device.buffer(np.dtype("float32"), (200,))
+
+
+def test_the_stand_in_takes_what_cuda_takes() -> None:
+    ours = {
+        name: value for name, value in vars(StandInCudaRuntime).items() if name.startswith("cuda") and callable(value)
+    }
+    functions = {name: value for name, value in ours.items() if inspect.isfunction(value)}
+    assert len(functions) > 10
+    for name, function in functions.items():
+        signature = (getattr(cuda_runtime, name).__doc__ or "").splitlines()[0]
+        arguments = signature.partition("(")[2].partition(")")[0]
+        assert len(inspect.signature(function).parameters) - 1 == len([word for word in arguments.split(",") if word])
+
+
 def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
         built.bundle / ONNX_FOLDER / "solver.onnx", providers=["CPUExecutionProvider"]
     )
-    cuda = StandInCuda()
-    engine = StandInEngine(cuda, SOLVER, session)
+    gpu = StandInCudaRuntime()
+    cuda = Cuda(gpu)
+    engine = StandInEngine(gpu, SOLVER, session)
 
     def context() -> StandInContext:
         made = engine.create_execution_context()
@@ -469,7 +494,7 @@ def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
 
     def run(stream: int = cuda.stream, **changes: int) -> None:
         assert bound(**changes).execute_async_v3(stream)
-        cuda.wait()
+        gpu.wait()
 
     run()
     with pytest.raises(AssertionError, match="two outputs share memory"):
@@ -484,4 +509,4 @@ def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
     cuda.free(addresses["next_latents"])
     assert ready.execute_async_v3(cuda.stream)
     with pytest.raises(KeyError):
-        cuda.wait()
+        gpu.wait()
