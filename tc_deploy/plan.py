@@ -109,7 +109,7 @@ class MeasuredRecord(Document):
 class OriginRecord(Document):
     """How the plan came to be."""
 
-    method: Literal["predictor", "manual"]
+    method: Literal["predictor", "manual", "search", "baseline"]
     seed: int
     settings: dict[str, Any]
 

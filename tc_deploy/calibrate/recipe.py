@@ -105,6 +105,47 @@ class MeasureRecipe(Document):
     """0 leaves the measurement out."""
 
 
+class SearchRecipe(Document):
+    """What ``tc-deploy plan`` tries: every combination, or as many as ``trials`` allows.
+
+    A cached step whose phase keeps nothing skips the model (``skip = "model"``).
+    """
+
+    boundary: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    """First step of phase 2, as a share of the steps."""
+    k1: tuple[PositiveInt, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
+    k2: tuple[PositiveInt, ...] = (1, 2, 3, 4, 5, 6, 8)
+    keep_ratio: tuple[Ratio, ...] = (0.0, 0.125, 0.25, 0.5)
+    """Each phase takes one."""
+    forecast_order: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (1, 2)
+    reuse: tuple[Reuse, ...] = (Reuse.BRANCH,)
+    attention: tuple[Attention, ...] = (Attention.ALL,)
+    trials: PositiveInt = 150
+    """Candidates that are sampled with, in PyTorch, on ``screening_samples`` pictures each."""
+    screening_samples: PositiveInt = 16
+    confirmation_samples: PositiveInt = 64
+    """Pictures, of other seeds, that engines make with each point of the result."""
+    points: PositiveInt = 8
+    """Candidates of which engines are built."""
+    latency_rounds: PositiveInt = 7
+    """Rounds in which each built point and the full run take turns."""
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> Self:
+        for name, value in self:
+            if value == ():
+                raise ValueError(f"{name} must list at least one value")
+        return self
+
+
+class QualityRecipe(Document):
+    """What judges pictures beside their distance to the full run's."""
+
+    classifier: str | None = None
+    """An ONNX file (relative to the recipe) that gives ``features`` and ``logits`` of ``images``; it has the Frechet
+    distance and the class accuracy taken."""
+
+
 class Recipe(Document):
     """All of it."""
 
@@ -115,6 +156,8 @@ class Recipe(Document):
     cache: CacheRecipe = CacheRecipe()
     predictor: PredictorRecipe = PredictorRecipe()
     measure: MeasureRecipe = MeasureRecipe()
+    search: SearchRecipe = SearchRecipe()
+    quality: QualityRecipe = QualityRecipe()
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
@@ -137,6 +180,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
             raise UsageError(f"{path}: not a TOML file: {error}") from None
         if isinstance(values.get("model"), str):
             values["model"] = str(path.parent / values["model"])
+        quality = values.get("quality")
+        if isinstance(quality, dict) and isinstance(quality.get("classifier"), str):
+            quality["classifier"] = str(path.parent / quality["classifier"])
     for key, value in overrides.items():
         if value is not None:
             *tables, name = key.split(".")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,9 @@ def calibrate(
     check_replaceable(destination, marker=PLAN)
     report("loading the checkpoint", 0, 1)
     model = load_model(Path(recipe.model))
-    sampling = Sampling(
-        scheduler=load_scheduler(Path(recipe.model)),
-        steps=recipe.sampling.steps,
-        guidance_scale=recipe.sampling.guidance_scale,
-        set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
-    )
+    sampling = sampling_from_recipe(recipe)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
-    solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
     boundary = recipe.schedule.boundary
     schedule = Schedule(
         steps=sampling.steps,
@@ -89,7 +84,7 @@ def calibrate(
         k2=recipe.schedule.k2,
     )
     work = destination.parent / f".{destination.name}.work"
-    importance, manual = _importance(recipe, model, sampling, schedule, work, report)
+    importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     for phase in PHASES:
         check_keep_counts(
@@ -97,31 +92,11 @@ def calibrate(
         )
     cache = _cache_record(recipe, keep_counts)
     token_index = token_index_from_importance(importance, keep_counts, schedule)
-    tables: dict[str, FloatArray | IntArray] = {token_index_name(phase): table for phase, table in token_index.items()}
-    if not manual:
-        for phase in token_index:
-            tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
-    cost = count_flops(model, cache)
-    plan = Plan(
-        format_version=FORMAT_VERSION,
-        model=model.record(),
-        sampling=SamplingRecord(
-            scheduler_class=type(sampling.scheduler).__name__,
-            scheduler_config=_plain_config(sampling.scheduler),
-            set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
-            timesteps=tuple(solver.timesteps.tolist()),
-            guidance_scale=sampling.guidance_scale,
-        ),
-        schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
-        cache=cache,
-        cost=cost,
-        origin=OriginRecord(
-            method="manual" if manual else "predictor",
-            seed=recipe.seed,
-            settings=_settings(recipe, manual=manual),
-        ),
-        measured=None,
-        tables=tables_record(tables),
+    origin = OriginRecord(
+        method="manual" if manual else "predictor", seed=recipe.seed, settings=_settings(recipe, manual=manual)
+    )
+    plan, tables = assemble_plan(
+        model, sampling, schedule, cache, token_index, importance=None if manual else importance, origin=origin
     )
     if recipe.measure.samples:
         report("measuring against the full run", 0, 1)
@@ -135,6 +110,72 @@ def calibrate(
     return plan
 
 
+def sampling_from_recipe(recipe: Recipe) -> Sampling:
+    """The sampler that a recipe asks for.
+
+    Raises:
+        ModelError: the checkpoint has no scheduler that can be loaded.
+    """
+    return Sampling(
+        scheduler=load_scheduler(Path(recipe.model)),
+        steps=recipe.sampling.steps,
+        guidance_scale=recipe.sampling.guidance_scale,
+        set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
+    )
+
+
+def assemble_plan(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    schedule: Schedule,
+    cache: CacheRecord,
+    token_index: Mapping[int, IntArray],
+    *,
+    importance: FloatArray | None,
+    origin: OriginRecord,
+) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
+    """Put a plan together; it is not measured.
+
+    Args:
+        model: the model.
+        sampling: the sampler.
+        schedule: which steps are full.
+        cache: keep counts, reuse, attention, forecast order.
+        token_index: per phase that prunes a block, the tokens of each of its cached steps.
+        importance: (T, L, N) scores that chose them, whose means the plan keeps; None where nothing scored them.
+        origin: how the plan came to be.
+
+    Returns:
+        The plan and its tables.
+
+    Raises:
+        ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
+    """
+    tables: dict[str, FloatArray | IntArray] = {token_index_name(phase): table for phase, table in token_index.items()}
+    if importance is not None:
+        for phase in token_index:
+            tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
+    solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    plan = Plan(
+        format_version=FORMAT_VERSION,
+        model=model.record(),
+        sampling=SamplingRecord(
+            scheduler_class=type(sampling.scheduler).__name__,
+            scheduler_config=_plain_config(sampling.scheduler),
+            set_timesteps_kwargs=dict(sampling.set_timesteps_kwargs),
+            timesteps=tuple(solver.timesteps.tolist()),
+            guidance_scale=sampling.guidance_scale,
+        ),
+        schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
+        cache=cache,
+        cost=count_flops(model, cache),
+        origin=origin,
+        measured=None,
+        tables=tables_record(tables),
+    )
+    return plan, tables
+
+
 def _settings(recipe: Recipe, *, manual: bool) -> dict[str, Any]:
     """What the plan was decided and measured by, beside the seed."""
     if manual:
@@ -143,17 +184,20 @@ def _settings(recipe: Recipe, *, manual: bool) -> dict[str, Any]:
     return chosen | recipe.model_dump(mode="json", include={"predictor", "measure"})
 
 
-def _importance(
+def importance_of(
     recipe: Recipe, model: DiffusionTransformer, sampling: Sampling, schedule: Schedule, work: Path, report: Report
 ) -> tuple[FloatArray, bool]:
-    """Scores (T, L, N) of every step, and whether they were set by hand (no predictor trained)."""
+    """Scores (T, L, N) of every step, and whether they were set by hand (no predictor trained).
+
+    Training continues from ``work`` and leaves its state there.
+    """
     blocks, tokens = len(model.blocks), model.geometry.tokens
     trivial = all(ratio in (0.0, 1.0) for ratio in recipe.cache.keep_ratio)
     if recipe.cache.keep_counts is not None or trivial:
         return np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)]), True
     identity = canonical_json(
         {
-            "recipe": recipe.model_dump(mode="json", exclude={"measure"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"measure", "search", "quality"}),
             "model": model.record().model_dump(mode="json"),
             "scheduler": [type(sampling.scheduler).__name__, _plain_config(sampling.scheduler)],
         }

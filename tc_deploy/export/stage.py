@@ -6,15 +6,17 @@ Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cac
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import safetensors.numpy
+from torch import Tensor
 
 from tc_deploy import __version__
-from tc_deploy.bundle import check_replaceable, file_records, new_folder
+from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
@@ -31,6 +33,7 @@ from tc_deploy.manifest import (
     Manifest,
     SolverRecord,
     TensorRecord,
+    read_manifest,
     variant_name,
     write_manifest,
 )
@@ -51,6 +54,7 @@ def export_bundle(
     model_path: Path | None = None,
     batch_size: int | None = None,
     check: bool = True,
+    graphs_from: Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Export a plan's graphs.
@@ -61,6 +65,8 @@ def export_bundle(
         model_path: the checkpoint, where it is not where the plan says.
         batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
         check: compare every graph with PyTorch.
+        graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
+            they are: of two plans that differ in schedule or sampler, the second costs no export.
         progress: told what is being done.
 
     Raises:
@@ -68,7 +74,7 @@ def export_bundle(
         ModelError: the checkpoint cannot be loaded.
         ExportError: a graph or the scheduler cannot be exported, or a graph departs from PyTorch.
         StorageError: the destination cannot be written.
-        UsageError: ``batch_size`` is below 1.
+        UsageError: ``batch_size`` is below 1, or ``graphs_from`` holds other graphs.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
@@ -85,21 +91,25 @@ def export_bundle(
             f"{plan_folder}: the plan was made for other timesteps than {plan.sampling.scheduler_class} gives with the"
             " installed diffusers; install the version that it was made with, or calibrate again"
         )
-    progress("sampling with the plan in PyTorch, for inputs as they occur")
     batch = batch_size or EXAMPLE_BATCH
-    examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
-    graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
+    graphs: dict[int, StepGraph] = {}
+    examples: dict[int, dict[str, Tensor]] = {}
+    if graphs_from is None:
+        progress("sampling with the plan in PyTorch, for inputs as they occur")
+        examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
+        graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
     with new_folder(destination) as folder:
         onnx = folder / ONNX_FOLDER
         onnx.mkdir()
-        records = {}
-        with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
-            for variant, graph in graphs.items():
-                name = variant_name(variant)
-                progress(f"exporting {name}")
-                onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
-                weights.pack(onnx_model)
-                records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
+        records = {} if graphs_from is None else _taken_graphs(graphs_from, plan, batch_size, onnx)
+        if graphs:
+            with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
+                for variant, graph in graphs.items():
+                    name = variant_name(variant)
+                    progress(f"exporting {name}")
+                    onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
+                    weights.pack(onnx_model)
+                    records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
         guided = sampling.guidance_scale is not None
         geometry = model.geometry
         onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
@@ -113,8 +123,8 @@ def export_bundle(
             progress(f"comparing {SOLVER} with the scheduler")
             half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
             errors[SOLVER] = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
-            records = {
-                name: record.model_copy(update={"max_abs_error": errors[name]}) for name, record in records.items()
+            records |= {
+                name: records[name].model_copy(update={"max_abs_error": error}) for name, error in errors.items()
             }
         write_plan_files(plan, tables, folder)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
@@ -187,6 +197,22 @@ def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) 
     """The index tables of the phases that have one."""
     names = {phase: token_index_name(phase) for phase in plan.phases_used()}
     return {phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables}
+
+
+def _taken_graphs(bundle: Path, plan: Plan, batch_size: int | None, onnx: Path) -> dict[str, GraphRecord]:
+    """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them."""
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest.files)
+    other, _ = load_plan(bundle)
+    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided)
+    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, plan.sampling.guidance_scale is not None):
+        raise UsageError(
+            f"{bundle}: its graphs are of another model, other cache settings or another batch; export anew"
+        )
+    records = {name: record for name, record in manifest.graphs.items() if name != SOLVER}
+    for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *(record.file for record in records.values())):
+        shutil.copyfile(bundle / name, onnx / Path(name).name)
+    return records
 
 
 def _saved(model: ir.Model, path: Path) -> GraphRecord:

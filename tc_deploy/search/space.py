@@ -1,0 +1,206 @@
+"""The candidates of a search, and the choice of those that are tried.
+
+In: a recipe's lists. Out: distinct candidates, and with a function that judges one, all that were judged. Never:
+samples or times anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from tc_deploy.calibrate.recipe import SearchRecipe
+from tc_deploy.errors import PlanError
+from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.types import Attention, Reuse
+
+ASKS_PER_TRIAL = 10
+"""The optimiser may ask for what it has seen; after so many questions per trial the search ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A schedule and cache settings; keep counts follow from the ratio and the importance of blocks."""
+
+    boundary: int
+    k1: int
+    k2: int
+    keep_ratio: tuple[float, float]
+    forecast_order: int
+    reuse: Reuse
+    attention: Attention
+
+    def schedule(self, steps: int) -> Schedule:
+        """Its TPRR schedule."""
+        return Schedule(steps=steps, boundary=self.boundary, k1=self.k1, k2=self.k2)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether some cached step computes tokens."""
+        return any(self.keep_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A candidate and what it was found to be."""
+
+    candidate: Candidate
+    latency_ratio: float
+    psnr_db: float
+
+
+def candidates(recipe: SearchRecipe, steps: int) -> dict[tuple[Any, ...], Candidate]:
+    """All distinct candidates, by what tells them apart.
+
+    Two that run the same steps in the same way are one: where a phase has no cached step its keep ratio says nothing,
+    and where nothing is kept neither reuse nor attention does.
+
+    Raises:
+        PlanError: none of them has a cached step.
+    """
+    found: dict[tuple[Any, ...], Candidate] = {}
+    dimensions = _dimensions(recipe, steps)
+    for values in product(*dimensions.values()):
+        candidate = _candidate(dict(zip(dimensions, values, strict=True)))
+        if any(candidate.schedule(steps).variants):
+            found.setdefault(identity(candidate, steps), candidate)
+    if not found:
+        raise PlanError(f"search: no candidate has a cached step in {steps} steps; list intervals above 1")
+    return found
+
+
+def identity(candidate: Candidate, steps: int) -> tuple[Any, ...]:
+    """What a candidate's sampling run depends on."""
+    variants = candidate.schedule(steps).variants
+    kept = {phase: candidate.keep_ratio[phase - 1] for phase in PHASES}
+    run = tuple(None if variant == FULL else kept[variant] for variant in variants)
+    how = (candidate.reuse, candidate.attention) if any(run) else ()
+    return (run, candidate.forecast_order, *how)
+
+
+def judge_candidates(
+    recipe: SearchRecipe, steps: int, seed: int, judge: Callable[[Candidate], Judged]
+) -> tuple[Judged, ...]:
+    """Judge every candidate, or as many as the recipe allows.
+
+    Exhaustive where that is no more than ``trials``; otherwise optuna's multi-objective TPE chooses, after a start with
+    equal and halved intervals. The same seed and the same judgements give the same choice.
+
+    Args:
+        recipe: lists and ``trials``.
+        steps: T.
+        seed: of the optimiser.
+        judge: samples with a candidate.
+
+    Returns:
+        In the order in which they were judged.
+    """
+    space = candidates(recipe, steps)
+    if len(space) <= recipe.trials:
+        return tuple(judge(candidate) for candidate in space.values())
+    judged: dict[tuple[Any, ...], Judged] = {}
+    for candidate in _asked(recipe, steps, seed, judged):
+        key = identity(candidate, steps)
+        if key in space and key not in judged:
+            judged[key] = judge(space[key])
+        if len(judged) == recipe.trials:
+            break
+    return tuple(judged.values())
+
+
+def _asked(recipe: SearchRecipe, steps: int, seed: int, judged: dict[tuple[Any, ...], Judged]) -> Iterator[Candidate]:
+    """What optuna asks for; it is told what was found once the consumer comes back."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    dimensions = _dimensions(recipe, steps)
+    # Categorical choices are told to optuna by position: it wants plain values.
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.IntDistribution(0, len(values) - 1) for name, values in dimensions.items()
+    }
+    study = optuna.create_study(
+        directions=("minimize", "maximize"), sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    )
+    for start in _starts(dimensions):
+        study.enqueue_trial(start)
+    for _ in range(ASKS_PER_TRIAL * recipe.trials):
+        trial = study.ask(distributions)
+        candidate = _candidate({name: values[trial.params[name]] for name, values in dimensions.items()})
+        yield candidate
+        found = judged.get(identity(candidate, steps))
+        if found is None:  # no cached step: the full run
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, (found.latency_ratio, found.psnr_db))
+
+
+def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
+    """Nothing kept, each interval in phase 1 with the same and with half of it in phase 2, at the middle boundary."""
+    fixed = dict.fromkeys(dimensions, 0) | {"boundary": len(dimensions["boundary"]) // 2}
+    for order in range(len(dimensions["forecast_order"])):
+        for position, k1 in enumerate(dimensions["k1"]):
+            for k2 in dict.fromkeys((k1, max(1, k1 // 2))):
+                if k1 > 1 and k2 in dimensions["k2"]:
+                    yield fixed | {"forecast_order": order, "k1": position, "k2": dimensions["k2"].index(k2)}
+
+
+def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
+    """The recipe's lists without repetitions, keep ratios from the lowest on, boundaries in steps."""
+    keep = tuple(sorted(set(recipe.keep_ratio)))
+    return {
+        "boundary": tuple(sorted({round(share * steps) for share in recipe.boundary})),
+        "k1": tuple(sorted(set(recipe.k1))),
+        "k2": tuple(sorted(set(recipe.k2))),
+        "keep_1": keep,
+        "keep_2": keep,
+        "forecast_order": tuple(sorted(set(recipe.forecast_order))),
+        "reuse": tuple(dict.fromkeys(recipe.reuse)),
+        "attention": tuple(dict.fromkeys(recipe.attention)),
+    }
+
+
+def _candidate(values: dict[str, Any]) -> Candidate:
+    keep_ratio = (values.pop("keep_1"), values.pop("keep_2"))
+    return Candidate(**values, keep_ratio=keep_ratio)
+
+
+def front(judged: Sequence[Judged]) -> tuple[Judged, ...]:
+    """Those that no other beats in one figure without losing in the other, by latency."""
+    best: list[Judged] = []
+    for item in sorted(judged, key=lambda item: (item.latency_ratio, -item.psnr_db)):
+        if not best or item.psnr_db > best[-1].psnr_db:
+            best.append(item)
+    return tuple(best)
+
+
+def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, ...]:
+    """The candidates of which engines are built.
+
+    The front's best at each of ``points`` latencies, evenly spaced by ratio from the fastest to the slowest; and if
+    none of these keeps a token, the one that keeps tokens and falls least below the front, so that what tokens are
+    worth is measured whatever the search prefers.
+    """
+    ends = front(judged)
+    low, high = ends[0].latency_ratio, ends[-1].latency_ratio
+    limits = [low * (high / low) ** (place / max(1, points - 1)) * (1 + 1e-9) for place in range(points)]
+    chosen = {
+        max((item for item in ends if item.latency_ratio <= limit), key=lambda item: item.psnr_db): None
+        for limit in limits
+    }
+    with_tokens = [item for item in judged if item.candidate.keeps_tokens]
+    if with_tokens and not any(item.candidate.keeps_tokens for item in chosen):
+        chosen[max(with_tokens, key=lambda item: item.psnr_db - _front_psnr_db(ends, item.latency_ratio))] = None
+    return tuple(sorted(chosen, key=lambda item: item.latency_ratio))
+
+
+def _front_psnr_db(ends: Sequence[Judged], latency_ratio: float) -> float:
+    below = [item.psnr_db for item in ends if item.latency_ratio <= latency_ratio]
+    return max(below, default=ends[0].psnr_db)
+
+
+def settings_of(judged: Judged) -> dict[str, Any]:
+    """As JSON values, for the record."""
+    figures = {"latency_ratio": round(judged.latency_ratio, 4), "psnr_db": round(judged.psnr_db, 2)}
+    return asdict(judged.candidate) | figures
