@@ -8,6 +8,7 @@ hands the deserialiser an engine for another version or GPU, or lets one bring i
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import weakref
@@ -22,7 +23,7 @@ from pydantic import Field, PositiveInt, StringConstraints, ValidationError, fie
 from tc_deploy.backends.base import Buffer, Progress
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt_build import EngineJob, build_engine
-from tc_deploy.bundle import MANIFEST, Document, check_files
+from tc_deploy.bundle import MANIFEST, Document, check_files, read_document
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
 from tc_deploy.manifest import (
     BATCH,
@@ -38,7 +39,6 @@ from tc_deploy.manifest import (
     TargetManifest,
     TensorRecord,
     read_engine_record,
-    read_target,
 )
 
 TIMING_CACHE = "timing.cache"
@@ -101,7 +101,8 @@ class TrtGraph:
 
     def __init__(self, path: Path, context: Any, record: EngineRecord, stream: int) -> None:
         self._path, self._context, self._record, self._stream = path, context, record, stream
-        self._current: TrtBoundGraph | None = None
+        self._current: weakref.ref[TrtBoundGraph] | None = None
+        """What the context's addresses are of; weak, so that a closed pipeline's memory is freed at once."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TrtBoundGraph:
         """Fix the buffers by tensor name.
@@ -133,14 +134,14 @@ class TrtGraph:
         Raises:
             BackendError: TensorRT refuses a shape or address, or cannot queue.
         """
-        if self._current is not bound:
+        if self._current is None or self._current() is not bound:
             self._current = None
             done = all(self._context.set_input_shape(name, shape) for name, shape in bound.shapes.items())
             for name, buffer in bound.buffers.items():
                 done = done and self._context.set_tensor_address(name, buffer.address)
             if not done:
                 raise BackendError(f"{self._path}: TensorRT refuses a tensor's shape or address")
-            self._current = bound
+            self._current = weakref.ref(bound)
         if not self._context.execute_async_v3(self._stream):
             raise BackendError(f"{self._path}: TensorRT cannot run the engine")
 
@@ -250,8 +251,7 @@ class TensorRt:
                 workspace_mib=chosen.workspace_mib,
                 optimization_level=chosen.optimization_level,
             )
-            progress(f"building {name}", 0, 100)
-            build_engine(job, lambda percent, name=name: progress(f"building {name}", percent, 100))  # type: ignore[misc]
+            build_engine(job, functools.partial(progress, f"building {name}"))
         return gpu
 
     def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - named after the graph alone
@@ -310,11 +310,9 @@ class TensorRt:
         return tuple(known[capability] for capability in options.compute_capability)
 
     def _earlier_target(self, bundle: Path) -> TargetManifest | None:
-        """The target that is being replaced, if it is whole."""
-        if not (bundle / self.name / MANIFEST).is_file():
-            return None
+        """The target that is being replaced, if it is whole; of whatever export, as each engine says what it is of."""
         try:
-            target = read_target(bundle, self.name)
+            target = read_document(TargetManifest, bundle / self.name / MANIFEST, "engine", "tc-deploy build")
             check_files(bundle / self.name, target.files)
         except BundleError:
             return None

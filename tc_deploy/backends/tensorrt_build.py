@@ -44,14 +44,19 @@ class EngineJob(Document):
     optimization_level: int | None
 
 
-def build_engine(job: EngineJob, progress: Callable[[int], None] = lambda percent: None) -> None:
+def build_engine(job: EngineJob, progress: Callable[[int, int], None]) -> None:
     """Run a job in a process of its own, and wait for it.
+
+    Args:
+        job: what to build.
+        progress: told how much is done, and of how much.
 
     Raises:
         BackendError: the builder refuses the graph, or its process dies.
     """
     log = Path(job.engine).with_suffix(".log")
     error = None
+    progress(0, 100)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as text, log.open("w", encoding="utf-8") as said:
         text.write(job.model_dump_json())
         text.seek(0)
@@ -63,7 +68,7 @@ def build_engine(job: EngineJob, progress: Callable[[int], None] = lambda percen
                 for line in worker.stdout:
                     word, _, rest = line.rstrip("\n").partition(" ")
                     if word == PERCENT:
-                        progress(int(rest))
+                        progress(int(rest), 100)
                     elif word == ERROR:
                         error = rest
             except BaseException:
