@@ -54,10 +54,11 @@ ONNXRUNTIME_DISTRIBUTIONS = (
 """Distributions that all install the one module ``onnxruntime``."""
 PLANNED_ENGINES = {
     "ONNX Runtime, CUDA": "onnxruntime-gpu",
-    "TensorRT": "tensorrt",
-    "TensorRT-RTX": "tensorrt_rtx",
 }
 """Engines for which this version has no backend, with the distribution that brings each."""
+
+TENSORRT_ENGINES = {"TensorRT": "tensorrt", "TensorRT-RTX": "tensorrt_rtx"}
+"""Engines that run on an NVIDIA GPU, with the distribution that brings each."""
 
 _NEGATION = (
     b'\x08\t:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -134,7 +135,7 @@ def examine() -> Report:
 def report_from_facts(facts: Facts) -> Report:
     """Judge what was found; a pure function."""
     cpu = _cpu_stage(facts)
-    stages = (_compile_stage(facts), cpu, _openvino_stage(facts), *_planned_stages(facts))
+    stages = (_compile_stage(facts), cpu, _openvino_stage(facts), *_tensorrt_stages(facts), *_planned_stages(facts))
     return Report(
         tc_deploy=__version__,
         facts=facts,
@@ -183,6 +184,26 @@ def _openvino_stage(facts: Facts) -> Stage:
     return Stage(name=name, status=Status.OK, detail=f"{detail}, computes in {', '.join(facts.openvino_precisions)}")
 
 
+def _tensorrt_stages(facts: Facts) -> list[Stage]:
+    stages = []
+    for engine, distribution in TENSORRT_ENGINES.items():
+        name = f"build, run ({engine})"
+        if distribution not in facts.versions:
+            cure = f"pip install 'tc-deploy[{EXTRA_BY_MODULE[distribution]}]'"
+            stages.append(Stage(name=name, status=Status.MISSING, detail=f"{distribution} is not installed", cure=cure))
+            continue
+        installed = _versions_line(facts, [distribution])
+        builds = distribution == "tensorrt_rtx"
+        if facts.gpus:
+            detail = f"{installed}; {facts.gpus[0].name} was not tried"
+        elif builds:
+            detail = f"{installed}; builds here, runs on a machine with an NVIDIA GPU: {facts.gpu_note}"
+        else:
+            detail = f"{installed}; needs an NVIDIA GPU: {facts.gpu_note}"
+        stages.append(Stage(name=name, status=Status.OK if facts.gpus or builds else Status.MISSING, detail=detail))
+    return stages
+
+
 def _planned_stages(facts: Facts) -> list[Stage]:
     stages = []
     for engine, distribution in PLANNED_ENGINES.items():
@@ -212,7 +233,8 @@ def gather_facts() -> Facts:
     """Look at this machine."""
     cpu, cpu_features = cpu_and_features()
     gpus, gpu_note = nvidia_gpus()
-    versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, "openvino", *PLANNED_ENGINES.values()))
+    engines = ("openvino", *TENSORRT_ENGINES.values(), *PLANNED_ENGINES.values())
+    versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, *engines))
     providers, onnxruntime_error = _try_onnxruntime()
     openvino_precisions, openvino_error = _try_openvino()
     return Facts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -64,6 +65,17 @@ def memory_mib() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return min(sizes) // 2**20 if sizes else None
+
+
+def peak_memory_mib() -> int:
+    """The largest resident memory of this process so far.
+
+    Linux counts its parent's into ``ru_maxrss``, so the figure of the process alone comes from ``/proc``.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def nvidia_gpus() -> tuple[tuple[Gpu, ...], str]:

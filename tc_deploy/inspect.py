@@ -11,7 +11,13 @@ from typing import Any
 
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import read_manifest, read_target
+from tc_deploy.manifest import (
+    ENGINE_SUFFIX,
+    TargetManifest,
+    read_engine_record,
+    read_manifest,
+    read_target,
+)
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
 from tc_deploy.schedule import PHASES
 
@@ -60,6 +66,19 @@ def _plan(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _engines(folder: Path, target: TargetManifest) -> dict[str, Any]:
+    """What was written down about engines that were built ahead of their use, by graph."""
+    engines = {}
+    for name, file in target.files.items():
+        if name.endswith(ENGINE_SUFFIX):
+            record = read_engine_record(folder / name)
+            engines[name.removesuffix(ENGINE_SUFFIX)] = {
+                "size_bytes": file.size_bytes,
+                **record.model_dump(mode="json", include={"axes", "layers", "build_s", "peak_memory_mib", "warnings"}),
+            }
+    return engines
+
+
 def _bundle(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     check_files(path, manifest.files)
@@ -69,7 +88,14 @@ def _bundle(path: Path) -> dict[str, Any]:
         name = file.parent.name
         try:
             target = read_target(path, name)
-            targets[name] = {"version": target.backend_version, "options": target.options, "usable": True}
+            check_files(path / name, target.files)
+            targets[name] = {
+                "version": target.backend_version,
+                "options": target.options,
+                "gpu": None if target.gpu is None else target.gpu.model_dump(mode="json"),
+                "engines": _engines(path / name, target),
+                "usable": True,
+            }
         except BundleError as error:
             targets[name] = {"usable": False, "why": str(error)}
     return {

@@ -21,6 +21,8 @@ FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
 WEIGHTS = "weights.bin"
 SOLVER = "solver"
+ENGINE_SUFFIX = ".engine"
+"""Of an engine that is built ahead of its use; its :class:`EngineRecord` lies beside it, with ``.json``."""
 RUNTIME_TABLES = "runtime.safetensors"
 """Tables of the bundle: timesteps (T,), input_scale (T,), coefficients (T, 2 * (history + 1))."""
 
@@ -114,6 +116,39 @@ class Manifest(Document):
         return self.solver.guidance_scale is not None
 
 
+class GpuRecord(Document):
+    """The GPU that engines were built on, and for."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+class EngineIdentity(Document):
+    """What an engine that is built ahead of its use is made from: equal identities, interchangeable engines."""
+
+    backend: str
+    backend_version: str
+    options: dict[str, Any]
+    onnx_sha256: str
+    weights_sha256: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    axes: dict[str, tuple[PositiveInt, PositiveInt, PositiveInt]]
+    """Least, best and largest size of each axis that the graph leaves open."""
+
+
+class EngineRecord(EngineIdentity):
+    """What the build of an engine found, kept beside it: without its GPU an engine cannot be looked into."""
+
+    layers: PositiveInt
+    build_s: float
+    peak_memory_mib: PositiveInt
+    """Largest resident memory of the process that built it."""
+    warnings: tuple[str, ...]
+    """What the builder warned of; its log holds the rest."""
+
+
 class TargetManifest(Document):
     """What a backend made of a bundle."""
 
@@ -123,6 +158,10 @@ class TargetManifest(Document):
     backend: str
     backend_version: str
     options: dict[str, Any]
+    precision: str
+    gpu: GpuRecord | None
+    """None where the build used none."""
+    plan_sha256: str
     manifest_sha256: str
     """Of the bundle's manifest, which names every graph and table: a target of another bundle is found out by it."""
     files: dict[str, FileRecord]
@@ -156,13 +195,24 @@ def read_target(bundle: Path, backend: str) -> TargetManifest:
     """Read a target's manifest and check that it was built from this very bundle.
 
     Raises:
-        BundleError: there is none, or it was built from another export.
+        BundleError: there is none, or it was built from another plan or export.
     """
     rebuild = f"tc-deploy build {bundle} --backend {backend}"
     target = read_document(TargetManifest, bundle / backend / MANIFEST, "engine", rebuild)
     if target.manifest_sha256 != sha256_of_file(bundle / MANIFEST):
-        raise BundleError(f"{bundle / backend}: built from another export of this bundle; build again with: {rebuild}")
+        same_plan = target.plan_sha256 == read_manifest(bundle).files[PLAN].sha256
+        what = "another export of this bundle" if same_plan else "another plan"
+        raise BundleError(f"{bundle / backend}: built from {what}; build again with: {rebuild}")
     return target
+
+
+def read_engine_record(engine: Path) -> EngineRecord:
+    """Read what was written down about an engine when it was built.
+
+    Raises:
+        BundleError: nothing readable lies beside it.
+    """
+    return read_document(EngineRecord, engine.with_suffix(".json"), "engine record", "tc-deploy build")
 
 
 def write_manifest(manifest: Manifest | TargetManifest, folder: Path) -> None:

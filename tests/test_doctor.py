@@ -137,8 +137,6 @@ def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
     ("engine", "distribution"),
     [
         ("(ONNX Runtime, CUDA)", "onnxruntime-gpu"),
-        ("(TensorRT)", "tensorrt"),
-        ("(TensorRT-RTX)", "tensorrt_rtx"),
     ],
 )
 def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distribution: str) -> None:
@@ -150,9 +148,27 @@ def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distrib
     assert "not installed" in stage(judge(), engine).detail
 
 
+@pytest.mark.parametrize(
+    ("engine", "distribution", "extra", "status"),
+    [("(TensorRT)", "tensorrt", "tensorrt", Status.MISSING), ("(TensorRT-RTX)", "tensorrt_rtx", "rtx", Status.OK)],
+)
+def test_tensorrt_runs_on_a_gpu_and_rtx_builds_without_one(
+    engine: str, distribution: str, extra: str, status: Status
+) -> None:
+    assert stage(judge(), engine).status is Status.MISSING
+    assert stage(judge(), engine).cure == f"pip install 'tc-deploy[{extra}]'"
+    versions = {**SOUND.versions, distribution: "9.9"}
+    without = stage(judge(versions=versions), engine)
+    assert without.status is status
+    assert "NVIDIA GPU: no NVIDIA driver found" in without.detail
+    with_gpu = stage(judge(versions=versions, gpus=(GPU,), gpu_note=""), engine)
+    assert with_gpu.status is Status.OK
+    assert with_gpu.detail == f"{distribution} 9.9; NVIDIA Test, 2nd was not tried"
+
+
 def test_every_backend_has_its_stage() -> None:
     # A new backend fails here until the doctor tries it, and no longer calls it planned.
-    assert set(registry.BACKENDS) == {"onnxruntime", "openvino"}
+    assert set(registry.BACKENDS) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
 
 
 def test_the_extras_that_it_names_exist() -> None:

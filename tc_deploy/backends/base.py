@@ -1,17 +1,23 @@
 """What the runtime knows of an engine: buffers on a device, and graphs bound to them.
 
-A backend file holds a :class:`Backend`. The runtime sees these Protocols alone, so a new kind of engine is one file.
-They are Protocols and not base classes because a backend shares no code with another.
+A backend file holds a :class:`Backend`. The runtime sees these Protocols alone, so a new kind of engine is one file:
+it builds a bundle's engines into a folder, and opens a device that loads them.
+They are Protocols and not base classes because most backends share no code with another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tc_deploy.manifest import GpuRecord, GraphRecord, Manifest, TargetManifest
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
 
 
 class Buffer(Protocol):
@@ -67,6 +73,36 @@ class Backend(Protocol):
 
         Raises:
             BackendError: it is not installed; names the extra.
+        """
+
+    def build(
+        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
+    ) -> GpuRecord | None:
+        """Make the engines of a bundle whose files have been checked.
+
+        Args:
+            bundle: ``engines/NAME``.
+            manifest: the bundle's.
+            folder: the target that is being made; every file left there becomes part of it.
+            options: the engine kind's own settings.
+            progress: told about each graph.
+
+        Returns:
+            The GPU that the engines are for, where the build needs one.
+
+        Raises:
+            UsageError: an option is unknown, out of range, or does not fit the bundle.
+            BackendError: it is not installed, refuses a graph, or lacks memory or a GPU.
+        """
+
+    def engine_file(self, graph: str, record: GraphRecord) -> str:
+        """The file that a device loads for a graph, by its path inside the bundle."""
+
+    def check(self, bundle: Path, target: TargetManifest) -> None:
+        """Check, before anything is loaded, that this machine can run a target whose files have been checked.
+
+        Raises:
+            BackendError: it cannot; says what differs and which command builds again.
         """
 
     def open(self, options: Mapping[str, Any]) -> Device:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.errors import BackendError, first_line
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class OrtDevice:
             raise BackendError(f"{path}: ONNX Runtime refuses the graph: {first_line(error)}") from error
 
 
-class OnnxRuntime:
+class OnnxRuntime(CompiledAtLoad):
     """The backend."""
 
     name = "onnxruntime"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class OpenVinoDevice:
             raise _refusal(path, error) from error
 
 
-class OpenVino:
+class OpenVino(CompiledAtLoad):
     """The backend."""
 
     name = "openvino"

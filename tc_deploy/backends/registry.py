@@ -5,9 +5,16 @@ from __future__ import annotations
 from tc_deploy.backends.base import Backend
 from tc_deploy.backends.onnxruntime import OnnxRuntime
 from tc_deploy.backends.openvino import OpenVino
+from tc_deploy.backends.tensorrt import TensorRt
 from tc_deploy.errors import UsageError
 
-BACKENDS: dict[str, Backend] = {OnnxRuntime.name: OnnxRuntime(), OpenVino.name: OpenVino()}
+_ALL: tuple[Backend, ...] = (
+    OnnxRuntime(),
+    OpenVino(),
+    TensorRt("tensorrt", extra="tensorrt"),
+    TensorRt("tensorrt_rtx", extra="rtx"),
+)
+BACKENDS = {engine.name: engine for engine in _ALL}
 DEFAULT = OnnxRuntime.name
 
 

@@ -1,24 +1,46 @@
-"""``tc-deploy build``: an exported bundle to engines of this machine."""
+"""``tc-deploy build``: an exported bundle to engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tc_deploy.backends.registry import DEFAULT
-from tc_deploy.cli.progress import log_step
+from tc_deploy.backends.registry import BACKENDS, DEFAULT
+from tc_deploy.cli.progress import progress_bar
+
+
+def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:  # noqa: ARG001
+    return None if value is None else value.split(",")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default=DEFAULT, show_default=True, help="Engine kind.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="CPU threads; 0: all cores.")
-@click.option("--precision", help="What openvino computes in: f32, bf16 or f16; the graphs' own if not given.")
-def command(bundle: Path, backend: str, threads: int, precision: str | None) -> None:
-    """Build engines from BUNDLE (engines/NAME) and run each once."""
+@click.option("--backend", default=DEFAULT, show_default=True, help=f"Engine kind: {', '.join(BACKENDS)}.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), help="onnxruntime, openvino: CPU threads; 0, the default: all cores."
+)
+@click.option("--precision", help="openvino: f32, bf16 or f16 to compute in; the graphs' own if not given.")
+@click.option(
+    "--compute-capability",
+    callback=_list,
+    metavar="LIST",
+    help="tensorrt-rtx: the GPUs to build for, like 8.6,8.9,12.0; without it Ampere and later.",
+)
+@click.option(
+    "--batch-profile",
+    type=(int, int, int),
+    metavar="LEAST BEST MOST",
+    help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1 1 8.",
+)
+@click.option("--workspace-mib", type=int, help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.")
+@click.option("--optimization-level", type=int, help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.")
+def command(bundle: Path, backend: str, **options: Any) -> None:
+    """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target
 
-    options = {"threads": threads, **({} if precision is None else {"precision": precision})}
-    target = build_target(bundle, backend, options, progress=log_step)
+    given = {name: value for name, value in options.items() if value is not None}
+    with progress_bar() as report:
+        target = build_target(bundle, backend, given, report)
     click.echo(f"{bundle / backend}: built with {target.backend} {target.backend_version}")

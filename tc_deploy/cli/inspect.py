@@ -35,10 +35,29 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
     for name, target in facts["targets"].items():
-        options = ", ".join(f"{option} {value}" for option, value in target.get("options", {}).items())
-        _line("engines", f"{name} {target['version']}, {options}" if target["usable"] else f"{name}: {target['why']}")
+        _line("engines", _target_line(name, target))
+        for graph, engine in target.get("engines", {}).items():
+            _line("", f"{graph}: {_engine_line(engine)}")
     if not facts["targets"]:
         _line("engines", f"none yet: tc-deploy build {facts['path']}")
+
+
+def _target_line(name: str, target: dict[str, Any]) -> str:
+    if not target["usable"]:
+        return f"{name}: {target['why']}"
+    options = [f"{key} {_plain(value)}" for key, value in target["options"].items()]
+    gpu = [] if target["gpu"] is None else [f"for {target['gpu']['name']}"]
+    return ", ".join([f"{name} {target['version']}", *gpu, *options])
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _engine_line(engine: dict[str, Any]) -> str:
+    axes = [f"{axis} {least} to {largest}" for axis, (least, _, largest) in engine["axes"].items()]
+    parts = [_size(engine["size_bytes"]), *axes, f"{engine['layers']} layers", f"built in {engine['build_s']:.1f} s"]
+    return ", ".join([*parts, f"peak {engine['peak_memory_mib']} MiB", f"{len(engine['warnings'])} warnings"])
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

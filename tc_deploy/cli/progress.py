@@ -37,7 +37,7 @@ def _lines() -> Callable[[str, int, int], None]:
     def report(what: str, done: int, total: int) -> None:
         if what not in seen:
             seen.add(what)
-            LOG.info("%s%s", what, f" ({done} of {total})" if total > 1 else "")
+            LOG.info("%s%s", what, f" ({done} of {total})" if done and total > 1 else "")
 
     return report
 

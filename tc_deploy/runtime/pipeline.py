@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError, Cancelled, UsageError
 from tc_deploy.manifest import (
@@ -36,7 +37,6 @@ from tc_deploy.manifest import (
     Manifest,
     TensorRecord,
     read_manifest,
-    read_target,
     variant_name,
 )
 from tc_deploy.plan import index_row, load_plan, token_index_name
@@ -105,8 +105,6 @@ class Pipeline:
         self._watch = watch
         self.manifest: Manifest = read_manifest(path)
         self.backend = _chosen_backend(path, backend)
-        target = read_target(path, self.backend)
-        check_files(path / self.backend, target.files)
         check_files(path, self.manifest.files)
         self.plan, self._plan_tables = load_plan(path)
         self.batch_size = _checked_batch_size(self.manifest, batch_size)
@@ -122,8 +120,7 @@ class Pipeline:
         }
         self._lock = threading.Lock()
 
-        device = registry.backend(self.backend).open(target.options)
-        graphs = {name: device.load(path / record.file) for name, record in self.manifest.graphs.items()}
+        device, graphs = load_target(path, self.manifest, self.backend)
         self._buffers: dict[str, Buffer] = {}
         self._cached_program = self._program(device, graphs, self.plan.tprr())
         self._full_program = self._program(device, graphs, full_schedule(self.plan.schedule.steps))

@@ -161,7 +161,7 @@ def test_its_version_is_the_library_s() -> None:
 def test_a_target_holds_what_it_was_built_with(mixed: Made, tmp_path: Path) -> None:
     bundle = mixed.copy(tmp_path / "bundle")
     told: list[str] = []
-    target = build_target(bundle, "onnxruntime", {"threads": 2}, progress=told.append)
+    target = build_target(bundle, "onnxruntime", {"threads": 2}, progress=lambda what, done, total: told.append(what))
     assert target == read_target(bundle, "onnxruntime")
     assert target.options == {"threads": 2}
     assert (target.backend, target.backend_version) == ("onnxruntime", onnxruntime.__version__)

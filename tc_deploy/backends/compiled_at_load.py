@@ -1,0 +1,73 @@
+"""The part of a backend that all engines share which are compiled when they are loaded.
+
+Their engines are the bundle's ONNX graphs as they are, so a target holds no copy of them, only the settings and the
+certainty that every graph has loaded and computed once with them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tc_deploy.backends.base import Buffer, Device, Progress
+from tc_deploy.errors import BackendError
+from tc_deploy.manifest import BATCH, GraphRecord, Manifest, TargetManifest, TensorRecord
+
+
+class CompiledAtLoad(ABC):
+    """Base of such a backend."""
+
+    @abstractmethod
+    def open(self, options: Mapping[str, Any]) -> Device:
+        """As for every backend."""
+
+    def build(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        folder: Path,  # noqa: ARG002 - nothing is written
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Run every graph once.
+
+        Raises:
+            BackendError: the engine refuses an option or a graph, or computes numbers that are not finite.
+        """
+        device = self.open(options)
+        for name, record in manifest.graphs.items():
+            progress(f"building {name}", 1, 1)
+            _run_once(device, bundle / record.file, record, manifest.batch_size or 1, guided=manifest.guided)
+
+    def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - the graph is its own engine
+        """The ONNX graph."""
+        return record.file
+
+    def check(self, bundle: Path, target: TargetManifest) -> None:  # noqa: B027 - not abstract: there is nothing to do
+        """Nothing to compare: whatever version is here compiles the graphs anew."""
+
+
+def _run_once(device: Device, path: Path, record: GraphRecord, batch: int, *, guided: bool) -> None:
+    """Load a graph and run it on zeros."""
+
+    def buffers(tensors: tuple[TensorRecord, ...]) -> dict[str, Buffer]:
+        made = {}
+        for tensor in tensors:
+            shape = tuple(
+                size if isinstance(size, int) else batch * (1 if size == BATCH or not guided else 2)
+                for size in tensor.shape
+            )
+            made[tensor.name] = device.buffer(np.dtype(tensor.dtype), shape)
+        return made
+
+    outputs = buffers(record.outputs)
+    device.load(path).bind(buffers(record.inputs), outputs).run()
+    for name, buffer in outputs.items():
+        if not np.isfinite(buffer.read()).all():
+            raise BackendError(
+                f"{path}: output {name} is not finite on a first run with zeros; the engine is not usable"
+            )

@@ -1,0 +1,37 @@
+"""Load: a built target to graphs on a device, once everything that its manifest says has been compared with what is.
+
+In: ``engines/NAME/<backend>``. Out: an open device and the bundle's graphs on it. Never: hands an engine a file that
+has not been checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tc_deploy.backends import registry
+from tc_deploy.backends.base import Device, Graph
+from tc_deploy.bundle import check_files
+from tc_deploy.errors import BundleError
+from tc_deploy.manifest import Manifest, read_target
+
+
+def load_target(bundle: Path, manifest: Manifest, backend: str) -> tuple[Device, dict[str, Graph]]:
+    """Load the engines of a bundle whose own files have been checked.
+
+    Raises:
+        BundleError: there is no such target, it was built from another plan or export, or a file of it is missing,
+            truncated, altered or without a checksum.
+        BackendError: the engine is not installed, this machine is not one that the target was built for, or the
+            engine refuses a graph.
+    """
+    engine = registry.backend(backend)
+    target = read_target(bundle, backend)
+    check_files(bundle / backend, target.files)
+    checked = manifest.files.keys() | {f"{backend}/{name}" for name in target.files}
+    files = {name: engine.engine_file(name, record) for name, record in manifest.graphs.items()}
+    for file in files.values():
+        if file not in checked:
+            raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")
+    engine.check(bundle, target)
+    device = engine.open(target.options)
+    return device, {name: device.load(bundle / file) for name, file in files.items()}

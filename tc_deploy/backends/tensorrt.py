@@ -1,0 +1,376 @@
+"""TensorRT and TensorRT-RTX, which share one Python API.
+
+In: the bundle's ONNX graphs. Out: one engine per graph in the target's folder (``tensorrt_build.py`` makes it).
+TensorRT builds for the GPU of this machine and needs it; TensorRT-RTX builds for a list of compute capabilities, on a
+machine without a GPU too. Running needs a GPU either way: one stream, tensors by name, no wait inside a run. Never:
+hands the deserialiser an engine for another version or GPU, or lets one bring its own host code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shutil
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, StringConstraints, ValidationError, field_validator
+
+from tc_deploy.backends.base import Buffer, Progress
+from tc_deploy.backends.cuda import Cuda
+from tc_deploy.backends.tensorrt_build import EngineJob, build_engine
+from tc_deploy.bundle import MANIFEST, Document, check_files, read_document
+from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
+from tc_deploy.manifest import (
+    BATCH,
+    ENGINE_SUFFIX,
+    MODEL_BATCH,
+    ONNX_FOLDER,
+    WEIGHTS,
+    EngineIdentity,
+    EngineRecord,
+    GpuRecord,
+    GraphRecord,
+    Manifest,
+    TargetManifest,
+    TensorRecord,
+    read_engine_record,
+)
+
+TIMING_CACHE = "timing.cache"
+ALIGNMENT = 256
+"""Bytes; TensorRT wants every address to be a multiple of it."""
+DEFAULT_BATCH_PROFILE = (1, 1, 8)
+"""For a bundle of any batch size."""
+BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 400, 3.5
+"""A build's peak of memory: measured with TensorRT-RTX 1.7 on random DiTs from 1 MiB to 2.7 GiB of weights."""
+
+
+class TensorRtOptions(Document):
+    """What a target can be built with."""
+
+    compute_capability: tuple[Annotated[str, StringConstraints(pattern=r"^\d+\.\d$")], ...] = ()
+    """TensorRT-RTX: the GPUs to build for; none means Ampere and later."""
+    batch_profile: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """Least, best and largest number of samples, for a bundle of any batch size."""
+    workspace_mib: PositiveInt | None = None
+    """Limit of an engine's scratch memory; none leaves it at the GPU's memory."""
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    """0 builds fastest, 5 searches longest; none leaves it to the builder."""
+
+    @field_validator("batch_profile")
+    @classmethod
+    def _check_order(cls, profile: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if profile is not None and list(profile) != sorted(profile):
+            raise ValueError("expected the least, the best and the largest number of samples, in this order")
+        return profile
+
+
+class TrtBuffer:
+    """Device memory of one tensor."""
+
+    def __init__(self, cuda: Cuda, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self._cuda = dtype, shape, cuda
+        self.size_bytes = dtype.itemsize * int(np.prod(shape))
+        self.address = cuda.allocate(max(self.size_bytes, 1))
+        weakref.finalize(self, cuda.free, self.address)
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        if (array.dtype, array.shape) != (self.dtype, self.shape):
+            raise ValueError(f"expected {self.dtype} {self.shape}, found {array.dtype} {array.shape}")
+        self._cuda.write(self.address, array)
+
+    def read(self) -> NDArray[Any]:
+        """A copy, once the device is done with what it was told before."""
+        array = np.empty(self.shape, self.dtype)
+        self._cuda.read(self.address, array)
+        return array
+
+
+class TrtGraph:
+    """One engine and its execution context, which all that is bound to the graph shares: runs are one after another."""
+
+    def __init__(self, path: Path, context: Any, record: EngineRecord, stream: int) -> None:
+        self._path, self._context, self._record, self._stream = path, context, record, stream
+        self._current: weakref.ref[TrtBoundGraph] | None = None
+        """What the context's addresses are of; weak, so that a closed pipeline's memory is freed at once."""
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TrtBoundGraph:
+        """Fix the buffers by tensor name.
+
+        Raises:
+            BackendError: an axis lies outside what the engine was built for.
+        """
+        buffers = {}
+        for tensors, given in ((self._record.inputs, inputs), (self._record.outputs, outputs)):
+            for tensor in tensors:
+                buffers[tensor.name] = buffer = cast("TrtBuffer", given[tensor.name])
+                self._check_buffer(tensor, buffer)
+        return TrtBoundGraph(self, {name: buffers[name].shape for name in inputs}, buffers)
+
+    def _check_buffer(self, tensor: TensorRecord, buffer: TrtBuffer) -> None:
+        for size, found in zip(tensor.shape, buffer.shape, strict=True):
+            least, _, largest = self._record.axes[size] if isinstance(size, str) else (size, size, size)
+            if not least <= found <= largest:
+                raise BackendError(
+                    f"{self._path}: {tensor.name}: {size} is {found}, but the engine was built for {least} to"
+                    f" {largest}; load with another batch size, or build again with another --batch-profile"
+                )
+        if buffer.dtype != tensor.dtype or buffer.address % ALIGNMENT:
+            raise ValueError(f"{tensor.name}: expected {tensor.dtype} at a multiple of {ALIGNMENT}")
+
+    def run(self, bound: TrtBoundGraph) -> None:
+        """Queue one run on the stream.
+
+        Raises:
+            BackendError: TensorRT refuses a shape or address, or cannot queue.
+        """
+        if self._current is None or self._current() is not bound:
+            self._current = None
+            done = all(self._context.set_input_shape(name, shape) for name, shape in bound.shapes.items())
+            for name, buffer in bound.buffers.items():
+                done = done and self._context.set_tensor_address(name, buffer.address)
+            if not done:
+                raise BackendError(f"{self._path}: TensorRT refuses a tensor's shape or address")
+            self._current = weakref.ref(bound)
+        if not self._context.execute_async_v3(self._stream):
+            raise BackendError(f"{self._path}: TensorRT cannot run the engine")
+
+
+class TrtBoundGraph:
+    """A graph with all its tensors bound."""
+
+    def __init__(self, graph: TrtGraph, shapes: dict[str, tuple[int, ...]], buffers: dict[str, TrtBuffer]) -> None:
+        self.shapes, self.buffers, self._graph = shapes, buffers, graph
+
+    def run(self) -> None:
+        """Queue one run; a buffer's ``read`` waits for it."""
+        self._graph.run(self)
+
+
+class TrtDevice:
+    """A GPU.
+
+    Args:
+        name: the backend's.
+        runtime: what deserialises engines: a ``Runtime`` of the Python module.
+        cuda: the GPU's memory and stream.
+        errors: what the runtime has complained of, for messages.
+    """
+
+    def __init__(self, name: str, runtime: Any, cuda: Cuda, errors: list[str]) -> None:
+        self._name, self._runtime, self._cuda, self._errors = name, runtime, cuda, errors
+        runtime.engine_host_code_allowed = False
+
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TrtBuffer:
+        """Allocate, filled with zeros."""
+        return TrtBuffer(self._cuda, dtype, shape)
+
+    def load(self, path: Path) -> TrtGraph:
+        """Deserialise an engine whose checksum and identity have been checked."""
+        record = read_engine_record(path)
+        self._errors.clear()
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise BackendError(f"{path}: {self._name} refuses the engine: {self._reason()}")
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        if names != {tensor.name for tensor in (*record.inputs, *record.outputs)}:
+            raise BundleError(f"{path}: its tensors are not those of {path.with_suffix('.json').name}; build again")
+        context = engine.create_execution_context()
+        if context is None:
+            raise BackendError(f"{path}: {self._name} has no memory to run the engine: {self._reason()}")
+        return TrtGraph(path, context, record, self._cuda.stream)
+
+    def _reason(self) -> str:
+        return self._errors[0] if self._errors else "it gives no reason"
+
+
+class TensorRt:
+    """The backend, for one of the two modules.
+
+    Args:
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        extra: the extra of tc-deploy that brings it.
+        cuda: opens the GPU.
+    """
+
+    def __init__(self, module: str, *, extra: str, cuda: Callable[[], Cuda] = Cuda) -> None:
+        self.name = module.replace("_", "-")
+        self._module, self._extra, self._cuda = module, extra, cuda
+        self._ahead_of_time = module == "tensorrt_rtx"
+
+    def version(self) -> str:
+        """The module's version."""
+        return str(self._import().__version__)
+
+    def build(
+        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
+    ) -> GpuRecord | None:
+        """Build one engine after another, each in a process of its own."""
+        chosen = self._options(options)
+        capabilities = self._capability_names(chosen)
+        axes = _axes(manifest, chosen)
+        gpu = None if self._ahead_of_time else self._cuda().gpu()
+        weights = manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"]
+        expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20
+        progress(f"each build takes up to about {expected_mib:.0f} MiB of memory", 1, 1)
+        earlier = self._earlier_target(bundle)
+        for name, graph in manifest.graphs.items():
+            identity = EngineIdentity(
+                backend=self.name,
+                backend_version=self.version(),
+                options=chosen.model_dump(mode="json"),
+                onnx_sha256=manifest.files[graph.file].sha256,
+                weights_sha256=weights.sha256,
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                axes={size: axes[size] for size in axes if any(size in tensor.shape for tensor in graph.inputs)},
+            )
+            engine = folder / f"{name}{ENGINE_SUFFIX}"
+            if earlier is not None and gpu == earlier.gpu and _is_built(bundle / self.name / engine.name, identity):
+                progress(f"{name} is unchanged", 1, 1)
+                for suffix in (ENGINE_SUFFIX, ".json", ".log"):
+                    shutil.copyfile((bundle / self.name / name).with_suffix(suffix), engine.with_suffix(suffix))
+                continue
+            job = EngineJob(
+                module=self._module,
+                onnx=str((bundle / graph.file).resolve()),
+                engine=str(engine),
+                timing_cache=None if self._ahead_of_time else str(folder / TIMING_CACHE),
+                identity=identity,
+                compute_capabilities=capabilities,
+                workspace_mib=chosen.workspace_mib,
+                optimization_level=chosen.optimization_level,
+            )
+            build_engine(job, functools.partial(progress, f"building {name}"))
+        return gpu
+
+    def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - named after the graph alone
+        """The engine in the target's folder."""
+        return f"{self.name}/{graph}{ENGINE_SUFFIX}"
+
+    def check(self, bundle: Path, target: TargetManifest) -> None:
+        """Compare version and GPU with what the target was built for."""
+        options = self._options(target.options)
+        command = f"tc-deploy build {bundle} --backend {self.name}"
+        where = bundle / self.name
+        if self.version() != target.backend_version:
+            raise BackendError(
+                f"{where}: built with {self.name} {target.backend_version}, found {self.version()} here;"
+                f" install that version or build again with: {command}"
+            )
+        _check_gpu(where, self._cuda().gpu(), target.gpu, options, command)
+
+    def open(self, options: Mapping[str, Any]) -> TrtDevice:  # noqa: ARG002 - they have gone into the engines
+        """Open the GPU."""
+        trt = self._import()
+        errors: list[str] = []
+        return TrtDevice(self.name, trt.Runtime(_logger(trt, errors)), self._cuda(), errors)
+
+    def _import(self) -> Any:
+        try:
+            return importlib.import_module(self._module)
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == self._module
+            why = "is not installed" if missing else f"does not import ({first_line(error)})"
+            raise BackendError(f"{self.name} {why}; install tc-deploy[{self._extra}]") from None
+
+    def _options(self, options: Mapping[str, Any]) -> TensorRtOptions:
+        try:
+            return TensorRtOptions.model_validate(options)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            known = ", ".join(TensorRtOptions.model_fields)
+            raise UsageError(f"{self.name}: {where}: {first['msg']}; its options are {known}") from None
+
+    def _capability_names(self, options: TensorRtOptions) -> tuple[str, ...]:
+        """Compute capabilities as the module names them."""
+        if not options.compute_capability:
+            return ()
+        if not self._ahead_of_time:
+            raise UsageError(f"{self.name} builds for this machine's GPU; --compute-capability is for tensorrt-rtx")
+        members = self._import().ComputeCapability.__members__
+        known = {f"{name[2:-1]}.{name[-1]}": name for name in members if name.startswith("SM")}
+        for capability in options.compute_capability:
+            if capability not in known:
+                raise UsageError(
+                    f"{self.name} {self.version()} builds for compute capabilities {', '.join(known)},"
+                    f" found {capability}"
+                )
+        return tuple(known[capability] for capability in options.compute_capability)
+
+    def _earlier_target(self, bundle: Path) -> TargetManifest | None:
+        """The target that is being replaced, if it is whole; of whatever export, as each engine says what it is of."""
+        try:
+            target = read_document(TargetManifest, bundle / self.name / MANIFEST, "engine", "tc-deploy build")
+            check_files(bundle / self.name, target.files)
+        except BundleError:
+            return None
+        return target
+
+
+def _axes(manifest: Manifest, options: TensorRtOptions) -> dict[str, tuple[int, int, int]]:
+    """The sizes of the open batch axes."""
+    if manifest.batch_size is not None:
+        if options.batch_profile is not None:
+            raise UsageError(
+                f"this bundle was exported for a batch of exactly {manifest.batch_size}; leave --batch-profile out"
+            )
+        return {}
+    least, best, largest = options.batch_profile or DEFAULT_BATCH_PROFILE
+    rows = 2 if manifest.guided else 1
+    return {BATCH: (least, best, largest), MODEL_BATCH: (rows * least, rows * best, rows * largest)}
+
+
+def _is_built(engine: Path, identity: EngineIdentity) -> bool:
+    try:
+        record = read_engine_record(engine)
+    except BundleError:
+        return False
+    return EngineIdentity(**record.model_dump(include=set(EngineIdentity.model_fields))) == identity
+
+
+def _check_gpu(where: Path, found: GpuRecord, built: GpuRecord | None, options: TensorRtOptions, command: str) -> None:
+    """Check that an engine may run on a GPU.
+
+    Raises:
+        BackendError: it was built for others.
+    """
+    if built is not None:
+        capabilities: tuple[str, ...] = (built.compute_capability,)
+    elif options.compute_capability:
+        capabilities = options.compute_capability
+        command += f" --compute-capability {','.join((*capabilities, found.compute_capability))}"
+    else:
+        return  # Ampere and later, which the deserialiser knows best
+    if found.compute_capability not in capabilities:
+        raise BackendError(
+            f"{where}: built for compute capability {', '.join(capabilities)}, but this machine's {found.name} has"
+            f" {found.compute_capability}; build again with: {command}"
+        )
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors, for our own messages."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                errors.append(first_line(message))
+
+    return Logger()

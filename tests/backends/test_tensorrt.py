@@ -1,0 +1,298 @@
+"""TensorRT's load and run: real engines up to the deserialiser, which needs a GPU; from there on a stand-in."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+from backends.gpu_stand_in import StandInContext, StandInCudaRuntime, StandInEngine, StandInRuntime
+from bundles import Made, edit_manifest, reseal, run_cli
+from cuda.bindings import runtime as cuda_runtime
+from tolerances import tolerance
+
+import tc_deploy
+from tc_deploy.backends import registry
+from tc_deploy.backends.cuda import Cuda
+from tc_deploy.backends.load import load_target
+from tc_deploy.backends.tensorrt import TensorRt, TrtBuffer, TrtDevice, _logger
+from tc_deploy.errors import BackendError, BundleError, TcDeployError
+from tc_deploy.hardware import nvidia_gpus
+from tc_deploy.manifest import ONNX_FOLDER, SOLVER, read_manifest
+
+NAME = "tensorrt-rtx"
+HOPPER = {"name": "Stand-in Hopper", "compute_capability": "9.0"}
+
+without_gpu = pytest.mark.skipif(bool(nvidia_gpus()[0]), reason="needs a machine without an NVIDIA GPU")
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+@without_gpu
+def test_without_a_gpu_a_sound_target_is_refused_for_that_reason_alone(built: Made, tmp_path: Path) -> None:
+    words = ("--backend", NAME, "--class-label", 1, "-o", tmp_path / "x.npy")
+    answer = run_cli("generate", built.bundle, *words)
+    assert answer.code == BackendError.exit_code
+    assert "no NVIDIA GPU to use here: no NVIDIA driver found; see: tc-deploy doctor" in answer.error
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def another_plan(bundle: Path) -> None:
+    (bundle / "plan.json").write_bytes((bundle / "plan.json").read_bytes() + b"\n")
+    reseal(bundle)
+
+
+def edit_target(bundle: Path, **changes: object) -> None:
+    edit_manifest(bundle / NAME, lambda document: document.update(changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda bundle: alter(bundle / NAME / "full.engine"), BundleError, "the file was altered"),
+        (lambda bundle: alter(bundle / NAME / "full.json"), BundleError, "the file was altered"),
+        (lambda bundle: (bundle / NAME / "full.engine").write_bytes(b"x"), BundleError, "truncated or altered"),
+        (lambda bundle: (bundle / NAME / "solver.engine").unlink(), BundleError, "solver.engine is missing"),
+        (
+            lambda bundle: edit_manifest(bundle / NAME, lambda target: target["files"].pop("full.engine")),
+            BundleError,
+            "no checksum for tensorrt-rtx/full.engine",
+        ),
+        (another_plan, BundleError, "built from another plan; build again with: tc-deploy build"),
+        (
+            lambda bundle: edit_manifest(bundle, lambda document: document.update(made_by="another export")),
+            BundleError,
+            "built from another export of this bundle; build again with: tc-deploy build",
+        ),
+        (
+            lambda bundle: edit_target(bundle, backend_version="1.6.0"),
+            BackendError,
+            f"1.6.0, found {tensorrt_rtx.__version__} here; install that version or build again with: tc-deploy build",
+        ),
+    ],
+    ids=["altered", "record", "truncated", "missing", "unnamed", "plan", "export", "version"],
+)
+def test_what_does_not_match_is_refused_before_a_gpu_is_looked_for(
+    built: Made, tmp_path: Path, damage: Callable[[Path], object], error: type[TcDeployError], message: str
+) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    damage(bundle)
+    with pytest.raises(error) as raised:
+        tc_deploy.load(bundle, NAME)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def stand_in(bundle: Path, gpu: StandInCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+    """Let the registry's TensorRT-RTX run on the stand-in."""
+    engines = {
+        (bundle / NAME / f"{name}.engine").read_bytes(): (name, str(bundle / ONNX_FOLDER / f"{name}.onnx"))
+        for name in read_manifest(bundle).graphs
+    }
+    runtime = StandInRuntime(gpu, engines)
+
+    class OnStandIn(TensorRt):
+        def open(self, options: object) -> TrtDevice:  # noqa: ARG002 - as the base class does
+            return TrtDevice(self.name, runtime, self._cuda(), ["the stand-in knows no such engine"])
+
+    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: Cuda(gpu)))
+    return runtime
+
+
+def test_an_engine_for_another_gpu_is_refused_before_it_is_read(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = stand_in(built.bundle, StandInCudaRuntime(**HOPPER), monkeypatch)
+    with pytest.raises(BackendError) as raised:
+        load_target(built.bundle, read_manifest(built.bundle), NAME)
+    assert str(raised.value) == (
+        f"{built.bundle / NAME}: built for compute capability 8.6, 8.9, 12.0, but this machine's Stand-in Hopper has"
+        f" 9.0; build again with: tc-deploy build {built.bundle} --backend {NAME} --compute-capability 8.6,8.9,12.0,9.0"
+    )
+    assert runtime.deserialised == []
+
+
+def test_an_engine_built_on_a_gpu_is_for_its_kind(built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    edit_target(bundle, gpu=Cuda(StandInCudaRuntime()).gpu().model_dump(mode="json"), options={})
+    stand_in(bundle, StandInCudaRuntime(), monkeypatch)
+    load_target(bundle, read_manifest(bundle), NAME)
+    stand_in(bundle, StandInCudaRuntime(**HOPPER), monkeypatch)
+    with pytest.raises(BackendError, match=r"built for compute capability 8\.9, but .* has 9\.0; build again with: "):
+        load_target(bundle, read_manifest(bundle), NAME)
+
+
+def test_an_engine_that_the_runtime_refuses_is_a_backend_error(
+    built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = stand_in(built.bundle, StandInCudaRuntime(), monkeypatch)
+    bundle = built.copy(tmp_path / "bundle")
+    alter(bundle / NAME / "full.engine")
+    device = registry.backend(NAME).open({})
+    with pytest.raises(BackendError, match=r"full\.engine: tensorrt-rtx refuses the engine: "):
+        device.load(bundle / NAME / "full.engine")
+    assert runtime.engine_host_code_allowed is False
+    (bundle / NAME / "full.engine").write_bytes((built.bundle / NAME / "solver.engine").read_bytes())
+    with pytest.raises(BundleError, match=r"full\.engine: its tensors are not those of full\.json; build again"):
+        device.load(bundle / NAME / "full.engine")
+
+
+@without_gpu
+def test_the_real_runtime_s_reason_is_in_the_message(built: Made) -> None:
+    errors: list[str] = []
+    runtime = tensorrt_rtx.Runtime(_logger(tensorrt_rtx, errors))
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), errors)
+    with pytest.raises(
+        BackendError, match=r"solver\.engine: tensorrt-rtx refuses the engine: .*cudaError 35"
+    ) as raised:
+        device.load(built.bundle / NAME / "solver.engine")
+    assert "\n" not in str(raised.value)
+    assert runtime.engine_host_code_allowed is False
+
+
+@pytest.mark.parametrize("command", ["build", "generate"])
+def test_a_machine_without_tensorrt_is_told_the_extra(built: Made, tmp_path: Path, command: str) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    (bundle / NAME).rename(bundle / "tensorrt")
+    rest = ["--class-label", "1", "-o", str(tmp_path / "x.npy")] if command == "generate" else []
+    program = "import sys; sys.modules['tensorrt'] = None; from tc_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, command, str(bundle), "--backend", "tensorrt", *rest]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert answer.returncode == BackendError.exit_code
+    assert "error: tensorrt is not installed; install tc-deploy[tensorrt]" in answer.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- run: a stand-in
+
+
+def test_the_engines_are_bound_and_run_as_onnx_runtime_s_are(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = StandInCudaRuntime()
+    stand_in(built.bundle, gpu, monkeypatch)
+    request = {"class_labels": [1, 2, 3], "seed": 5}
+    with tc_deploy.load(built.bundle, "onnxruntime", batch_size=2) as pipeline:
+        expected = [pipeline(**request, full=full).latents for full in (False, True)]
+    with tc_deploy.load(built.bundle, NAME, batch_size=2) as pipeline:
+        pipeline.warmup()
+        for full, latents in zip((False, True), expected, strict=True):
+            gpu.wait()
+            gpu.runs.clear()
+            gpu.waits = 0
+            found = pipeline(**request, full=full)
+            error = np.abs(found.latents - latents).max() / np.abs(latents).max()
+            assert error <= tolerance("onnxruntime", "fp32", "trajectory_max_rel")
+            # Three pictures in batches of two: nothing but the latents at the end of a batch was waited for.
+            assert gpu.waits == 2
+            first, second = ["full", "cached-1", "cached-1"], ["full", "cached-2"] * 3 + ["full"]
+            schedule = first + second
+            steps = ["full"] * len(schedule) if full else schedule
+            assert gpu.runs == [name for step in steps * 2 for name in (step, SOLVER)]
+        assert gpu.live_bytes > 0
+    assert gpu.live_bytes == 0
+
+
+def test_a_batch_outside_the_profile_is_refused_before_anything_runs(
+    built: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = StandInCudaRuntime()
+    stand_in(built.bundle, gpu, monkeypatch)
+    with pytest.raises(
+        BackendError, match=r"model_batch is 10, but the engine was built for 2 to 8; load with another batch size, or"
+    ):
+        tc_deploy.load(built.bundle, NAME, batch_size=5)
+    gpu.wait()
+    assert gpu.runs == []
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_a_buffer_starts_at_zero_and_keeps_what_is_written(shape: tuple[int, ...]) -> None:
+    buffer = TrtBuffer(Cuda(StandInCudaRuntime()), np.dtype("int32"), shape)
+    assert (buffer.read() == np.zeros(shape)).all()
+    values = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    buffer.write(values)
+    kept = values.copy()
+    values[...] = -1
+    assert np.array_equal(buffer.read(), kept)
+    for wrong in (kept.astype(np.int64), np.zeros((5, *shape), np.int32)):
+        with pytest.raises(ValueError, match="expected int32"):
+            buffer.write(wrong)
+
+
+def test_a_gpu_without_that_much_memory_says_so() -> None:
+    device = TrtDevice(NAME, StandInRuntime(StandInCudaRuntime(), {}), Cuda(StandInCudaRuntime(memory_bytes=1000)), [])
+    kept = device.buffer(np.dtype("float32"), (200,))
+    with pytest.raises(BackendError, match=r"^CUDA fails in cudaMalloc: out of memory$"):
+        device.buffer(np.dtype("float32"), (200,))
+    assert not kept.read().any()
+    del kept
+    device.buffer(np.dtype("float32"), (200,))
+
+
+def test_the_stand_in_takes_what_cuda_takes() -> None:
+    ours = {
+        name: value for name, value in vars(StandInCudaRuntime).items() if name.startswith("cuda") and callable(value)
+    }
+    functions = {name: value for name, value in ours.items() if inspect.isfunction(value)}
+    assert len(functions) > 10
+    for name, function in functions.items():
+        signature = (getattr(cuda_runtime, name).__doc__ or "").splitlines()[0]
+        arguments = signature.partition("(")[2].partition(")")[0]
+        assert len(inspect.signature(function).parameters) - 1 == len([word for word in arguments.split(",") if word])
+
+
+def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        built.bundle / ONNX_FOLDER / "solver.onnx", providers=["CPUExecutionProvider"]
+    )
+    gpu = StandInCudaRuntime()
+    cuda = Cuda(gpu)
+    engine = StandInEngine(gpu, SOLVER, session)
+
+    def context() -> StandInContext:
+        made = engine.create_execution_context()
+        for tensor in session.get_inputs():
+            shape = [{"batch": 1, "model_batch": 2}.get(size, size) for size in tensor.shape]
+            assert made.set_input_shape(tensor.name, shape)
+            assert made.set_tensor_address(tensor.name, cuda.allocate(4 * int(np.prod(shape))))
+        return made
+
+    addresses = {"next_latents": cuda.allocate(4 * 256), "hidden_states": cuda.allocate(4 * 512)}
+    unset = context()
+    assert not unset.set_tensor_address("no such tensor", addresses["next_latents"])
+    assert not unset.set_tensor_address("next_latents", addresses["next_latents"] + 4)
+    assert not unset.execute_async_v3(cuda.stream)
+
+    def bound(**changes: int) -> StandInContext:
+        ready = context()
+        for name, address in (addresses | changes).items():
+            assert ready.set_tensor_address(name, address)
+        return ready
+
+    def run(stream: int = cuda.stream, **changes: int) -> None:
+        assert bound(**changes).execute_async_v3(stream)
+        gpu.wait()
+
+    run()
+    with pytest.raises(AssertionError, match="two outputs share memory"):
+        run(hidden_states=addresses["next_latents"])
+    with pytest.raises(AssertionError, match="overlaps an input"):
+        run(latents=addresses["next_latents"])
+    with pytest.raises(AssertionError, match="size of the memory"):
+        run(next_latents=addresses["hidden_states"], hidden_states=cuda.allocate(4 * 512))
+    with pytest.raises(AssertionError, match="another stream"):
+        run(stream=0)
+    ready = bound()
+    cuda.free(addresses["next_latents"])
+    assert ready.execute_async_v3(cuda.stream)
+    with pytest.raises(KeyError):
+        gpu.wait()

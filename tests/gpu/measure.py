@@ -1,0 +1,137 @@
+"""Every installed backend on this machine: numbers against PyTorch, time of full and cached steps, as JSON.
+
+A backend that refuses (a GPU that TensorRT-RTX does not know, say) is not passed over: its refusal is the result.
+``run.sh`` calls this; it runs on a machine without a GPU too, with the backends that need none.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import tc_deploy
+from tc_deploy.backends.build import build_target
+from tc_deploy.backends.registry import BACKENDS
+from tc_deploy.bundle import canonical_json, write_bytes
+from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.stage import calibrate
+from tc_deploy.errors import BackendError, TcDeployError
+from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
+from tc_deploy.hardware import hardware_line, nvidia_gpus
+from tc_deploy.manifest import read_manifest
+from tc_deploy.models.loading import load_model
+from tc_deploy.plan import load_plan
+from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "make_random_dit.py"
+STEPS = {"steps": 8}
+SCHEDULE = {"boundary": 4, "k1": 4, "k2": 2}
+"""F c1 c1 c1 | F c2 F c2: short, since PyTorch samples beside it on the CPU."""
+LABEL, SEED = 7, 0
+
+
+def make_bundle(size: str, sample_size: int, folder: Path) -> None:
+    """A random DiT, its plan (half of the tokens kept, then a quarter) and its bundle, for any batch."""
+    words = [size, "-o", str(folder / "model"), "--sample-size", str(sample_size)]
+    subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
+    tokens = load_model(folder / "model").geometry.tokens
+    keep = ((tokens // 2,), (tokens // 4,))
+    settings = {"sampling": STEPS, "schedule": SCHEDULE, "cache": {"keep_counts": keep}, "measure": {"samples": 0}}
+    calibrate(Recipe.model_validate({"model": str(folder / "model"), **settings}), folder / "plan")
+    export_bundle(folder / "plan", folder / "bundle", progress=click.echo)
+
+
+def pytorch_latents(folder: Path, noise: np.ndarray) -> dict[str, torch.Tensor]:
+    """The same picture by the model itself, fp32 on the CPU: with every step full, and with the plan."""
+    model = load_model(folder / "model")
+    plan, tables = load_plan(folder / "plan")
+    sampling, conditions = sampling_from_plan(plan), {"class_labels": torch.tensor([LABEL], dtype=torch.int32)}
+    planned = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
+    runs = {"full": lambda _, inputs: model.forward(inputs), "cached": planned}
+    return {name: denoise(model, sampling, torch.from_numpy(noise), conditions, run) for name, run in runs.items()}
+
+
+def errors_to_pytorch(bundle: Path, backend: str, reference: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    errors = {}
+    with tc_deploy.load(bundle, backend) as pipeline:
+        for name, expected in reference.items():
+            found = torch.from_numpy(pipeline(class_labels=[LABEL], seed=SEED, full=name == "full").latents)
+            difference, span = found - expected, expected.max() - expected.min()
+            errors[name] = {
+                "max_relative_error": float(difference.abs().max() / expected.abs().max()),
+                "psnr_db": float(-10 * torch.log10((difference / span).square().mean())),
+            }
+    return errors
+
+
+def bench(bundle: Path, backend: str, batch: int, rounds: int) -> Any:
+    """What ``tc-deploy bench`` says, in a process of its own: the GPU's memory is free again afterwards."""
+    options = ["--backend", backend, "--batch-size", str(batch), "--rounds", str(rounds), "--json"]
+    words = [sys.executable, "-m", "tc_deploy", "-q", "bench", str(bundle), *options]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise BackendError(answer.stderr.strip().splitlines()[-1])
+    return json.loads(answer.stdout)
+
+
+def result_of(folder: Path, backend: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
+    """What one backend makes of a bundle, as far as it gets."""
+    bundle = folder / "bundle"
+    result: dict[str, Any] = {"backend": backend}
+    try:
+        profile = {"batch_profile": (1, min(batches), max(batches))} if backend.startswith("tensorrt") else {}
+        target = build_target(bundle, backend, profile, lambda what, done, total: click.echo(f"{backend}: {what}"))
+        result["version"] = target.backend_version
+        result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
+        result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
+    except TcDeployError as error:
+        result["refused"] = str(error)
+        click.echo(f"{backend}: {error}")
+    return result
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--size", default="XL/2", show_default=True)
+@click.option("--sample-size", "sample_sizes", type=int, multiple=True, default=(32, 64), show_default=True)
+@click.option("--batch-size", "batches", type=int, multiple=True, default=(1, 2, 8), show_default=True)
+@click.option("--rounds", default=20, show_default=True)
+@click.option("--backend", "backends", multiple=True, default=tuple(BACKENDS), show_default=True)
+def main(
+    output: Path,
+    size: str,
+    sample_sizes: tuple[int, ...],
+    batches: tuple[int, ...],
+    rounds: int,
+    backends: tuple[str, ...],
+) -> None:
+    """Measure every backend that is installed here, and write OUTPUT."""
+    results = []
+    for sample_size in sample_sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_bundle(size, sample_size, folder)
+            shape = read_manifest(folder / "bundle").latent_shape
+            noise = np.random.Generator(np.random.Philox(key=SEED)).standard_normal(shape, dtype=np.float32)[None]
+            reference = pytorch_latents(folder, noise)
+            for backend in backends:
+                made = result_of(folder, backend, batches, rounds, reference)
+                results.append({"model": f"DiT-{size}", "sample_size": sample_size, **made})
+    gpus = [{"name": gpu.name, "driver": gpu.driver} for gpu in nvidia_gpus()[0]]
+    today = dt.datetime.now(dt.UTC).date().isoformat()
+    document = {"date": today, "hardware": hardware_line(), "gpus": gpus, "rounds": rounds, "results": results}
+    write_bytes(output, canonical_json(document).encode())
+    click.echo(f"{output}: {len(results)} results")
+
+
+if __name__ == "__main__":
+    main()

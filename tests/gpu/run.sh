@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Builds and runs every backend that is installed on a machine with an NVIDIA GPU, compares what it makes with PyTorch,
+# times full against cached steps at DiT-XL/2 size, and writes JSON. Not run on a GPU yet.
+#
+#     tests/gpu/run.sh gpu.json          # options: PYTHON=... tests/gpu/run.sh --help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+exec env PYTHONPATH="$PWD" "${PYTHON:-.venv/bin/python}" tests/gpu/measure.py "$@"
