@@ -83,13 +83,18 @@ def bench(bundle: Path, backend: str, batch: int, rounds: int) -> Any:
     return json.loads(answer.stdout)
 
 
+def say_once(what: str, done: int, total: int) -> None:
+    if done == total:
+        click.echo(what)
+
+
 def result_of(folder: Path, backend: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
     """What one backend makes of a bundle, as far as it gets."""
     bundle = folder / "bundle"
     result: dict[str, Any] = {"backend": backend}
     try:
         profile = {"batch_profile": (1, min(batches), max(batches))} if backend.startswith("tensorrt") else {}
-        target = build_target(bundle, backend, profile, lambda what, done, total: click.echo(f"{backend}: {what}"))
+        target = build_target(bundle, backend, profile, say_once)
         result["version"] = target.backend_version
         result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
         result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
