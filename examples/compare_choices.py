@@ -24,7 +24,7 @@ from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 FEWER_STEPS = (0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 FIRST_SEED = 2_000_000
@@ -41,6 +41,7 @@ class Choice:
     order: int = 1
     attention: Attention = Attention.ALL
     reuse: Reuse = Reuse.BRANCH
+    skip: Skip = Skip.BLOCKS
 
 
 CHOICES = (
@@ -57,6 +58,13 @@ CHOICES = (
     Choice(boundary=0.7),
     Choice(k1=6, k2=3),
     Choice(k1=6, k2=3, boundary=0.7),
+    Choice(skip=Skip.MODEL, order=0),
+    Choice(skip=Skip.MODEL),
+    Choice(skip=Skip.MODEL, order=2),
+    Choice(skip=Skip.MODEL, k1=3, k2=2),
+    Choice(skip=Skip.MODEL, k1=3, k2=2, order=2),
+    Choice(skip=Skip.MODEL, k1=6, k2=4),
+    Choice(skip=Skip.MODEL, k1=6, k2=4, order=2),
     Choice(keep=(0.0, 0.125)),
     Choice(keep=(0.0, 0.25)),
     Choice(keep=(0.25, 0.25)),
@@ -104,6 +112,7 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
             attention=choice.attention,
             forecast_order=choice.order,
             keep_counts=(counts[0], counts[1]),
+            skip=choice.skip,
         )
         spread = np.stack([spread_importance(blocks, tokens, step) for step in range(steps)])
         index = token_index_from_importance(spread, cache.keep_counts, schedule)
@@ -113,6 +122,8 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
             f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"
             f" order {choice.order}, attention {choice.attention}, reuse {choice.reuse}"
         )
+        if choice.skip is Skip.MODEL:
+            name = f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, order {choice.order}, model skipped"
         row(name, cost, latents)
 
 

@@ -8,8 +8,10 @@ import pytest
 from tc_deploy.calibrate.measure import FIRST_SEED
 from tc_deploy.calibrate.recipe import MAX_SEED, Recipe, read_recipe
 from tc_deploy.errors import UsageError
+from tc_deploy.search.space import candidates
 from tc_deploy.types import Attention, Reuse
 
+RECIPES = Path(__file__).parents[2] / "calibration" / "recipes"
 TOML = """
 model = "../models/dit"
 seed = 7
@@ -80,6 +82,21 @@ def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
     monkeypatch.chdir(tmp_path)
     for given in (path, path.relative_to(tmp_path)):
         assert Path(read_recipe(given, {}).model).resolve() == tmp_path / "models" / "dit"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_read_and_their_search_has_candidates(path: Path) -> None:
+    recipe = read_recipe(path, {})
+    assert candidates(recipe.search, recipe.sampling.steps)
+
+
+def test_a_classifiers_path_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, 'model = "m"\n[quality]\nclassifier = "c.onnx"')
+    assert read_recipe(path, {}).quality.classifier == str(tmp_path / "c.onnx")
+
+
+def test_an_empty_list_leaves_nothing_to_search(tmp_path: Path) -> None:
+    error_of(write(tmp_path, 'model = "m"\n[search]\nk1 = []'), {}, "search", "k1 must list at least one value")
 
 
 def test_an_absolute_path_stays_as_it_is(tmp_path: Path) -> None:
