@@ -29,7 +29,7 @@ EXTRA_BY_MODULE = {
     "tensorrt_rtx": "rtx",
     "openvino": "openvino",
     "jinja2": "report",
-    "matplotlib": "report",
+    "matplotlib": "examples",
     "sklearn": "examples",
 }
 """The extra of tc-deploy that brings a library, by the name under which Python imports it."""
