@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tc_deploy.report.source import Source
-from tc_deploy.report.words import percent
+from tc_deploy.report.words import decibels, percent
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
 
 WIDTH = 720
@@ -19,7 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 72, 700, 44, 360
 """The plot's edges. Beside and below it is room for labels at the size that they have on a phone."""
 MARGIN = 0.06
 """Room between the outermost points and the plot's edges, as a share of its side."""
-LOG_STEPS = (1, 2, 3, 5, 7)
+LOG_STEPS = (1, 1.5, 2, 3, 5, 7)
 LINEAR_STEPS = (1, 2, 5, 10)
 
 
@@ -163,7 +163,7 @@ def _point_title(point: PointRecord) -> str:
     spread = f" ± {percent(point.latency_iqr / 2)}" if point.latency_iqr else ""
     front = ", on the front" if point.on_front else ""
     time = f"{percent(point.latency_ratio)}{spread} of the full run's time"
-    return f"{point.name} ({point.kind}): {time}, {point.quality.psnr_db:.1f} dB{front}"
+    return f"{point.name} ({point.kind}): {time}, {decibels(point.quality.psnr_db)}{front}"
 
 
 def _scale(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.report.source import Source
-from tc_deploy.report.words import described
+from tc_deploy.report.words import decibels, described
 from tc_deploy.search.record import FULL_POINT, PointRecord
 from tc_deploy.types import FloatArray
 
@@ -90,7 +90,7 @@ def _as_seen(latents: FloatArray) -> FloatArray:
 
 
 def _caption(role: str, point: PointRecord) -> str:
-    return f"{role}: {described(point)}, {point.quality.psnr_db:.1f} dB"
+    return f"{role}: {described(point)}, {decibels(point.quality.psnr_db)}"
 
 
 def _strip(caption: str, values: FloatArray) -> Strip:

@@ -5,11 +5,12 @@ In: a :class:`Source`. Out: facts for the report's last section. Never: asks the
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 from tc_deploy import __version__
-from tc_deploy.bundle import canonical_json
 from tc_deploy.plan import Plan, plan_sha256
 from tc_deploy.report.source import Source
 
@@ -43,14 +44,14 @@ def _plan_facts(plan: Plan) -> list[Fact]:
         Fact(term="SHA-256 of the plan", text=plan_sha256(plan), is_code=True),
         Fact(term="SHA-256 of its tables", text=plan.tables.sha256, is_code=True),
         Fact(term="scheduler", text=f"{sampling.scheduler_class}, {plan.schedule.steps} steps, {guidance}"),
-        Fact(term="scheduler's settings", text=canonical_json(sampling.scheduler_config), is_code=True),
+        Fact(term="scheduler's settings", text=_on_one_line(sampling.scheduler_config), is_code=True),
         Fact(
             term="cache",
             text=f"reuse {cache.reuse}, attention {cache.attention}, forecast order {cache.forecast_order},"
             f" skips the {cache.skip} where nothing is kept",
         ),
         Fact(term="chosen by", text=f"{plan.origin.method}, seed {plan.origin.seed}"),
-        Fact(term="settings of that", text=canonical_json(plan.origin.settings), is_code=True),
+        Fact(term="settings of that", text=_on_one_line(plan.origin.settings), is_code=True),
     ]
     seeds = () if plan.measured is None else plan.measured.seeds
     if seeds:
@@ -71,7 +72,7 @@ def _search_facts(source: Source) -> list[Fact]:
         Fact(term="search's seeds", text=f"{seeds} is {search.seed}"),
         Fact(term="candidates", text=f"{len(search.screened)} screened, {len(search.points)} points confirmed"),
         Fact(term="searched", text=f"{search.date}, by {search.made_by}"),
-        Fact(term="search's settings", text=canonical_json(search.settings), is_code=True),
+        Fact(term="search's settings", text=_on_one_line(search.settings), is_code=True),
     ]
 
 
@@ -93,14 +94,14 @@ def _bundle_facts(source: Source) -> list[Fact]:
 def _making(source: Source) -> list[Fact]:
     return [
         Fact(term="made again with", text=command_from_source(source), is_code=True),
-        Fact(term="page drawn by", text=f"tc-deploy {__version__} from {source.path}"),
+        Fact(term="page drawn by", text=f"tc-deploy {__version__}"),
     ]
 
 
 def command_from_source(source: Source) -> str:
     """The command line that makes this plan; a search's recipe has the settings that are printed beside it."""
     if source.search is not None:
-        return shlex.join(["tc-deploy", "plan", "RECIPE", "-o", str(source.path)])
+        return shlex.join(["tc-deploy", "plan", "RECIPE", "-o", "calibration/NAME"])
     plan = source.plan
     schedule, cache, settings = plan.schedule, plan.cache, plan.origin.settings
     words: list[object] = ["tc-deploy", "calibrate", plan.model.source, "-o", "calibration/NAME"]
@@ -116,3 +117,7 @@ def command_from_source(source: Source) -> str:
     words += ["--forecast-order", cache.forecast_order, "--seed", plan.origin.seed]
     words += ["--samples", 0 if plan.measured is None else len(plan.measured.seeds)]
     return shlex.join(str(word) for word in words)
+
+
+def _on_one_line(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, ensure_ascii=False, allow_nan=False)

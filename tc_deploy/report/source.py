@@ -40,7 +40,8 @@ is better and hardly slower is not passed over."""
 class Source:
     """What a folder holds."""
 
-    path: Path
+    name: str
+    """The folder's; where it lies is nobody's business to whom the page is passed on."""
     plan: Plan
     tables: dict[str, FloatArray | IntArray]
     manifest: Manifest | None
@@ -102,7 +103,7 @@ def source_from_folder(path: Path) -> Source:
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")
     return Source(
-        path=path,
+        name=path.resolve().name,
         plan=plan,
         tables=tables,
         manifest=manifest,

@@ -84,13 +84,13 @@ def _by_calibration(plan: Plan) -> tuple[Standing, str, list[str]]:
     margin_db = found.psnr_db - found.fewer_steps_psnr_db
     standing = _standing(margin_db)
     headline = {
-        Standing.AHEAD: f"{margin_db:.1f} dB closer to the full run than fewer steps at the same cost.",
-        Standing.EVEN: f"Hardly different from fewer steps at the same cost ({_signed_db(margin_db)}).",
-        Standing.BEHIND: f"Running fewer steps is {-margin_db:.1f} dB better at the same cost: do not use this plan.",
+        Standing.AHEAD: f"{decibels(margin_db)} closer to the full run than fewer steps at the same cost.",
+        Standing.EVEN: f"Hardly different from fewer steps at the same cost ({decibels(margin_db, '+')}).",
+        Standing.BEHIND: f"Fewer steps are {decibels(-margin_db)} better at the same cost: do not use this plan.",
     }[standing]
     quality = (
-        f"On {len(found.seeds)} unseen seeds its pictures have {found.psnr_db:.1f} dB PSNR to the model's own full run;"
-        f" {found.fewer_steps} full steps, which cost as much, have {found.fewer_steps_psnr_db:.1f} dB."
+        f"On {len(found.seeds)} unseen seeds its pictures have {decibels(found.psnr_db)} PSNR to the model's own full"
+        f" run; {found.fewer_steps} full steps, which cost as much, have {decibels(found.fewer_steps_psnr_db)}."
     )
     source = (
         "This is calibration's measurement in PyTorch: latency was not measured, and the only baseline is fewer steps"
@@ -109,9 +109,10 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
     quality = chosen.quality
     measured = search.latency_source == "measured"
     time = "time" if measured else "estimated time"
+    spread = f" (interquartile range {percent(chosen.latency_iqr)})" if measured else ""
     figures = (
-        f"A run takes {percent(chosen.latency_ratio)} of the full run's {time}, {chosen.latency_ms:.0f} ms for"
-        f" {search.batch_size} pictures, at {quality.psnr_db:.1f} dB PSNR to the full run's pictures"
+        f"A run takes {percent(chosen.latency_ratio)} of the full run's {time}{spread}, {chosen.latency_ms:.0f} ms for"
+        f" {search.batch_size} pictures, at {decibels(quality.psnr_db)} PSNR to the full run's pictures"
         f" ({search.confirmation_seeds} seeds that the search did not see)."
     )
     sentences = [figures]
@@ -129,9 +130,9 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
         margin_db = quality.psnr_db - best.quality.psnr_db
         standing = _standing(margin_db)
         headline = {
-            Standing.AHEAD: f"{margin_db:.1f} dB closer to the full run than the best baseline at comparable {time}.",
+            Standing.AHEAD: f"{decibels(margin_db)} closer to the full run than any baseline at comparable {time}.",
             Standing.EVEN: f"A baseline comes within {CLOSE_DB:g} dB at comparable {time}: {described(best)}.",
-            Standing.BEHIND: f"{described(best)} is {-margin_db:.1f} dB better and hardly slower: consider it instead.",
+            Standing.BEHIND: f"{described(best)} is {decibels(-margin_db)} better and hardly slower: consider that.",
         }[standing]
     if best is not None:
         sentences.append(f"The best baseline at comparable {time} is {_figures(best)}.")
@@ -162,7 +163,7 @@ def _judged_by_convergence(source: Source, chosen: PointRecord) -> list[str]:
         return []
     sentence = (
         f"Judged by a run of four times the steps instead, {described(best)} is closer at no more time:"
-        f" {best_db:.1f} dB against {chosen.converged_psnr_db:.1f} dB."
+        f" {decibels(best_db)} against {decibels(chosen.converged_psnr_db)}."
     )
     return [sentence]
 
@@ -173,13 +174,16 @@ def described(point: PointRecord) -> str:
 
 
 def _figures(point: PointRecord) -> str:
-    return f"{described(point)}: {percent(point.latency_ratio)} of the full run's, {point.quality.psnr_db:.1f} dB"
+    return (
+        f"{described(point)}: {percent(point.latency_ratio)} of the full run's time, {decibels(point.quality.psnr_db)}"
+    )
 
 
 def percent(share: float) -> str:
-    """A share as people read it: ``12.5 %``."""
-    return f"{100 * share:.3g} %" if share < 1 else f"{100 * share:.0f} %"
+    """A share as people read it: ``12.5 %``, never broken across lines."""
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%" if share < 1 else f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
-def _signed_db(value: float) -> str:
-    return f"{value:+.1f} dB".replace("-", "−")
+def decibels(value: float, sign: str = "-") -> str:
+    """Decibels as people read them: ``49.1 dB``; ``sign`` is ``+`` where a plus is to be shown too."""
+    return f"{value:{sign}.1f}\N{NO-BREAK SPACE}dB".replace("-", "−")
