@@ -17,7 +17,7 @@ from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray, IntArray
 
 HEAT_WIDTH = 640
-HEAT_ROW_HEIGHT = 18
+HEAT_ROW_HEIGHT = 24
 GRID_COLOUR = (56, 128, 196)
 """Of a token that is always kept; visible on light and on dark paper. One kept less often is more transparent."""
 
