@@ -39,7 +39,7 @@ slow: $(INSTALLED) ## Run the tests that take long
 # The system's own Chromium is taken where there is one; CONTRIBUTING.md says how to get it.
 browser: $(INSTALLED) ## Run the tests that open the report in a browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[browser]'
-	@command -v chromium chromium-browser google-chrome >/dev/null || test -n "$$BROWSER_PATH" \
+	@test -n "$$BROWSER_PATH" || command -v chromium || command -v chromium-browser || command -v google-chrome \
 		|| $(BIN)/playwright install chromium
 	$(BIN)/pytest -m browser
 

@@ -16,7 +16,7 @@ from tc_deploy.report.pictures import png_uri
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray, IntArray
 
-HEAT_WIDTH = 640
+HEAT_WIDTH = 620
 HEAT_ROW_HEIGHT = 24
 GRID_COLOUR = (56, 128, 196)
 """Of a token that is always kept; visible on light and on dark paper. One kept less often is more transparent."""
