@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow lint format clean
+.PHONY: help demo calibrate-demo test slow browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -35,6 +35,13 @@ test: lint ## Check the style, the types and the imports, then run the tests
 
 slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow
+
+# The system's own Chromium is taken where there is one; CONTRIBUTING.md says how to get it.
+browser: $(INSTALLED) ## Run the tests that open the report in a browser
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[browser]'
+	@test -n "$$BROWSER_PATH" || command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| $(BIN)/playwright install chromium
+	$(BIN)/pytest -m browser
 
 lint: $(INSTALLED) ## Check the style, the types and the imports
 	$(BIN)/ruff check

@@ -21,6 +21,7 @@ EXTRA_BY_MODULE = {
     "onnx": "compile",
     "onnx_ir": "compile",
     "onnxscript": "compile",
+    "optuna": "compile",
     "torch": "compile",
     "torchmetrics": "compile",
     "transformers": "compile",
@@ -29,7 +30,7 @@ EXTRA_BY_MODULE = {
     "tensorrt_rtx": "rtx",
     "openvino": "openvino",
     "jinja2": "report",
-    "matplotlib": "report",
+    "matplotlib": "examples",
     "sklearn": "examples",
 }
 """The extra of tc-deploy that brings a library, by the name under which Python imports it."""

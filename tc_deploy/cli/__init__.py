@@ -37,6 +37,7 @@ COMMANDS = {
     "build": CommandEntry("tc_deploy.cli.build:command", "Build engines for this machine from exported graphs."),
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
     "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
+    "report": CommandEntry("tc_deploy.cli.report:command", "Draw a plan or a bundle as one HTML page."),
     "doctor": CommandEntry("tc_deploy.cli.doctor:command", "Say what this machine can run, and why not the rest."),
     "bench": CommandEntry("tc_deploy.cli.bench:command", "Time full and cached engines, and a process's start."),
 }

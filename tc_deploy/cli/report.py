@@ -1,0 +1,22 @@
+"""``tc-deploy report``: a plan, its baselines and its pictures as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, like report.html.")
+def command(path: Path, output: Path) -> None:
+    """Draw PATH (calibration/NAME or engines/NAME) as one HTML page that needs no other file and no network.
+
+    Schedule, kept tokens and provenance; and where a search lies beside the plan, the Pareto picture with the
+    baselines, the drift, the samples and all points.
+    """
+    from tc_deploy.report.page import write_report
+
+    write_report(path, output)
+    click.echo(f"{output}: {output.stat().st_size / 2**10:.0f} KiB")

@@ -1,0 +1,75 @@
+"""The page itself: what the other files found, put into the template, written at once.
+
+In: a folder. Out: one HTML file that needs nothing else: style, pictures and charts are inside, no script is. Whatever
+comes from a document is escaped by the template engine. Never: computes a figure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tc_deploy.bundle import check_writable, write_bytes
+from tc_deploy.report import charts, pictures, provenance, tokens, words
+from tc_deploy.report.source import Source, source_from_folder
+from tc_deploy.search.record import Kind
+
+MISSING = "–"
+
+
+def write_report(folder: Path, output: Path) -> None:
+    """Draw a plan folder or a bundle as one HTML page.
+
+    Raises:
+        BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
+        PlanError: the plan is inconsistent.
+        StorageError: the output cannot be written.
+    """
+    check_writable(output)
+    write_bytes(output, page_from_source(source_from_folder(folder)).encode("utf-8"))
+
+
+def page_from_source(source: Source) -> str:
+    """The page's HTML; the same folder gives the same page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tc_deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "slug": _slug}
+    points = () if source.search is None else source.search.points
+    return environment.get_template("report.html").render(
+        source=source,
+        plan=source.plan,
+        search=source.search,
+        schedule=source.plan.tprr(),
+        verdict=words.verdict_from_source(source),
+        phases=words.phase_words(source.plan),
+        pareto=charts.pareto_chart(source),
+        drift=charts.drift_chart(source),
+        geometry=charts,
+        cells=tokens.schedule_cells(source.plan),
+        heat=tokens.heat_columns(source.plan),
+        heat_size=tokens,
+        grids=tokens.token_grids(source.plan, source.tables),
+        sheet=pictures.sample_sheet(source),
+        needs_decoder=pictures.needs_decoder(source),
+        points=sorted(points, key=lambda point: point.latency_ratio),
+        facts=provenance.facts_from_source(source),
+    )
+
+
+def _slug(kind: Kind) -> str:
+    """A kind's name in the style sheet and as a shape."""
+    return kind.name.lower().replace("_", "-")
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else words.percent(share)
+
+
+def _number(value: float | None, decimals: int = 1) -> str:
+    return MISSING if value is None else f"{value:.{decimals}f}".replace("-", "−")

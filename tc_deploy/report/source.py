@@ -1,0 +1,139 @@
+"""Everything that a report is drawn from: the plan, its tables, and what a bundle and a search add.
+
+In: a folder ``calibration/NAME`` or ``engines/NAME``. Out: a checked :class:`Source`. Never: loads a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.errors import BundleError
+from tc_deploy.manifest import Manifest, TargetManifest, read_manifest, read_target
+from tc_deploy.plan import PLAN, Plan, load_plan
+from tc_deploy.search.record import (
+    FULL_POINT,
+    SAMPLES,
+    SEARCH,
+    Kind,
+    PointRecord,
+    SearchRecord,
+    SettingsRecord,
+    read_search,
+)
+from tc_deploy.types import FloatArray, IntArray
+
+OURS = (Kind.FULL, Kind.TOKEN_CACHE)
+"""What is no baseline."""
+COMPARABLE_LATENCY = 1.05
+"""A baseline that takes up to this many times the plan's latency is compared with it: a little more, so that one which
+is better and hardly slower is not passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a folder holds."""
+
+    name: str
+    """The folder's; where it lies is nobody's business to whom the page is passed on."""
+    plan: Plan
+    tables: dict[str, FloatArray | IntArray]
+    manifest: Manifest | None
+    """None where the folder is a plan and no bundle."""
+    targets: tuple[TargetManifest, ...]
+    """The engines built from this very bundle."""
+    search: SearchRecord | None
+    samples: dict[str, FloatArray]
+    """Final latents by the point's name, each (n, C, H, W); empty without a search."""
+
+    @cached_property
+    def chosen(self) -> PointRecord | None:
+        """The point of the search that is this plan."""
+        plan = self.plan
+        settings = SettingsRecord(
+            scheduler_class=plan.sampling.scheduler_class, schedule=plan.schedule, cache=plan.cache
+        )
+        # Random tokens have the settings of chosen ones; the tables, which differ, are no part of them.
+        points = [
+            point for point in self._points if point.settings == settings and point.kind is not Kind.RANDOM_TOKENS
+        ]
+        return min(points, key=lambda point: point.kind not in OURS, default=None)
+
+    @cached_property
+    def best_baseline(self) -> PointRecord | None:
+        """The baseline closest to the full run of those that take no longer than the plan, or hardly."""
+        chosen = self.chosen
+        if chosen is None:
+            return None
+        slowest = chosen.latency_ratio * COMPARABLE_LATENCY
+        points = [point for point in self.baselines if point is not chosen and point.latency_ratio <= slowest]
+        return max(points, key=lambda point: point.quality.psnr_db, default=None)
+
+    @property
+    def baselines(self) -> tuple[PointRecord, ...]:
+        """The points that are neither the full run nor tc-deploy's."""
+        return tuple(point for point in self._points if point.kind not in OURS)
+
+    @property
+    def _points(self) -> tuple[PointRecord, ...]:
+        return () if self.search is None else self.search.points
+
+
+def source_from_folder(path: Path) -> Source:
+    """Read and check a plan folder or a bundle.
+
+    Raises:
+        BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
+        PlanError: the plan is inconsistent.
+    """
+    if not (path / PLAN).is_file():
+        raise BundleError(f"{path}: no {PLAN} in it; give a folder calibration/NAME or engines/NAME")
+    manifest = None
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        check_files(path, {PLAN: manifest.files[PLAN]})
+    plan, tables = load_plan(path)
+    search = read_search(path) if (path / SEARCH).is_file() else None
+    if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
+        raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")
+    return Source(
+        name=path.resolve().name,
+        plan=plan,
+        tables=tables,
+        manifest=manifest,
+        targets=() if manifest is None else _targets(path),
+        search=search,
+        samples={} if search is None else _samples(path, search),
+    )
+
+
+def _targets(bundle: Path) -> tuple[TargetManifest, ...]:
+    found = []
+    for file in sorted(bundle.glob(f"*/{MANIFEST}")):
+        try:
+            found.append(read_target(bundle, file.parent.name))
+        except BundleError:
+            continue  # built from another export, so nothing of it belongs to this bundle
+    return tuple(found)
+
+
+def _samples(folder: Path, search: SearchRecord) -> dict[str, FloatArray]:
+    check_files(folder, {SAMPLES: search.samples})
+    where = folder / SAMPLES
+    try:
+        samples = safetensors.numpy.load_file(where)
+    except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
+        raise BundleError(f"{where}: not a safetensors file of numpy types: {error}; make it again") from None
+    shapes = {latents.shape for latents in samples.values()}
+    fit = len(shapes) <= 1 and all(latents.ndim == 4 and latents.size for latents in samples.values())
+    if not fit or any(latents.dtype != np.float32 or not np.isfinite(latents).all() for latents in samples.values()):
+        raise BundleError(f"{where}: expected finite (n, C, H, W) float32 latents of one shape; make it again")
+    if samples and FULL_POINT not in samples:
+        raise BundleError(f"{where}: no {FULL_POINT!r} in it, which the others are compared with; make it again")
+    return samples
