@@ -1,4 +1,6 @@
 import importlib.util
+import io
+import logging
 from collections.abc import Mapping
 
 import pytest
@@ -102,9 +104,15 @@ def test_every_sample_is_made_in_batches_of_the_size_that_is_timed(model, sampli
     assert done == [(made, 6) for made in range(1, 7)]
 
 
-def test_nothing_reaches_the_terminal(model, sampling, drawn, capfd):
+def test_cache_dit_does_not_write_to_the_terminal(model, sampling, drawn, monkeypatch):
+    import cache_dit  # makes the handler that all its loggers share
+
+    terminal = logging.getLogger("CACHE_DIT").handlers[0]
+    monkeypatch.setattr(terminal, "stream", io.StringIO())
     runs(model, sampling, drawn, FORECAST)
-    assert capfd.readouterr() == ("", "")
+    assert terminal.stream.getvalue() == ""
+    cache_dit.disable_cache(model.module)
+    assert "disabled" in terminal.stream.getvalue()  # it may write again
 
 
 def test_without_cache_dit_there_is_a_reason_and_no_run(model, sampling, drawn, monkeypatch):
