@@ -1,0 +1,249 @@
+"""A peer in the same run: the same checkpoint, noise and labels in PyTorch under cache-dit, where that is installed.
+
+In: a model, its sampler, noise. Out: per setting the latents, what was computed, and how long a run takes over
+PyTorch's own full run. Never: changes the model; cache-dit patches a copy of its modules, which shares the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import itertools
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tc_deploy.bench.clock import Clock
+from tc_deploy.bench.interleave import interleaved
+from tc_deploy.bench.spread import ratio_of
+from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.tokencache.sampler import Sampling, denoise
+
+FIRST_BLOCKS = 1
+"""Blocks that DBCache computes in every step, and judges by whether to compute the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSetting:
+    """DBCache and its TaylorSeer calibrator, in cache-dit's own terms."""
+
+    threshold: float
+    """``residual_diff_threshold``: a step is cached while the first block's residual has changed by less; 0: never."""
+    warmup: int
+    """``max_warmup_steps``: so many steps at the start are full."""
+    in_a_row: int
+    """``max_continuous_cached_steps``; -1: no limit."""
+    order: int
+    """``taylorseer_order``; 0: the last full step's residual is reused."""
+
+    @property
+    def name(self) -> str:
+        """``cache-dit DBCache F1B0, threshold 0.24, warm-up 8, 3 in a row, TaylorSeer order 1``."""
+        limit = "no limit in a row" if self.in_a_row < 0 else f"{self.in_a_row} in a row"
+        parts = [
+            f"cache-dit DBCache F{FIRST_BLOCKS}B0",
+            f"threshold {self.threshold:g}",
+            f"warm-up {self.warmup}",
+            limit,
+            *([f"TaylorSeer order {self.order}"] if self.order else []),
+        ]
+        return ", ".join(parts)
+
+
+SETTINGS = tuple(
+    PeerSetting(threshold=threshold, warmup=8, in_a_row=in_a_row, order=order)
+    for order in (0, 1, 2)
+    for threshold, in_a_row in ((0.08, -1), (0.12, -1), (0.24, 3))
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerRun:
+    """What one setting made of the noise."""
+
+    name: str
+    latents: Tensor
+    """(n, C, H, W)."""
+    latency_ratio: float
+    """Of a run over PyTorch's own full run, median over rounds in which both ran."""
+    latency_iqr: float
+    cost_in_full_steps: float
+    """FLOPs over those of one full step; mean over batches."""
+    steps_full: int
+    steps_cached: int
+    """Median over batches, each of which cache-dit decides for anew."""
+
+
+def why_no_peer() -> str | None:
+    """What keeps :func:`cache_dit_runs` from running; None where nothing does."""
+    if importlib.util.find_spec("cache_dit") is None:
+        return "cache-dit is not installed; pip install 'tc-deploy[peers]'"
+    return None
+
+
+def cache_dit_runs(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    noise: Tensor,
+    conditions: Mapping[str, Tensor],
+    *,
+    batch_size: int,
+    rounds: int,
+    settings: Sequence[PeerSetting] = SETTINGS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PeerRun, ...]:
+    """Sample under cache-dit, and time its runs in turn with PyTorch's full run.
+
+    Args:
+        model: the model.
+        sampling: scheduler, steps, guidance.
+        noise: (n, C, H, W) standard normal.
+        conditions: by name, (n, ...).
+        batch_size: pictures per run, timed or not: cache-dit takes one decision per step for a whole batch.
+        rounds: timed runs of each.
+        settings: of DBCache.
+        progress: told how many sampling runs are done, and of how many.
+
+    Returns:
+        One per setting; none where :func:`why_no_peer` has a reason.
+    """
+    if why_no_peer() is not None:
+        return ()
+    batches = [
+        (noise[rows], {name: given[rows] for name, given in conditions.items()})
+        for rows in (slice(start, start + batch_size) for start in range(0, len(noise), batch_size))
+    ]
+    sampled: dict[PeerSetting, list[tuple[Tensor, int]]] = {setting: [] for setting in settings}
+    untimed = len(settings) * len(batches)
+    total = untimed + rounds * (1 + len(settings))
+    with _quiet():
+        cached_step_cost = _cached_step_cost(model)
+        requests: dict[PeerSetting | None, Callable[[], object]] = {
+            None: partial(_sample, model, sampling, *batches[0])
+        }
+        for setting in settings:
+            peer = _patched(model, setting, sampling.steps)
+            for batch in batches:
+                latents = _sample_anew(peer, sampling, *batch)
+                sampled[setting].append((latents, _cached_steps(peer)))
+                progress(sum(map(len, sampled.values())), total)
+            requests[setting] = partial(_sample_anew, peer, sampling, *batches[0])
+        timed = {key: partial(Clock().timed, request, graphs=False) for key, request in requests.items()}
+        runs = interleaved(timed, rounds, lambda done, _: progress(untimed + done, total))
+    times_ms = {key: [run.wall_ms for run in found] for key, found in runs.items()}
+    return tuple(
+        _peer_run(setting, found, sampling.steps, cached_step_cost, ratio_of(times_ms[setting], times_ms[None]))
+        for setting, found in sampled.items()
+    )
+
+
+def _peer_run(
+    setting: PeerSetting,
+    sampled: Sequence[tuple[Tensor, int]],
+    steps: int,
+    cached_step_cost: float,
+    ratio: Mapping[str, float],
+) -> PeerRun:
+    """Put the batches of one setting together."""
+    counts = [cached for _, cached in sampled]
+    cached = statistics.median_low(counts)
+    return PeerRun(
+        name=setting.name,
+        latents=torch.cat([latents for latents, _ in sampled]),
+        latency_ratio=ratio["median"],
+        latency_iqr=ratio["iqr"],
+        cost_in_full_steps=steps - statistics.mean(counts) * (1 - cached_step_cost),
+        steps_full=steps - cached,
+        steps_cached=cached,
+    )
+
+
+def _patched(model: DiffusionTransformer, setting: PeerSetting, steps: int) -> DiffusionTransformer:
+    """The model under cache-dit.
+
+    cache-dit replaces the forward of the module that it is given, adds a submodule to a DiT's, and takes neither back
+    when its cache is disabled. So it is given modules of its own, which hold the model's very weights.
+    """
+    import cache_dit
+
+    weights = itertools.chain(model.module.parameters(), model.module.buffers())
+    module = copy.deepcopy(model.module, {id(tensor): tensor for tensor in weights})
+    cache_dit.enable_cache(
+        module,
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=FIRST_BLOCKS,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=setting.threshold,
+            max_warmup_steps=setting.warmup,
+            max_continuous_cached_steps=setting.in_a_row,
+            num_inference_steps=steps,
+            enable_separate_cfg=False,  # both halves of a guided step are one batch
+        ),
+        calibrator_config=cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=setting.order)
+        if setting.order
+        else None,
+    )
+    return dataclasses.replace(model, module=module)
+
+
+def _sample_anew(
+    peer: DiffusionTransformer, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """A run that knows nothing of the one before.
+
+    A pipeline under cache-dit starts every call with an empty cache. A bare module under cache-dit 1.5 takes the first
+    step of a run for one more step of the last.
+    """
+    import cache_dit
+
+    cache_dit.refresh_context(peer.module)
+    return _sample(peer, sampling, noise, conditions)
+
+
+def _sample(model: DiffusionTransformer, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
+
+
+def _cached_steps(peer: DiffusionTransformer) -> int:
+    """Of the last run, as cache-dit counts them; the module's own figures come last in its summary."""
+    import cache_dit
+
+    return len(cache_dit.summary(peer.module, logging=False)[-1].cached_steps)
+
+
+@torch.no_grad()
+def _cached_step_cost(model: DiffusionTransformer) -> float:
+    """FLOPs of a cached step over those of a full step."""
+    always = PeerSetting(threshold=1.0, warmup=1, in_a_row=-1, order=0)
+    peer = _patched(model, always, steps=2)
+    noise, conditions = draw_batch(model, [0])
+    inputs = {"hidden_states": noise, "timestep": torch.zeros(1), **conditions}
+    flops: list[int] = []
+    # The math kernel is made of the products that the counter knows; fused CPU kernels are not in its tables.
+    with sdpa_kernel(SDPBackend.MATH):
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                peer.forward(inputs)
+            flops.append(counter.get_total_flops())
+    return flops[1] / flops[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what cache-dit reports of its set-up, which it writes to standard output."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

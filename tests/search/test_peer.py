@@ -1,0 +1,122 @@
+import importlib.util
+import io
+import logging
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.search.peer import PeerSetting, cache_dit_runs, why_no_peer
+from tc_deploy.tokencache.sampler import Sampling, denoise
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cache_dit") is None, reason="needs cache-dit: pip install 'tc-deploy[peers]'"
+)
+
+STEPS = 8
+NEVER = PeerSetting(threshold=0.0, warmup=1, in_a_row=-1, order=0)
+ALWAYS = PeerSetting(threshold=1.0, warmup=4, in_a_row=-1, order=0)
+IN_TURN = PeerSetting(threshold=1.0, warmup=4, in_a_row=1, order=0)
+FORECAST = PeerSetting(threshold=1.0, warmup=4, in_a_row=1, order=1)
+
+
+@pytest.fixture
+def model(tiny_dit_folder) -> DiffusionTransformer:
+    """One of its own, as the tests look at whether it stays as it was."""
+    return load_model(tiny_dit_folder)
+
+
+@pytest.fixture
+def sampling(tiny_dit_folder) -> Sampling:
+    scheduler = load_scheduler(tiny_dit_folder)
+    return Sampling(scheduler=scheduler, steps=STEPS, guidance_scale=2.0, set_timesteps_kwargs={})
+
+
+@pytest.fixture
+def drawn(model) -> tuple[Tensor, dict[str, Tensor]]:
+    return draw_batch(model, range(3))
+
+
+def full_run(
+    model: DiffusionTransformer, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
+
+
+def runs(model, sampling, drawn, *settings, batch_size=3, rounds=1, **arguments):
+    return cache_dit_runs(model, sampling, *drawn, batch_size=batch_size, rounds=rounds, settings=settings, **arguments)
+
+
+def test_with_the_cache_off_it_is_the_full_run_to_the_bit(model, sampling, drawn):
+    (run,) = runs(model, sampling, drawn, NEVER)
+    assert torch.equal(run.latents, full_run(model, sampling, *drawn))
+    assert (run.steps_full, run.steps_cached, run.cost_in_full_steps) == (STEPS, 0, STEPS)
+
+
+def test_the_model_stays_as_it_was(model, sampling, drawn):
+    before = full_run(model, sampling, *drawn)
+    weights = {name: value.clone() for name, value in model.module.state_dict().items()}
+    attributes, submodules = set(vars(model.module)), [name for name, _ in model.module.named_modules()]
+    runs(model, sampling, drawn, FORECAST)
+    after = model.module.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+    assert set(vars(model.module)) == attributes
+    assert [name for name, _ in model.module.named_modules()] == submodules
+    assert torch.equal(full_run(model, sampling, *drawn), before)
+
+
+def test_steps_are_counted_and_cost_one_block_of_three_when_cached(model, sampling, drawn):
+    always, in_turn = runs(model, sampling, drawn, ALWAYS, IN_TURN)
+    assert (always.steps_full, always.steps_cached) == (4, 4)
+    assert (in_turn.steps_full, in_turn.steps_cached) == (6, 2)
+    cached_step = (always.cost_in_full_steps - always.steps_full) / always.steps_cached
+    assert 1 / 3 < cached_step < 0.45  # embeddings and head are computed too
+    assert in_turn.cost_in_full_steps == pytest.approx(6 + 2 * cached_step)
+    assert not torch.equal(always.latents, in_turn.latents)
+
+
+def test_forecasting_changes_the_pictures_and_not_the_steps(model, sampling, drawn):
+    reused, forecast = runs(model, sampling, drawn, IN_TURN, FORECAST)
+    assert (forecast.steps_full, forecast.steps_cached) == (reused.steps_full, reused.steps_cached)
+    assert not torch.equal(forecast.latents, reused.latents)
+
+
+def test_no_run_knows_of_the_one_before(model, sampling, drawn):
+    noise, conditions = drawn
+    twice = torch.cat([noise, noise]), {name: torch.cat([given, given]) for name, given in conditions.items()}
+    (run,) = runs(model, sampling, twice, FORECAST)
+    first, again = run.latents.chunk(2)
+    assert torch.equal(first, again)
+
+
+def test_every_sample_is_made_in_batches_of_the_size_that_is_timed(model, sampling, drawn):
+    done = []
+    (run,) = runs(
+        model, sampling, drawn, ALWAYS, batch_size=2, rounds=2, progress=lambda made, total: done.append((made, total))
+    )
+    assert run.latents.shape == drawn[0].shape
+    assert run.latency_ratio > 0
+    assert done == [(made, 6) for made in range(1, 7)]
+
+
+def test_cache_dit_does_not_write_to_the_terminal(model, sampling, drawn, monkeypatch):
+    import cache_dit  # makes the handler that all its loggers share
+
+    terminal = logging.getLogger("CACHE_DIT").handlers[0]
+    monkeypatch.setattr(terminal, "stream", io.StringIO())
+    runs(model, sampling, drawn, FORECAST)
+    assert terminal.stream.getvalue() == ""
+    cache_dit.disable_cache(model.module)
+    assert "disabled" in terminal.stream.getvalue()  # it may write again
+
+
+def test_without_cache_dit_there_is_a_reason_and_no_run(model, sampling, drawn, monkeypatch):
+    assert why_no_peer() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'tc-deploy[peers]'" in why_no_peer()
+    assert runs(model, sampling, drawn, ALWAYS) == ()
