@@ -52,8 +52,9 @@ def command(
     from tc_deploy.backends.registry import DEFAULT
     from tc_deploy.bundle import canonical_json
     from tc_deploy.calibrate.recipe import read_recipe
+    from tc_deploy.search.choose import Wish, choose_again, chosen_point
     from tc_deploy.search.record import SEARCH
-    from tc_deploy.search.stage import Wish, choose_again, chosen_point, search_plan
+    from tc_deploy.search.stage import search_plan
 
     if target_psnr is not None and max_latency_ms is not None:
         raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")

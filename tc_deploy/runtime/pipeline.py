@@ -287,10 +287,7 @@ class Pipeline:
             UsageError: ``seed`` is out of range.
         """
         _check_seed(seed)
-        shape = self.manifest.latent_shape
-        first = operator.index(seed)
-        streams = [np.random.Generator(np.random.Philox(key=first + index)) for index in range(count)]
-        return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+        return noise_of(self.manifest.latent_shape, operator.index(seed), count)
 
     def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
         """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
@@ -404,6 +401,12 @@ class _Request:
     latents: FloatArray | None
     """(n, C, H, W)"""
     guidance_scale: float | None
+
+
+def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
+    """Standard normal noise of seeds ``seed`` .. ``seed + count - 1``: (count, ``*shape``), each of its seed alone."""
+    streams = [np.random.Generator(np.random.Philox(key=seed + index)) for index in range(count)]
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
 def _check_seed(seed: int) -> None:

@@ -11,13 +11,11 @@ was killed goes on where it stood, from ``.NAME.work``.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
-import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -28,30 +26,28 @@ from tc_deploy.backends import registry
 from tc_deploy.bundle import (
     FileRecord,
     canonical_json,
-    check_files,
     check_replaceable,
-    new_folder,
     sha256_of_bytes,
 )
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import assemble_plan, importance_of, sampling_from_recipe
-from tc_deploy.errors import UsageError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import PLAN, CacheRecord, OriginRecord, load_plan, write_plan_files
+from tc_deploy.plan import PLAN, CacheRecord, OriginRecord
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, picture_psnr_db
+from tc_deploy.runtime.pipeline import noise_of
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import Baselines, settings_name
+from tc_deploy.search.choose import Wish, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
-from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, labels_of
+from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
+from tc_deploy.search.points import PICTURE_BATCH, Latency, Pictures, PlannedPoint, PointMaker, labels_of
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
-    SAMPLES,
-    SEARCH,
     Kind,
     PointRecord,
     ScreenedRecord,
@@ -60,7 +56,7 @@ from tc_deploy.search.record import (
     VariantCost,
     read_search,
 )
-from tc_deploy.search.remarks import SLACK, front_names, remarks_of
+from tc_deploy.search.remarks import front_names, remarks_of
 from tc_deploy.search.screen import Screen
 from tc_deploy.search.space import Judged, candidates, chosen_for_engines, judge_candidates, settings_of
 from tc_deploy.tokencache.sampler import Sampling
@@ -70,20 +66,10 @@ Report = Callable[[str, int, int], None]
 """(what is being done, done, of how many)."""
 
 CONFIRMATION_SEED = 3_000_000
-POINTS = "points"
 SAMPLE_PICTURES = 8
 GRID_ROUNDS = 5
 REFERENCE_INTERVAL = 4
 """Interval of the schedule that the Cache Predictor is trained for, when many schedules will use its scores."""
-DEFAULT_SHARE = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What a user asks of a plan; with neither, half of the full run's latency."""
-
-    target_psnr_db: float | None = None
-    max_latency_ms: float | None = None
 
 
 def search_plan(
@@ -123,60 +109,9 @@ def search_plan(
         judge.check_fits(model.geometry.latent_shape)
     search = _Search(recipe, model, destination, backend, batch_size, from_flops=from_flops, report=report)
     record, plans, samples = search.run(judge)
-    _write(record, plans, samples, destination, wish)
+    write_search(record, plans, samples, destination, wish)
     shutil.rmtree(search.work, ignore_errors=True)
     return read_search(destination)
-
-
-def choose_again(folder: Path, wish: Wish) -> SearchRecord:
-    """Let another point of a finished search be the folder's plan.
-
-    Raises:
-        BundleError: the folder holds no search, or it is damaged.
-        UsageError: no point fulfils the wish.
-        StorageError: the folder cannot be written.
-    """
-    record = read_search(folder)
-    check_files(folder, {SAMPLES: record.samples})
-    samples = safetensors.numpy.load_file(folder / SAMPLES)
-    plans = {}
-    for point in record.points:
-        if point.settings is not None:
-            plan, tables = load_plan(folder / POINTS / _slug(point.name))
-            plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
-    _write(record, plans, samples, folder, wish)
-    return record
-
-
-def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
-    """The point that fulfils a wish best: the fastest that is close enough, or the closest that is fast enough.
-
-    Baselines take part where they are plans, so what is chosen is never dominated by one.
-
-    Raises:
-        UsageError: none does; names the best.
-    """
-    full = next(point for point in record.points if point.name == FULL_POINT)
-    plans = [
-        point
-        for point in record.points
-        if point.settings is not None
-        and point.on_front
-        and (wish.target_psnr_db is None or point.quality.psnr_db >= wish.target_psnr_db)
-        and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
-    ]
-    if wish.target_psnr_db is None and wish.max_latency_ms is None:
-        plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE * SLACK]
-    if not plans:
-        fastest = min(record.points, key=lambda point: point.latency_ratio)
-        time = "" if full.latency_ms is None else f" of {full.latency_ms:.1f} ms"
-        raise UsageError(
-            f"no plan fulfils it: the fastest takes {fastest.latency_ratio:.2f} of the full run's latency{time}, at"
-            f" {fastest.quality.psnr_db:.1f} dB ({fastest.name}); ask for less, or widen the recipe's [search]"
-        )
-    if wish.target_psnr_db is not None:
-        return min(plans, key=lambda point: point.latency_ratio)
-    return max(plans, key=lambda point: point.quality.psnr_db)
 
 
 class _Search:
@@ -220,6 +155,10 @@ class _Search:
         for point in ours:
             planned += self.baselines.twins(point, importance)
         points, samples = self._confirmed(planned, judge)
+        remarks = remarks_of(points)
+        reason = why_no_peer()
+        if reason is not None:
+            remarks = (*remarks, f"cache-dit was not compared: {reason}.")
         stored = safetensors.numpy.save(samples)
         record = SearchRecord(
             kind="search",
@@ -239,7 +178,7 @@ class _Search:
             variants=variants,
             screened=tuple(ScreenedRecord.model_validate(settings_of(item)) for item in judged),
             points=points,
-            remarks=remarks_of(points),
+            remarks=remarks,
             samples=FileRecord(size_bytes=len(stored), sha256=sha256_of_bytes(stored)),
         )
         return record, {point.name: point for point in planned}, samples
@@ -397,14 +336,51 @@ class _Search:
             for point, made, latency in zip(planned, pictures, latencies, strict=True)
             if np.isfinite(made.latents).all()
         ]
+        peers = self._peers(count)
+        found += [self._peer_point(run, pictures[0], exact, judge) for run in peers if run.latents.isfinite().all()]
         on_front = front_names(found)
         points = [point.model_copy(update={"on_front": point.name in on_front}) for point in found]
         ordered = [points[0], *sorted(points[1:], key=lambda point: point.latency_ratio)]
         samples = {
             point.name: np.ascontiguousarray(made.latents[:SAMPLE_PICTURES])
             for point, made in zip(planned, pictures, strict=True)
-        }
+        } | {run.name: run.latents[:SAMPLE_PICTURES].contiguous().numpy() for run in peers}
         return tuple(ordered), samples
+
+    def _peers(self, count: int) -> tuple[PeerRun, ...]:
+        """cache-dit in PyTorch on the same noise and labels; nothing where it is not installed."""
+        classes = self.model.geometry.conditions[0].classes or 1
+        labels = torch.from_numpy(labels_of(count, CONFIRMATION_SEED, classes))
+        noise = torch.from_numpy(noise_of(self.model.geometry.latent_shape, CONFIRMATION_SEED, count))
+        return cache_dit_runs(
+            self.model,
+            self.sampling,
+            noise,
+            {self.model.geometry.conditions[0].name: labels},
+            batch_size=min(PICTURE_BATCH, count),
+            rounds=1 if self.from_flops else self.recipe.search.latency_rounds,
+            progress=lambda done, total: self.report("sampling under cache-dit", done, total),
+        )
+
+    def _peer_point(
+        self, run: PeerRun, full: Pictures, exact: Pictures | None, judge: Classifier | None
+    ) -> PointRecord:
+        ratio = run.cost_in_full_steps / self.sampling.steps if self.from_flops else run.latency_ratio
+        return PointRecord(
+            name=run.name,
+            kind=Kind.CACHE_DIT,
+            settings=None,
+            steps_full=run.steps_full,
+            steps_cached=run.steps_cached,
+            cost_in_full_steps=round(run.cost_in_full_steps, 3),
+            latency_ms=None,
+            latency_ratio=round(ratio, 4),
+            latency_iqr=0.0 if self.from_flops else run.latency_iqr,
+            drift=None,
+            on_front=False,
+            predicted_latency_ratio=None,
+            **self._figures(run.latents, full, exact, judge),
+        )
 
     def _point(
         self,
@@ -417,10 +393,6 @@ class _Search:
         *,
         same_steps: bool,
     ) -> PointRecord:
-        pixels = self.model.geometry.pixels
-        latents, reference = torch.from_numpy(made.latents), torch.from_numpy(full.latents)
-        classes = self.model.geometry.conditions[0].classes
-        labels = None if classes is None else torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, classes))
         schedule = point.plan.tprr()
         cost = point.plan.cost_in_full_steps()
         ratio = cost / self.sampling.steps if latency is None else latency.ratio
@@ -440,36 +412,21 @@ class _Search:
             latency_ms=None if latency is None else round(ratio * latency.full_ms, 3),
             latency_ratio=round(ratio, 4),
             latency_iqr=0.0 if latency is None else latency.iqr,
-            quality=compare(latents, reference, labels, pixels=pixels, judge=judge),
-            converged_psnr_db=None
-            if exact is None
-            else round(picture_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2),
             drift=drift(torch.from_numpy(made.trajectory), torch.from_numpy(full.trajectory)) if same_steps else None,
             on_front=False,
             predicted_latency_ratio=point.predicted_latency_ratio,
+            **self._figures(torch.from_numpy(made.latents), full, exact, judge),
         )
 
-
-def _write(
-    record: SearchRecord,
-    plans: Mapping[str, PlannedPoint],
-    samples: Mapping[str, FloatArray],
-    destination: Path,
-    wish: Wish,
-) -> None:
-    """Write the chosen plan, the record, the samples and every point's plan, all or nothing."""
-    chosen = chosen_point(record, wish)
-    with new_folder(destination, marker=PLAN) as folder:
-        for point in record.points:
-            if point.settings is not None:
-                own = folder / POINTS / _slug(point.name)
-                own.mkdir(parents=True)
-                write_plan_files(plans[point.name].plan, plans[point.name].tables, own)
-        (folder / SAMPLES).write_bytes(safetensors.numpy.save(dict(samples)))
-        (folder / SEARCH).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
-        write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder)
-
-
-def _slug(name: str) -> str:
-    """A point's name as a folder's."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    def _figures(
+        self, latents: torch.Tensor, full: Pictures, exact: Pictures | None, judge: Classifier | None
+    ) -> dict[str, Any]:
+        """A point's quality, to the full run and to the converged one."""
+        geometry = self.model.geometry
+        classes = geometry.conditions[0].classes
+        labels = None if classes is None else torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, classes))
+        quality = compare(latents, torch.from_numpy(full.latents), labels, pixels=geometry.pixels, judge=judge)
+        converged = None
+        if exact is not None:
+            converged = round(picture_psnr_db(latents, torch.from_numpy(exact.latents), pixels=geometry.pixels), 2)
+        return {"quality": quality, "converged_psnr_db": converged}

@@ -1,0 +1,115 @@
+"""A finished search as a folder, and the choice of its plan by what a user asks for.
+
+In: a record, its points' plans, a wish. Out: a plan folder that also holds the record, samples, and every point's plan,
+so that another wish needs no other search. Never: samples or times anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.numpy
+
+from tc_deploy.bundle import canonical_json, check_files, new_folder
+from tc_deploy.errors import UsageError
+from tc_deploy.plan import PLAN, load_plan, write_plan_files
+from tc_deploy.search.points import PlannedPoint
+from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, PointRecord, SearchRecord, read_search
+from tc_deploy.search.remarks import SLACK
+from tc_deploy.types import FloatArray
+
+POINTS = "points"
+DEFAULT_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a user asks of a plan; with neither, half of the full run's latency."""
+
+    target_psnr_db: float | None = None
+    max_latency_ms: float | None = None
+
+
+def choose_again(folder: Path, wish: Wish) -> SearchRecord:
+    """Let another point of a finished search be the folder's plan.
+
+    Raises:
+        BundleError: the folder holds no search, or it is damaged.
+        UsageError: no point fulfils the wish.
+        StorageError: the folder cannot be written.
+    """
+    record = read_search(folder)
+    check_files(folder, {SAMPLES: record.samples})
+    samples = safetensors.numpy.load_file(folder / SAMPLES)
+    plans = {}
+    for point in record.points:
+        if point.settings is not None:
+            plan, tables = load_plan(folder / POINTS / _slug(point.name))
+            plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
+    write_search(record, plans, samples, folder, wish)
+    return record
+
+
+def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
+    """The point that fulfils a wish best: the fastest that is close enough, or the closest that is fast enough.
+
+    Baselines take part where they are plans, so what is chosen is never dominated by one.
+
+    Raises:
+        UsageError: none does; names the best.
+    """
+    full = next(point for point in record.points if point.name == FULL_POINT)
+    plans = [
+        point
+        for point in record.points
+        if point.settings is not None
+        and point.on_front
+        and (wish.target_psnr_db is None or point.quality.psnr_db >= wish.target_psnr_db)
+        and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
+    ]
+    if wish.target_psnr_db is None and wish.max_latency_ms is None:
+        plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE * SLACK]
+    if not plans:
+        fastest = min(record.points, key=lambda point: point.latency_ratio)
+        time = "" if full.latency_ms is None else f" of {full.latency_ms:.1f} ms"
+        raise UsageError(
+            f"no plan fulfils it: the fastest takes {fastest.latency_ratio:.2f} of the full run's latency{time}, at"
+            f" {fastest.quality.psnr_db:.1f} dB ({fastest.name}); ask for less, or widen the recipe's [search]"
+        )
+    if wish.target_psnr_db is not None:
+        return min(plans, key=lambda point: point.latency_ratio)
+    return max(plans, key=lambda point: point.quality.psnr_db)
+
+
+def write_search(
+    record: SearchRecord,
+    plans: Mapping[str, PlannedPoint],
+    samples: Mapping[str, FloatArray],
+    destination: Path,
+    wish: Wish,
+) -> None:
+    """Write the chosen plan, the record, the samples and every point's plan, all or nothing.
+
+    Raises:
+        UsageError: no point fulfils the wish.
+        StorageError: the destination cannot be written.
+    """
+    chosen = chosen_point(record, wish)
+    with new_folder(destination, marker=PLAN) as folder:
+        for point in record.points:
+            if point.settings is not None:
+                own = folder / POINTS / _slug(point.name)
+                own.mkdir(parents=True)
+                write_plan_files(plans[point.name].plan, plans[point.name].tables, own)
+        (folder / SAMPLES).write_bytes(safetensors.numpy.save(dict(samples)))
+        (folder / SEARCH).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
+        write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder)
+
+
+def _slug(name: str) -> str:
+    """A point's name as a folder's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
