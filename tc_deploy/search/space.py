@@ -179,8 +179,8 @@ def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, .
     """The candidates of which engines are built.
 
     The front's best at each of ``points`` latencies, evenly spaced by ratio from the fastest to the slowest; and if
-    none of these keeps a token, the one that keeps tokens and falls least below the front, so that what tokens are
-    worth is measured whatever the search prefers.
+    none of these keeps a token, of the faster half of those that do the one that falls least below the front, so that
+    what tokens are worth is measured whatever the search prefers.
     """
     ends = front(judged)
     low, high = ends[0].latency_ratio, ends[-1].latency_ratio
@@ -189,7 +189,8 @@ def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, .
         max((item for item in ends if item.latency_ratio <= limit), key=lambda item: item.psnr_db): None
         for limit in limits
     }
-    with_tokens = [item for item in judged if item.candidate.keeps_tokens]
+    with_tokens = sorted((item for item in judged if item.candidate.keeps_tokens), key=lambda item: item.latency_ratio)
+    with_tokens = with_tokens[: (len(with_tokens) + 1) // 2]
     if with_tokens and not any(item.candidate.keeps_tokens for item in chosen):
         chosen[max(with_tokens, key=lambda item: item.psnr_db - _front_psnr_db(ends, item.latency_ratio))] = None
     return tuple(sorted(chosen, key=lambda item: item.latency_ratio))

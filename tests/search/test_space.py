@@ -127,5 +127,6 @@ def test_engines_are_built_of_the_front_at_latencies_spread_over_it(
 
 def test_one_that_keeps_tokens_is_built_even_if_it_is_beaten() -> None:
     skipping = with_figures([(0.2, 40.0), (0.4, 50.0)])
-    keeping = with_figures([(0.3, 30.0), (0.5, 45.0)], keeping=True)
+    # The last would be nearest to the front, but says little of tokens: nearly all of its steps are full.
+    keeping = with_figures([(0.3, 30.0), (0.5, 45.0), (0.8, 49.9), (0.9, 50.0)], keeping=True)
     assert chosen_for_engines([*skipping, *keeping], 4) == (*skipping, keeping[1])
