@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
@@ -183,12 +185,8 @@ def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, .
     what tokens are worth is measured whatever the search prefers.
     """
     ends = front(judged)
-    low, high = ends[0].latency_ratio, ends[-1].latency_ratio
-    limits = [low * (high / low) ** (place / max(1, points - 1)) * (1 + 1e-9) for place in range(points)]
-    chosen = {
-        max((item for item in ends if item.latency_ratio <= limit), key=lambda item: item.psnr_db): None
-        for limit in limits
-    }
+    limits = np.geomspace(ends[0].latency_ratio, ends[-1].latency_ratio, points)
+    chosen = {[item for item in ends if item.latency_ratio <= limit][-1]: None for limit in limits}
     with_tokens = sorted((item for item in judged if item.candidate.keeps_tokens), key=lambda item: item.latency_ratio)
     with_tokens = with_tokens[: (len(with_tokens) + 1) // 2]
     if with_tokens and not any(item.candidate.keeps_tokens for item in chosen):

@@ -12,6 +12,7 @@ was killed goes on where it stood, from ``.NAME.work``.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from tc_deploy.bundle import (
     canonical_json,
     check_replaceable,
     sha256_of_bytes,
+    write_bytes,
 )
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import assemble_plan, importance_of, sampling_from_recipe
@@ -195,7 +197,15 @@ class _Search:
         return importance
 
     def _timed_graphs(self, reference: Path) -> tuple[VariantCost, ...]:
-        """Every setting of the space that keeps tokens, on its grid of keep ratios; and skipping, and the solver."""
+        """Every setting of the space that keeps tokens, on its grid of keep ratios; and skipping, and the solver.
+
+        Kept as soon as they are known: timed again they would be others, and with them the candidates that are tried.
+        """
+        path = self.folder / "variants.json"
+        try:
+            return tuple(VariantCost.model_validate(cost) for cost in json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
         space = candidates(self.recipe.search, self.sampling.steps).values()
         wanted: dict[Setting, None] = {
             (item.reuse, item.attention, item.forecast_order): None for item in space if item.keeps_tokens
@@ -236,6 +246,7 @@ class _Search:
                     for cost in costs
                 ):
                     costs.append(variant_cost("keep", figures[graph], setting, ratio))
+        write_bytes(path, canonical_json([cost.model_dump(mode="json") for cost in costs]).encode())
         return tuple(costs)
 
     def _grid_record(self, setting: Setting, ratios: tuple[float, float], skip: Skip) -> CacheRecord:
