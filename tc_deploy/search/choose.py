@@ -19,7 +19,6 @@ from tc_deploy.errors import UsageError
 from tc_deploy.plan import PLAN, load_plan, write_plan_files
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, PointRecord, SearchRecord, read_search
-from tc_deploy.search.remarks import SLACK
 from tc_deploy.types import FloatArray
 
 POINTS = "points"
@@ -72,7 +71,7 @@ def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
         and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
     ]
     if wish.target_psnr_db is None and wish.max_latency_ms is None:
-        plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE * SLACK]
+        plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE]
     if not plans:
         fastest = min(record.points, key=lambda point: point.latency_ratio)
         time = "" if full.latency_ms is None else f" of {full.latency_ms:.1f} ms"
