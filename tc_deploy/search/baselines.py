@@ -1,8 +1,8 @@
 """What users try first, as plans: run on the same engines, from the same noise, in the same search.
 
-Fewer steps; a better solver at fewer steps; whole steps skipped, their output reused (what FORA does, arXiv 2407.01425)
-or every branch forecast (what TaylorSeer does, arXiv 2503.06923), at one interval for the whole run. And for a point
-that keeps tokens: the same budget on random tokens, and the same budget spread evenly over the blocks.
+Fewer steps; a better solver at fewer steps; whole steps skipped at one interval for the whole run, their output reused
+(the idea of FORA, arXiv 2407.01425) or forecast, or every branch forecast (what TaylorSeer does, arXiv 2503.06923). And
+for a point that keeps tokens: the same budget on random tokens, and the same budget spread evenly over the blocks.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ class Baselines:
             )
             yield self.cached(schedule, cache, f"output reused, interval {interval}", Kind.SKIP_REUSE)
             for order in TAYLOR_ORDERS:
-                forecast = cache.model_copy(update={"forecast_order": order, "skip": Skip.BLOCKS})
-                name = f"branches forecast, order {order}, interval {interval}"
-                yield self.cached(schedule, forecast, name, Kind.SKIP_FORECAST)
+                for skip, what in ((Skip.MODEL, "output"), (Skip.BLOCKS, "branches")):
+                    forecast = cache.model_copy(update={"forecast_order": order, "skip": skip})
+                    name = f"{what} forecast, order {order}, interval {interval}"
+                    yield self.cached(schedule, forecast, name, Kind.SKIP_FORECAST)
 
     def twins(self, point: PlannedPoint, importance: FloatArray) -> Iterator[PlannedPoint]:
         """The same budget as a point's spent otherwise; nothing where it keeps no token.
