@@ -106,10 +106,7 @@ class MeasureRecipe(Document):
 
 
 class SearchRecipe(Document):
-    """What ``tc-deploy plan`` tries: every combination, or as many as ``trials`` allows.
-
-    A cached step whose phase keeps nothing skips the model (``skip = "model"``).
-    """
+    """What ``tc-deploy plan`` tries: every combination, or as many as ``trials`` allows."""
 
     boundary: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     """First step of phase 2, as a share of the steps."""
@@ -120,6 +117,7 @@ class SearchRecipe(Document):
     forecast_order: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (1, 2)
     reuse: tuple[Reuse, ...] = (Reuse.BRANCH,)
     attention: tuple[Attention, ...] = (Attention.ALL,)
+    skip: tuple[Skip, ...] = (Skip.MODEL, Skip.BLOCKS)
     trials: PositiveInt = 150
     """Candidates that are sampled with, in PyTorch, on ``screening_samples`` pictures each."""
     screening_samples: PositiveInt = 16

@@ -154,9 +154,15 @@ def settings_name(plan: Plan) -> str:
     """What a point of the search's space is called."""
     cache, schedule = plan.cache, plan.schedule
     kept = [sum(counts) / (plan.model.blocks * plan.model.tokens) for counts in cache.keep_counts]
-    keep = f", keep {kept[0]:.3g}/{kept[1]:.3g}" if any(kept) else ""
-    how = f", {cache.reuse}, attention {cache.attention}" if any(kept) else ""
-    return f"K=({schedule.k1}, {schedule.k2}), boundary {schedule.boundary}, order {cache.forecast_order}{keep}{how}"
+    used = [phase for phase in PHASES if plan.tprr().cached_steps(phase)]
+    parts = [f"K=({schedule.k1}, {schedule.k2}), boundary {schedule.boundary}, order {cache.forecast_order}"]
+    if any(kept):
+        parts.append(f"keep {kept[0]:.3g}/{kept[1]:.3g}, attention {cache.attention}")
+    if not all(cache.skips_model(phase) for phase in used):
+        parts.append(f"reuse {cache.reuse}")
+    if cache.skip is Skip.BLOCKS and not all(kept[phase - 1] for phase in used):
+        parts.append("blocks skipped")
+    return ", ".join(parts)
 
 
 def _step_counts(shares: tuple[float, ...], steps: int) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class CostModel:
             if count and cache.skips_model(phase):
                 total += count * self.skip
             elif count:
-                assert grid is not None, "every setting of the space that keeps tokens was timed"
+                assert grid is not None, "every setting of the space that runs blocks was timed"
                 total += count * grid.step(cache.keep_counts[phase - 1], self.tokens)
         return (total + schedule.steps * self.solver) / (schedule.steps * (1 + self.solver))
 

@@ -98,6 +98,7 @@ class ScreenedRecord(Document):
     forecast_order: NonNegativeInt
     reuse: str
     attention: str
+    skip: str
     latency_ratio: PositiveFloat
     psnr_db: float
 

@@ -81,8 +81,8 @@ def _tokens(points: Sequence[PointRecord]) -> list[str]:
     without = [point for point in points if point.kind in OURS and not _keeps_tokens(point)]
     if all(any(dominates(other, point) for other in without) for point in with_tokens):
         said.append(
-            "Keeping tokens adds nothing here: each plan that keeps some is slower than one that skips the model in its"
-            " cached steps and forecasts the output, and no closer to the full run."
+            "Keeping tokens adds nothing here: each plan that keeps some is slower than one that keeps none, and no"
+            " closer to the full run."
         )
     for point in with_tokens:
         for kind, what in TWINS.items():

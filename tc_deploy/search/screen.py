@@ -20,7 +20,7 @@ from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import keep_counts_from_importance, token_index_from_importance
-from tc_deploy.types import FloatArray, IntArray, Skip
+from tc_deploy.types import FloatArray, IntArray
 
 FIRST_SEED = 600_000
 """Above the seeds of training, below those of measurement."""
@@ -84,7 +84,7 @@ class Screen:
             attention=candidate.attention,
             forecast_order=candidate.forecast_order,
             keep_counts=(counts[0], counts[1]),
-            skip=Skip.MODEL,
+            skip=candidate.skip,
         )
 
     def token_index(self, candidate: Candidate) -> dict[int, IntArray]:

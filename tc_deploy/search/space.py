@@ -16,7 +16,7 @@ import numpy as np
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 ASKS_PER_TRIAL = 10
 """The optimiser may ask for what it has seen; after so many questions per trial the search ends."""
@@ -33,6 +33,7 @@ class Candidate:
     forecast_order: int
     reuse: Reuse
     attention: Attention
+    skip: Skip
 
     def schedule(self, steps: int) -> Schedule:
         """Its TPRR schedule."""
@@ -42,6 +43,11 @@ class Candidate:
     def keeps_tokens(self) -> bool:
         """Whether some cached step computes tokens."""
         return any(self.keep_ratio)
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether some cached step runs the model."""
+        return self.keeps_tokens or self.skip is Skip.BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ def candidates(recipe: SearchRecipe, steps: int) -> dict[tuple[Any, ...], Candid
     """All distinct candidates, by what tells them apart.
 
     Two that run the same steps in the same way are one: where a phase has no cached step its keep ratio says nothing,
-    and where nothing is kept neither reuse nor attention does.
+    where the model is skipped neither reuse nor attention does, and where all phases keep tokens nothing is skipped.
 
     Raises:
         PlanError: none of them has a cached step.
@@ -76,10 +82,11 @@ def candidates(recipe: SearchRecipe, steps: int) -> dict[tuple[Any, ...], Candid
 def identity(candidate: Candidate, steps: int) -> tuple[Any, ...]:
     """What a candidate's sampling run depends on."""
     variants = candidate.schedule(steps).variants
-    kept = {phase: candidate.keep_ratio[phase - 1] for phase in PHASES}
-    run = tuple(None if variant == FULL else kept[variant] for variant in variants)
-    how = (candidate.reuse, candidate.attention) if any(run) else ()
-    return (run, candidate.forecast_order, *how)
+    kept = {phase: candidate.keep_ratio[phase - 1] or candidate.skip for phase in PHASES}
+    run = tuple("full" if variant == FULL else kept[variant] for variant in variants)
+    reuse = () if set(run) <= {"full", Skip.MODEL} else (candidate.reuse,)
+    attention = (candidate.attention,) if any(isinstance(step, float) for step in run) else ()
+    return (run, candidate.forecast_order, *reuse, *attention)
 
 
 def judge_candidates(
@@ -141,11 +148,16 @@ def _asked(recipe: SearchRecipe, steps: int, seed: int, judged: dict[tuple[Any, 
 def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
     """Nothing kept, each interval in phase 1 with the same and with half of it in phase 2, at the middle boundary."""
     fixed = dict.fromkeys(dimensions, 0) | {"boundary": len(dimensions["boundary"]) // 2}
-    for order in range(len(dimensions["forecast_order"])):
+    for order, skip in product(range(len(dimensions["forecast_order"])), range(len(dimensions["skip"]))):
         for position, k1 in enumerate(dimensions["k1"]):
             for k2 in dict.fromkeys((k1, max(1, k1 // 2))):
                 if k1 > 1 and k2 in dimensions["k2"]:
-                    yield fixed | {"forecast_order": order, "k1": position, "k2": dimensions["k2"].index(k2)}
+                    yield fixed | {
+                        "forecast_order": order,
+                        "skip": skip,
+                        "k1": position,
+                        "k2": dimensions["k2"].index(k2),
+                    }
 
 
 def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
@@ -160,6 +172,7 @@ def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
         "forecast_order": tuple(sorted(set(recipe.forecast_order))),
         "reuse": tuple(dict.fromkeys(recipe.reuse)),
         "attention": tuple(dict.fromkeys(recipe.attention)),
+        "skip": tuple(dict.fromkeys(recipe.skip)),
     }
 
 

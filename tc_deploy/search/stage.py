@@ -197,7 +197,7 @@ class _Search:
         return importance
 
     def _timed_graphs(self, reference: Path) -> tuple[VariantCost, ...]:
-        """Every setting of the space that keeps tokens, on its grid of keep ratios; and skipping, and the solver.
+        """Every setting of the space that runs blocks, on its grid of keep ratios; and skipping, and the solver.
 
         Kept as soon as they are known: timed again they would be others, and with them the candidates that are tried.
         """
@@ -208,7 +208,7 @@ class _Search:
             pass
         space = candidates(self.recipe.search, self.sampling.steps).values()
         wanted: dict[Setting, None] = {
-            (item.reuse, item.attention, item.forecast_order): None for item in space if item.keeps_tokens
+            (item.reuse, item.attention, item.forecast_order): None for item in space if item.runs_blocks
         }
         ratios = sorted({0.0, *self.recipe.search.keep_ratio} - {1.0})
         grids: list[tuple[Setting | None, tuple[float, float], CacheRecord]] = []

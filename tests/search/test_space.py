@@ -10,10 +10,12 @@ from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL
 from tc_deploy.search.space import Candidate, Judged, candidates, chosen_for_engines, front, identity, judge_candidates
-from tc_deploy.types import Attention, Reuse
+from tc_deploy.types import Attention, Reuse, Skip
 
 STEPS = 12
-SMALL = SearchRecipe(boundary=(0.5,), k1=(1, 2, 3), k2=(1, 2), keep_ratio=(0.0, 0.25), forecast_order=(1,))
+SMALL = SearchRecipe(
+    boundary=(0.5,), k1=(1, 2, 3), k2=(1, 2), keep_ratio=(0.0, 0.25), forecast_order=(1,), skip=(Skip.MODEL,)
+)
 LARGE = SearchRecipe(boundary=(0.25, 0.5, 0.75), keep_ratio=(0.0, 0.25, 0.5), trials=40)
 
 
@@ -51,6 +53,16 @@ def test_reuse_and_attention_matter_only_where_tokens_are_kept() -> None:
     assert len(candidates(more, STEPS)) == len(one_setting) - kept + 4 * kept
 
 
+def test_skipping_blocks_is_another_run_only_where_a_phase_keeps_nothing() -> None:
+    both = SMALL.model_copy(update={"skip": tuple(Skip)})
+    one = candidates(SMALL, STEPS)
+    keeping_everywhere = sum(
+        all(candidate.keep_ratio[phase - 1] for phase in (1, 2) if candidate.schedule(STEPS).cached_steps(phase))
+        for candidate in one.values()
+    )
+    assert len(candidates(both, STEPS)) == 2 * len(one) - keeping_everywhere
+
+
 def test_a_space_without_a_cached_step_is_refused() -> None:
     with pytest.raises(PlanError, match="no candidate has a cached step in 12 steps"):
         candidates(SearchRecipe(k1=(1,), k2=(1,)), STEPS)
@@ -81,7 +93,14 @@ def test_the_seed_decides_what_is_tried() -> None:
 
 FIGURES = st.lists(st.tuples(st.floats(0.01, 1), st.floats(10, 60)), min_size=1, max_size=30)
 ANY = Candidate(
-    boundary=6, k1=2, k2=2, keep_ratio=(0, 0), forecast_order=1, reuse=Reuse.BRANCH, attention=Attention.ALL
+    boundary=6,
+    k1=2,
+    k2=2,
+    keep_ratio=(0, 0),
+    forecast_order=1,
+    reuse=Reuse.BRANCH,
+    attention=Attention.ALL,
+    skip=Skip.MODEL,
 )
 
 

@@ -40,6 +40,7 @@ k1 = [2]
 k2 = [3]
 keep_ratio = [0.0, 0.5]
 forecast_order = [1]
+skip = ["model"]
 screening_samples = 2
 confirmation_samples = 2
 points = 2
