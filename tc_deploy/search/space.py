@@ -152,12 +152,8 @@ def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
         for position, k1 in enumerate(dimensions["k1"]):
             for k2 in dict.fromkeys((k1, max(1, k1 // 2))):
                 if k1 > 1 and k2 in dimensions["k2"]:
-                    yield fixed | {
-                        "forecast_order": order,
-                        "skip": skip,
-                        "k1": position,
-                        "k2": dimensions["k2"].index(k2),
-                    }
+                    intervals = {"k1": position, "k2": dimensions["k2"].index(k2)}
+                    yield fixed | intervals | {"forecast_order": order, "skip": skip}
 
 
 def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
@@ -198,7 +194,8 @@ def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, .
     what tokens are worth is measured whatever the search prefers.
     """
     ends = front(judged)
-    limits = np.geomspace(ends[0].latency_ratio, ends[-1].latency_ratio, points)
+    fastest = ends[0].latency_ratio
+    limits = np.geomspace(fastest, ends[-1].latency_ratio, points).clip(min=fastest)  # rounding may go below
     chosen = {[item for item in ends if item.latency_ratio <= limit][-1]: None for limit in limits}
     with_tokens = sorted((item for item in judged if item.candidate.keeps_tokens), key=lambda item: item.latency_ratio)
     with_tokens = with_tokens[: (len(with_tokens) + 1) // 2]

@@ -16,7 +16,7 @@ STEPS = 12
 SMALL = SearchRecipe(
     boundary=(0.5,), k1=(1, 2, 3), k2=(1, 2), keep_ratio=(0.0, 0.25), forecast_order=(1,), skip=(Skip.MODEL,)
 )
-LARGE = SearchRecipe(boundary=(0.25, 0.5, 0.75), keep_ratio=(0.0, 0.25, 0.5), trials=40)
+LARGE = SearchRecipe(boundary=(0.25, 0.5, 0.75), keep_ratio=(0.0, 0.25, 0.5), trials=80)
 
 
 def judge(candidate: Candidate) -> Judged:
