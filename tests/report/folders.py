@@ -118,7 +118,7 @@ def write_search(
     points = points_of_the_demo() if points is None else points
     data = safetensors.numpy.save(make_samples(points) if samples is None else samples)
     (folder / SAMPLES).write_bytes(data)
-    screened = {"boundary": 20, "k1": 4, "k2": 2, "keep_ratio": (0.0, 0.125), "forecast_order": 2, "reuse": "branch"}
+    screened = {"boundary": 20, "k1": 4, "k2": 2, "keep_ratio": (0.0, 0.125), "forecast_order": 2, "skip": "model"}
     fields: dict[str, Any] = {
         "kind": "search",
         "format_version": 1,
@@ -148,7 +148,7 @@ def write_search(
                 iqr=0.006,
             ),
         ),
-        "screened": (ScreenedRecord(**screened, attention="all", latency_ratio=0.4, psnr_db=48.0),),
+        "screened": (ScreenedRecord(**screened, reuse="branch", attention="all", latency_ratio=0.4, psnr_db=48.0),),
         "points": tuple(sorted(points, key=lambda point: (point.kind is not Kind.FULL, point.latency_ratio))),
         "remarks": ("Token selection adds 3.7 dB over whole-step skip with forecasting at half of the time.",),
         "samples": FileRecord(size_bytes=len(data), sha256=sha256_of_bytes(data)),

@@ -132,6 +132,7 @@ def test_another_point_is_chosen_without_searching(searched: Searched, tmp_path:
     assert {name for name in before if before[name] != after[name]} <= {PLAN, "tables.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
