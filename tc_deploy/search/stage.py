@@ -43,7 +43,7 @@ from tc_deploy.quality.metrics import drift, picture_psnr_db
 from tc_deploy.runtime.pipeline import noise_of
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import Baselines, settings_name
-from tc_deploy.search.choose import Wish, write_search
+from tc_deploy.search.choose import Wish, check_wish, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
 from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
 from tc_deploy.search.points import PICTURE_BATCH, Latency, Pictures, PlannedPoint, PointMaker, labels_of
@@ -97,11 +97,14 @@ def search_plan(
 
     Raises:
         ModelError: the checkpoint, its scheduler or the classifier cannot be loaded.
-        PlanError: no candidate has a cached step.
-        BackendError: the engine is not installed or refuses a graph.
-        UsageError: no point fulfils the wish; names the best that there is. The record is kept in the work folder.
+        PlanError: there are too few steps, or no candidate has a cached step.
+        ExportError: the scheduler's steps are not a deterministic linear update, or a graph cannot be exported.
+        BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
+        UsageError: no point fulfils the wish; names the fastest. What was built and timed stays in the work folder, so
+            that the same search with another wish is quick.
         StorageError: the destination cannot be written.
     """
+    check_wish(wish, "flops" if from_flops else "measured")
     check_replaceable(destination, marker=PLAN)
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
