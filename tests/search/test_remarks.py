@@ -53,6 +53,11 @@ def test_a_plan_that_loses_to_fewer_steps_is_not_recommended() -> None:
     assert "ours is not recommended: fewer steps (5 steps) is faster and closer." in text
 
 
+def test_a_plan_that_takes_longer_than_the_full_run_is_not_recommended() -> None:
+    text = said(FULL, point(Kind.TOKEN_CACHE, "ours", 1.01, 50.0))
+    assert "ours is not recommended: full run (full) is faster and closer." in text
+
+
 def test_tokens_that_pay_are_not_talked_down_and_are_compared_with_random_ones() -> None:
     paying = point(Kind.TOKEN_CACHE, "ours c", 0.6, 50.0, keep=4)
     random = point(Kind.RANDOM_TOKENS, "ours c, random tokens", 0.6, 51.5, keep=4)
