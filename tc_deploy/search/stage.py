@@ -47,7 +47,7 @@ from tc_deploy.search.baselines import Baselines, settings_name
 from tc_deploy.search.choose import Wish, check_wish, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
 from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
-from tc_deploy.search.points import PICTURE_BATCH, Latency, Pictures, PlannedPoint, PointMaker, labels_of
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, labels_of
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
@@ -398,7 +398,7 @@ class _Search:
             self.sampling,
             noise,
             {self.model.geometry.conditions[0].name: labels},
-            batch_size=min(PICTURE_BATCH, count),
+            batch_size=self.batch_size,
             rounds=1 if self.from_flops else self.recipe.search.latency_rounds,
             progress=lambda done, total: self.report("sampling under cache-dit", done, total),
         )
