@@ -63,7 +63,8 @@ class PointRecord(Document):
     """Of one whole sampling run: the full run's median times ``latency_ratio``, so that both order points alike; None
     where the latency was not measured."""
     latency_ratio: PositiveFloat
-    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured."""
+    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured. A point that
+    is no plan runs in PyTorch, and its full run too."""
     latency_iqr: NonNegativeFloat
     """Interquartile range of that ratio over the rounds."""
     quality: Quality

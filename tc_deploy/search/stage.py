@@ -175,6 +175,11 @@ class _Search:
         reason = why_no_peer()
         if reason is not None:
             remarks = (*remarks, f"cache-dit was not compared: {reason}.")
+        elif not self.from_flops:
+            remarks = (
+                *remarks,
+                "cache-dit's latency is a share of PyTorch's own full run, the others' of the engine's.",
+            )
         compared = {point.name for point in points}
         lost = (point.name for point in planned if point.name not in compared)
         remarks += tuple(f"{name} was left out: its pictures are not finite." for name in lost)
