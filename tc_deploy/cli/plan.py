@@ -58,8 +58,6 @@ def command(
 
     if target_psnr is not None and max_latency_ms is not None:
         raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")
-    if from_flops and max_latency_ms is not None:
-        raise click.UsageError("--max-latency-ms needs measured latencies; leave out --from-flops")
     wish = Wish(target_psnr_db=target_psnr, max_latency_ms=max_latency_ms)
     if (source / SEARCH).is_file():
         if output is not None:

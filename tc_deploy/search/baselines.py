@@ -110,10 +110,17 @@ class Baselines:
             yield self.cached(schedule, uniform, f"{point.name}, uniform blocks", Kind.UNIFORM_BLOCKS, importance)
 
     def _better_solver(self) -> Any:
-        """DPM-Solver++ with the model's noise schedule; None where diffusers cannot make it of this scheduler."""
-        if type(self.sampling.scheduler).__name__ == BETTER_SOLVER or self.sampling.set_timesteps_kwargs:
-            return None
+        """DPM-Solver++ with the model's noise schedule; None where diffusers cannot make it of this scheduler.
+
+        Nor of one without betas (flow matching): DPM-Solver++ would take its own defaults, and lose to them.
+        """
         config = {key: value for key, value in self.sampling.scheduler.config.items() if not key.startswith("_")}
+        if (
+            type(self.sampling.scheduler).__name__ == BETTER_SOLVER
+            or self.sampling.set_timesteps_kwargs
+            or "beta_schedule" not in config
+        ):
+            return None
         try:
             return scheduler_from_config(BETTER_SOLVER, config, self.model.source)
         except ModelError:

@@ -18,7 +18,7 @@ from tc_deploy.bundle import canonical_json, check_files, new_folder
 from tc_deploy.errors import UsageError
 from tc_deploy.plan import PLAN, load_plan, write_plan_files
 from tc_deploy.search.points import PlannedPoint
-from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, PointRecord, SearchRecord, read_search
+from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, LatencySource, PointRecord, SearchRecord, read_search
 from tc_deploy.types import FloatArray
 
 POINTS = "points"
@@ -38,6 +38,7 @@ def choose_again(folder: Path, wish: Wish) -> SearchRecord:
 
     Raises:
         BundleError: the folder holds no search, or it is damaged.
+        PlanError: the plan of a point is malformed.
         UsageError: no point fulfils the wish.
         StorageError: the folder cannot be written.
     """
@@ -53,35 +54,48 @@ def choose_again(folder: Path, wish: Wish) -> SearchRecord:
     return record
 
 
+def check_wish(wish: Wish, latency_source: LatencySource) -> None:
+    """Check that a search with such latencies can fulfil a wish.
+
+    Raises:
+        UsageError: the wish is in milliseconds, and none are measured.
+    """
+    if wish.max_latency_ms is not None and latency_source == "flops":
+        raise UsageError("--max-latency-ms needs measured latencies; search without --from-flops, or leave it out")
+
+
 def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
     """The point that fulfils a wish best: the fastest that is close enough, or the closest that is fast enough.
 
-    Baselines take part where they are plans, so what is chosen is never dominated by one.
+    Baselines take part where they are plans, so what is chosen is never dominated by one. A peer that is no plan takes
+    nothing away: beside it there may be nothing to deploy.
 
     Raises:
-        UsageError: none does; names the best.
+        UsageError: none does; names the fastest. Or the wish is in milliseconds, and none were measured.
     """
+    check_wish(wish, record.latency_source)
     full = next(point for point in record.points if point.name == FULL_POINT)
     plans = [
         point
         for point in record.points
         if point.settings is not None
-        and point.on_front
         and (wish.target_psnr_db is None or point.quality.psnr_db >= wish.target_psnr_db)
         and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
     ]
     if wish.target_psnr_db is None and wish.max_latency_ms is None:
         plans = [point for point in plans if point.latency_ratio <= DEFAULT_SHARE]
     if not plans:
-        fastest = min(record.points, key=lambda point: point.latency_ratio)
+        fastest = min(
+            (point for point in record.points if point.settings is not None), key=lambda point: point.latency_ratio
+        )
         time = "" if full.latency_ms is None else f" of {full.latency_ms:.1f} ms"
         raise UsageError(
             f"no plan fulfils it: the fastest takes {fastest.latency_ratio:.2f} of the full run's latency{time}, at"
             f" {fastest.quality.psnr_db:.1f} dB ({fastest.name}); ask for less, or widen the recipe's [search]"
         )
     if wish.target_psnr_db is not None:
-        return min(plans, key=lambda point: point.latency_ratio)
-    return max(plans, key=lambda point: point.quality.psnr_db)
+        return min(plans, key=lambda point: (point.latency_ratio, -point.quality.psnr_db))
+    return max(plans, key=lambda point: (point.quality.psnr_db, -point.latency_ratio))
 
 
 def write_search(

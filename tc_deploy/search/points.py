@@ -27,8 +27,8 @@ from tc_deploy.runtime.pipeline import Pipeline, Step
 from tc_deploy.search.record import Kind
 from tc_deploy.types import FloatArray, IntArray
 
-PICTURE_BATCH = 16
-"""Pictures that engines make at a time; a picture does not depend on it."""
+PICTURE_BATCH = 8
+"""Pictures that engines make at a time, as many as TensorRT's are built for unasked; none depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +81,15 @@ class PointMaker:
         Args:
             plan: the plan.
             tables: its tables.
-            check: compare graphs with PyTorch.
+            check: compare graphs with PyTorch, or take those of an earlier bundle that were.
         """
         sharing = {
             "model": plan.model.weights_sha256,
             "cache": plan.cache.model_dump(mode="json"),
             "phases": plan.phases_used(),
             "guided": plan.sampling.guidance_scale is not None,
+            # A graph that is only timed is not compared; a point may not take it for one that was.
+            "checked": check,
         }
         graphs = self.work / "bundles" / sha256_of_bytes(canonical_json(sharing).encode())[:16]
         bundle = graphs / plan_sha256(plan)[:16]

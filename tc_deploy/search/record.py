@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -21,6 +21,8 @@ SAMPLES = "samples.safetensors"
 FORMAT_VERSION: Final = 1
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""
+
+LatencySource: TypeAlias = Literal["measured", "flops"]
 
 
 class Kind(StrEnum):
@@ -58,10 +60,11 @@ class PointRecord(Document):
     cost_in_full_steps: NonNegativeFloat
     """FLOPs over those of one full step."""
     latency_ms: PositiveFloat | None
-    """Of one whole sampling run: the median of the full runs beside it times ``latency_ratio``; None where the latency
-    was not measured."""
+    """Of one whole sampling run: the full run's median times ``latency_ratio``, so that both order points alike; None
+    where the latency was not measured."""
     latency_ratio: PositiveFloat
-    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured."""
+    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured. A point that
+    is no plan runs in PyTorch, and its full run too."""
     latency_iqr: NonNegativeFloat
     """Interquartile range of that ratio over the rounds."""
     quality: Quality
@@ -112,7 +115,7 @@ class SearchRecord(Document):
     date: str
     model: ModelRecord
     hardware: str
-    latency_source: Literal["measured", "flops"]
+    latency_source: LatencySource
     backend: str
     backend_version: str
     batch_size: PositiveInt

@@ -41,7 +41,7 @@ def remarks_of(points: Sequence[PointRecord]) -> tuple[str, ...]:
     said = [line for share in SHARES for line in _at(points, share)]
     said += _tokens(points)
     for point in points:
-        better = [other for other in points if other.kind in BASELINES and dominates(other, point)]
+        better = [other for other in points if other.kind in (Kind.FULL, *BASELINES) and dominates(other, point)]
         if point.kind in OURS and better:
             other = max(better, key=lambda other: other.quality.psnr_db)
             said.append(f"{point.name} is not recommended: {other.kind} ({other.name}) is faster and closer.")

@@ -12,9 +12,10 @@ from pathlib import Path
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.schedule import PHASES
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
@@ -24,7 +25,8 @@ from tc_deploy.types import FloatArray, IntArray
 
 FIRST_SEED = 600_000
 """Above the seeds of training, below those of measurement."""
-NOT_FINITE_DB = 0.0
+NOT_FINITE_DB = -LARGEST_PSNR_DB
+"""Below whatever is finite."""
 
 
 class Screen:
@@ -39,6 +41,9 @@ class Screen:
         costs: predicts latency; None takes FLOPs.
         folder: where judgements are kept.
         on_judged: told how many were judged.
+
+    Raises:
+        ModelError: the model's own run gives values that are not finite.
     """
 
     def __init__(
@@ -56,6 +61,10 @@ class Screen:
         self.costs, self.folder, self.on_judged = costs, folder, on_judged
         self.noise, self.conditions = draw_batch(model, range(FIRST_SEED, FIRST_SEED + samples))
         self.reference = denoise(model, sampling, self.noise, self.conditions, lambda _, inputs: model.forward(inputs))
+        if not self.reference.isfinite().all():
+            raise ModelError(
+                f"{model.source}: sampling gives values that are not finite; use another checkpoint or scheduler"
+            )
         self.judged = 0
 
     def __call__(self, candidate: Candidate) -> Judged:

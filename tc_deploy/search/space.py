@@ -194,8 +194,9 @@ def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, .
     what tokens are worth is measured whatever the search prefers.
     """
     ends = front(judged)
-    fastest = ends[0].latency_ratio
-    limits = np.geomspace(fastest, ends[-1].latency_ratio, points).clip(min=fastest)  # rounding may go below
+    fastest, slowest = ends[0].latency_ratio, ends[-1].latency_ratio
+    # Between two equal ends rounding leaves some below both.
+    limits = np.maximum(np.geomspace(fastest, slowest, points), fastest)
     chosen = {[item for item in ends if item.latency_ratio <= limit][-1]: None for limit in limits}
     with_tokens = sorted((item for item in judged if item.candidate.keeps_tokens), key=lambda item: item.latency_ratio)
     with_tokens = with_tokens[: (len(with_tokens) + 1) // 2]

@@ -33,20 +33,21 @@ from tc_deploy.bundle import (
 )
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import assemble_plan, importance_of, sampling_from_recipe
+from tc_deploy.errors import BackendError, PlanError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import PLAN, CacheRecord, OriginRecord
+from tc_deploy.plan import PLAN, CacheRecord, OriginRecord, plan_sha256
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, picture_psnr_db
 from tc_deploy.runtime.pipeline import noise_of
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import Baselines, settings_name
-from tc_deploy.search.choose import Wish, write_search
+from tc_deploy.search.choose import Wish, check_wish, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
 from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
-from tc_deploy.search.points import PICTURE_BATCH, Latency, Pictures, PlannedPoint, PointMaker, labels_of
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, labels_of
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
@@ -70,6 +71,8 @@ Report = Callable[[str, int, int], None]
 CONFIRMATION_SEED = 3_000_000
 SAMPLE_PICTURES = 8
 GRID_ROUNDS = 5
+MIN_STEPS = 4
+"""A full and a cached step in each phase, which is what graphs are timed in."""
 REFERENCE_INTERVAL = 4
 """Interval of the schedule that the Cache Predictor is trained for, when many schedules will use its scores."""
 
@@ -97,14 +100,22 @@ def search_plan(
 
     Raises:
         ModelError: the checkpoint, its scheduler or the classifier cannot be loaded.
-        PlanError: no candidate has a cached step.
-        BackendError: the engine is not installed or refuses a graph.
-        UsageError: no point fulfils the wish; names the best that there is. The record is kept in the work folder.
+        PlanError: there are too few steps, or no candidate has a cached step.
+        ExportError: the scheduler's steps are not a deterministic linear update, or a graph cannot be exported.
+        BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
+        UsageError: no point fulfils the wish; names the fastest. What was built and timed stays in the work folder, so
+            that the same search with another wish is quick.
         StorageError: the destination cannot be written.
     """
+    check_wish(wish, "flops" if from_flops else "measured")
     check_replaceable(destination, marker=PLAN)
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
+    if recipe.sampling.steps < MIN_STEPS:
+        raise PlanError(
+            f"search: expected {MIN_STEPS} steps or more, two phases of a full and a cached one, found"
+            f" {recipe.sampling.steps}; raise --steps"
+        )
     report("loading the checkpoint", 0, 1)
     model = load_model(Path(recipe.model))
     if judge is not None:
@@ -133,27 +144,30 @@ class _Search:
         self.recipe, self.model, self.report = recipe, model, report
         self.backend, self.batch_size, self.from_flops = backend, batch_size, from_flops
         self.sampling: Sampling = sampling_from_recipe(recipe)
+        self.space = candidates(recipe.search, self.sampling.steps)
+        self.baselines = Baselines(model, self.sampling, recipe.seed)
+        self.full = self.baselines.full()
+        # All that a kept result depends on: one of another sampler, machine or version is not to be quoted here.
         identity = {
-            "model": model.record().model_dump(mode="json"),
+            "full": plan_sha256(self.full.plan),
             "recipe": recipe.model_dump(mode="json"),
             "backend": [backend, registry.backend(backend).version(), batch_size, from_flops],
+            "made_by": [__version__, torch.__version__, hardware_line()],
         }
         self.work = destination.parent / f".{destination.name}.work"
-        folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
-        self.folder = folder
-        self.maker = PointMaker(folder, Path(recipe.model), backend, batch_size)
-        self.baselines = Baselines(model, self.sampling, recipe.seed)
+        self.folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
+        self.maker = PointMaker(self.folder, Path(recipe.model), backend, batch_size)
 
     def run(self, judge: Classifier | None) -> tuple[SearchRecord, dict[str, PlannedPoint], dict[str, FloatArray]]:
+        baselines = tuple(self.baselines.all())
         importance = self._importance()
-        full = self.baselines.full()
         variants: tuple[VariantCost, ...] = ()
         costs = None
         if not self.from_flops:
-            variants = self._timed_graphs(self.maker.bundle(full.plan, full.tables))
+            variants = self._timed_graphs(self.maker.bundle(self.full.plan, self.full.tables))
             costs = cost_model(self.model.geometry.tokens, variants)
         judged, ours = self._screened(importance, costs)
-        planned = [full, *ours, *self.baselines.all()]
+        planned = [self.full, *ours, *baselines]
         for point in ours:
             planned += self.baselines.twins(point, importance)
         points, samples = self._confirmed(planned, judge)
@@ -161,6 +175,14 @@ class _Search:
         reason = why_no_peer()
         if reason is not None:
             remarks = (*remarks, f"cache-dit was not compared: {reason}.")
+        elif not self.from_flops:
+            remarks = (
+                *remarks,
+                "cache-dit's latency is a share of PyTorch's own full run, the others' of the engine's.",
+            )
+        compared = {point.name for point in points}
+        lost = (point.name for point in planned if point.name not in compared)
+        remarks += tuple(f"{name} was left out: its pictures are not finite." for name in lost)
         stored = safetensors.numpy.save(samples)
         record = SearchRecord(
             kind="search",
@@ -206,9 +228,8 @@ class _Search:
             return tuple(VariantCost.model_validate(cost) for cost in json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             pass
-        space = candidates(self.recipe.search, self.sampling.steps).values()
         wanted: dict[Setting, None] = {
-            (item.reuse, item.attention, item.forecast_order): None for item in space if item.runs_blocks
+            (item.reuse, item.attention, item.forecast_order): None for item in self.space.values() if item.runs_blocks
         }
         ratios = sorted({0.0, *self.recipe.search.keep_ratio} - {1.0})
         grids: list[tuple[Setting | None, tuple[float, float], CacheRecord]] = []
@@ -268,7 +289,7 @@ class _Search:
         self, importance: FloatArray, costs: CostModel | None
     ) -> tuple[tuple[Judged, ...], list[PlannedPoint]]:
         settings, steps = self.recipe.search, self.sampling.steps
-        total = min(settings.trials, len(candidates(settings, steps)))
+        total = min(settings.trials, len(self.space))
         self.report("sampling with candidates", 0, total)
         screen = Screen(
             self.model,
@@ -333,16 +354,29 @@ class _Search:
         for done, bundle in enumerate(bundles):
             self.report("making pictures", done, len(planned))
             pictures.append(self.maker.pictures(bundle, count, CONFIRMATION_SEED))
+        if not np.isfinite(pictures[0].latents).all():
+            raise BackendError(f"{bundles[0]}: the full run's pictures are not finite on {self.backend}; use another")
+        if exact is not None and not np.isfinite(exact.latents).all():
+            exact = None
         latencies: list[Latency | None] = []
         for done, bundle in enumerate(bundles):
             self.report("timing points in turn with the full run", done, len(planned))
             timed = not self.from_flops
             rounds = self.recipe.search.latency_rounds
             latencies.append(self.maker.latency(bundles[0], bundle, rounds) if timed else None)
+        times_ms = [latency.full_ms for latency in latencies if latency is not None]
+        full_ms = float(np.median(times_ms)) if times_ms else None
         timesteps = planned[0].plan.sampling.timesteps
         found = [
             self._point(
-                point, made, pictures[0], exact, latency, judge, same_steps=point.plan.sampling.timesteps == timesteps
+                point,
+                made,
+                pictures[0],
+                exact,
+                latency,
+                full_ms,
+                judge,
+                same_steps=point.plan.sampling.timesteps == timesteps,
             )
             for point, made, latency in zip(planned, pictures, latencies, strict=True)
             if np.isfinite(made.latents).all()
@@ -356,7 +390,8 @@ class _Search:
             point.name: np.ascontiguousarray(made.latents[:SAMPLE_PICTURES])
             for point, made in zip(planned, pictures, strict=True)
         } | {run.name: run.latents[:SAMPLE_PICTURES].contiguous().numpy() for run in peers}
-        return tuple(ordered), samples
+        names = {point.name for point in points}
+        return tuple(ordered), {name: latents for name, latents in samples.items() if name in names}
 
     def _peers(self, count: int) -> tuple[PeerRun, ...]:
         """cache-dit in PyTorch on the same noise and labels; nothing where it is not installed."""
@@ -368,7 +403,7 @@ class _Search:
             self.sampling,
             noise,
             {self.model.geometry.conditions[0].name: labels},
-            batch_size=min(PICTURE_BATCH, count),
+            batch_size=self.batch_size,
             rounds=1 if self.from_flops else self.recipe.search.latency_rounds,
             progress=lambda done, total: self.report("sampling under cache-dit", done, total),
         )
@@ -400,6 +435,7 @@ class _Search:
         full: Pictures,
         exact: Pictures | None,
         latency: Latency | None,
+        full_ms: float | None,
         judge: Classifier | None,
         *,
         same_steps: bool,
@@ -420,7 +456,7 @@ class _Search:
             steps_full=schedule.full_steps,
             steps_cached=schedule.steps - schedule.full_steps,
             cost_in_full_steps=round(cost, 3),
-            latency_ms=None if latency is None else round(ratio * latency.full_ms, 3),
+            latency_ms=None if full_ms is None else round(ratio * full_ms, 3),
             latency_ratio=round(ratio, 4),
             latency_iqr=0.0 if latency is None else latency.iqr,
             drift=drift(torch.from_numpy(made.trajectory), torch.from_numpy(full.trajectory)) if same_steps else None,

@@ -1,43 +1,10 @@
 """What is said of points: computed, and as plain about a loss as about a gain."""
 
 import pytest
+from points import point
 
-from tc_deploy.plan import CacheRecord, ScheduleRecord
-from tc_deploy.quality.record import Quality
-from tc_deploy.search.record import Kind, PointRecord, SettingsRecord
+from tc_deploy.search.record import Kind, PointRecord
 from tc_deploy.search.remarks import best_at, dominates, front_names, remarks_of
-from tc_deploy.types import Attention, Reuse, Skip
-
-
-def point(kind: Kind, name: str, ratio: float, psnr_db: float, keep: int = 0) -> PointRecord:
-    cache = CacheRecord(
-        reuse=Reuse.BRANCH,
-        attention=Attention.ALL,
-        forecast_order=1,
-        keep_counts=((keep,) * 2, (keep,) * 2),
-        skip=Skip.MODEL,
-    )
-    settings = SettingsRecord(
-        scheduler_class="DDIMScheduler", schedule=ScheduleRecord(steps=10, boundary=5, k1=2, k2=2), cache=cache
-    )
-    quality = Quality(psnr_db=psnr_db, psnr_db_std=1.0, ssim=None, frechet_distance=None, class_accuracy=None)
-    return PointRecord(
-        name=name,
-        kind=kind,
-        settings=None if kind is Kind.CACHE_DIT else settings,
-        steps_full=5,
-        steps_cached=5,
-        cost_in_full_steps=5.0,
-        latency_ms=100 * ratio,
-        latency_ratio=ratio,
-        latency_iqr=0.0,
-        quality=quality,
-        converged_psnr_db=None,
-        drift=None,
-        on_front=False,
-        predicted_latency_ratio=None,
-    )
-
 
 FULL = point(Kind.FULL, "full", 1.0, 140.0)
 FAST, SLOW = point(Kind.TOKEN_CACHE, "ours a", 0.24, 35.0), point(Kind.TOKEN_CACHE, "ours b", 0.45, 45.0)
@@ -84,6 +51,11 @@ def test_a_plan_that_loses_to_fewer_steps_is_not_recommended() -> None:
     text = said(FULL, point(Kind.TOKEN_CACHE, "ours", 0.5, 30.0), point(Kind.FEWER_STEPS, "5 steps", 0.4, 36.0))
     assert "6.0 dB BELOW fewer steps" in text
     assert "ours is not recommended: fewer steps (5 steps) is faster and closer." in text
+
+
+def test_a_plan_that_takes_longer_than_the_full_run_is_not_recommended() -> None:
+    text = said(FULL, point(Kind.TOKEN_CACHE, "ours", 1.01, 50.0))
+    assert "ours is not recommended: full run (full) is faster and closer." in text
 
 
 def test_tokens_that_pay_are_not_talked_down_and_are_compared_with_random_ones() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tc_deploy.calibrate.recipe import SearchRecipe
@@ -132,6 +132,7 @@ def test_the_front_is_what_nobody_beats(figures: list[tuple[float, float]]) -> N
 
 
 @given(FIGURES, st.integers(1, 8))
+@example([(0.03125, 10.0)], 3)
 def test_engines_are_built_of_the_front_at_latencies_spread_over_it(
     figures: list[tuple[float, float]], points: int
 ) -> None:

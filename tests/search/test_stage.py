@@ -11,7 +11,7 @@ import safetensors.numpy
 from bundles import Answer, run_cli, snapshot
 
 from tc_deploy.calibrate.recipe import read_recipe
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.plan import PLAN, load_plan
 from tc_deploy.search.choose import POINTS, Wish, chosen_point
 from tc_deploy.search.peer import why_no_peer
@@ -170,17 +170,17 @@ def test_a_wish_that_nothing_fulfils_names_what_there_is(searched: Searched, tmp
     assert snapshot(searched.folder) == before
 
 
-def test_what_is_chosen_is_on_the_front(searched: Searched) -> None:
+def test_what_is_chosen_is_beaten_by_no_plan(searched: Searched) -> None:
     record = searched.record
     for wish in (Wish(target_psnr_db=0), Wish(target_psnr_db=15), Wish()):
         try:
             chosen = chosen_point(record, wish)
         except UsageError:
             continue
-        assert chosen.on_front
         assert all(
             other.quality.psnr_db <= chosen.quality.psnr_db or other.latency_ratio > chosen.latency_ratio
             for other in record.points
+            if other.settings is not None and other != chosen
         )
 
 
@@ -215,6 +215,13 @@ def test_bad_arguments(searched: Searched, tmp_path: Path, words: tuple[object, 
     answer = run_cli("plan", searched.recipe, *words)
     assert answer.code == UsageError.exit_code
     assert said in answer.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_steps_are_refused_before_any_work(searched: Searched, tmp_path: Path) -> None:
+    answer = run_cli("plan", searched.recipe, "-o", tmp_path / "plan", "--steps", 3)
+    assert answer.code == PlanError.exit_code
+    assert "expected 4 steps or more, two phases of a full and a cached one, found 3" in answer.error
     assert not list(tmp_path.iterdir())
 
 
