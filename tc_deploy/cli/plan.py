@@ -47,13 +47,13 @@ def command(
     RECIPE is a TOML file with a [search] table, MODEL a diffusers folder. Latency is measured on engines, quality on
     seeds that the search did not see, and every baseline (fewer steps, a better solver, skipped steps, ...) runs beside
     the plans. A search that was stopped continues when it is started again. PLAN is a folder that this command wrote:
-    another of its points is chosen, without searching again.
+    it is shown, or with a target another of its points becomes its plan, without searching again.
     """
     from tc_deploy.backends.registry import DEFAULT
     from tc_deploy.bundle import canonical_json
     from tc_deploy.calibrate.recipe import read_recipe
-    from tc_deploy.search.choose import Wish, choose_again, chosen_point
-    from tc_deploy.search.record import SEARCH
+    from tc_deploy.search.choose import Wish, choose_again, current_point
+    from tc_deploy.search.record import SEARCH, read_search
     from tc_deploy.search.stage import search_plan
 
     if target_psnr is not None and max_latency_ms is not None:
@@ -62,8 +62,11 @@ def command(
     if (source / SEARCH).is_file():
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
+        settings = (backend, search__trials, sampling__steps, sampling__guidance_scale, seed)
+        if from_flops or any(value is not None for value in settings):
+            raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
-        record = choose_again(source, wish)
+        record = read_search(source) if wish == Wish() else choose_again(source, wish)
     else:
         if output is None:
             raise click.UsageError("missing option -o, the plan folder to write")
@@ -87,7 +90,7 @@ def command(
     if as_json:
         click.echo(canonical_json(record.model_dump(mode="json")), nl=False)
         return
-    _print(record, chosen_point(record, wish), output, pareto=pareto)
+    _print(record, current_point(output, record), output, pareto=pareto)
 
 
 def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: bool) -> None:

@@ -15,10 +15,18 @@ from pathlib import Path
 import safetensors.numpy
 
 from tc_deploy.bundle import canonical_json, check_files, new_folder
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.plan import PLAN, load_plan, write_plan_files
 from tc_deploy.search.points import PlannedPoint
-from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, LatencySource, PointRecord, SearchRecord, read_search
+from tc_deploy.search.record import (
+    FULL_POINT,
+    SAMPLES,
+    SEARCH,
+    LatencySource,
+    PointRecord,
+    SearchRecord,
+    read_search,
+)
 from tc_deploy.types import FloatArray
 
 POINTS = "points"
@@ -52,6 +60,20 @@ def choose_again(folder: Path, wish: Wish) -> SearchRecord:
             plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
     write_search(record, plans, samples, folder, wish)
     return record
+
+
+def current_point(folder: Path, record: SearchRecord) -> PointRecord:
+    """The point that is the folder's plan.
+
+    Raises:
+        BundleError: none is, or a file is damaged.
+        PlanError: a plan is malformed.
+    """
+    plan, _ = load_plan(folder)
+    for point in record.points:
+        if point.settings is not None and load_plan(folder / POINTS / _slug(point.name))[0] == plan:
+            return point
+    raise BundleError(f"{folder}: its plan is no point of its search; choose one with --target-psnr")
 
 
 def check_wish(wish: Wish, latency_source: LatencySource) -> None:

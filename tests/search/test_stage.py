@@ -162,6 +162,17 @@ def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
     assert mine == theirs
 
 
+def test_without_a_wish_a_search_is_shown_and_left_as_it_is(searched: Searched) -> None:
+    before = snapshot(searched.folder)
+    answer = run_cli("plan", searched.folder, "--pareto")
+    assert answer.code == 0, answer.err
+    assert answer.out == searched.answer.out
+    assert snapshot(searched.folder) == before
+    refused = run_cli("plan", searched.folder, "--seed", 1)
+    assert refused.code == UsageError.exit_code
+    assert "is a finished search" in refused.error
+
+
 def test_a_wish_that_nothing_fulfils_names_what_there_is(searched: Searched, tmp_path: Path) -> None:
     before = snapshot(searched.folder)
     answer = run_cli("plan", searched.folder, "--target-psnr", 200)
@@ -204,7 +215,7 @@ def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path
     ("words", "said"),
     [
         (("--target-psnr", 30, "--max-latency-ms", 5), "exclude each other"),
-        (("--from-flops", "--max-latency-ms", 5), "needs measured latencies"),
+        (("-o", "x", "--from-flops", "--max-latency-ms", 5), "needs measured latencies"),
         ((), "missing option -o"),
         (("-o", "x", "--backend", "nonsense"), "unknown backend 'nonsense'"),
         (("-o", "x", "--trials", 0), "search.trials"),
