@@ -103,7 +103,7 @@ def test_a_plan_alone(tmp_path: Path) -> None:
     page = draw(DIGITS, tmp_path / "new" / "report.html")
     assert page.sections == ALWAYS
     assert "closer to the full run than fewer steps" in page.text
-    command = "tc-deploy calibrate examples/digits-dit -o calibration/NAME --steps 50 --boundary 25 --k1 4 --k2 2"
+    command = "tc-deploy calibrate examples/digits-dit -o calibration/NAME --steps 50 --boundary 35 --k1 3 --k2 2"
     assert command in page.text
     assert "--keep-ratio 0.0 0.125 --iterations 200" in page.text
 
