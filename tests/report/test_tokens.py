@@ -32,8 +32,8 @@ def test_shares_of_each_variant() -> None:
 
 def test_how_often_a_token_is_kept() -> None:
     (phase,) = token_grids(PLAN, TABLES)
-    assert (phase.phase, phase.steps, phase.side) == (2, 12, 8)
-    assert [(grid.block, grid.keep) for grid in phase.grids] == [(3, 16), (4, 24), (6, 24)]
+    assert (phase.phase, phase.steps, phase.side) == (2, 7, 8)
+    assert [(grid.block, grid.keep) for grid in phase.grids] == [(3, 16), (4, 16), (5, 8), (6, 24)]
     table, start = TABLES[token_index_name(2)], 0
     for grid in phase.grids:
         rows = table[:, start : start + grid.keep]
