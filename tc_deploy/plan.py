@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import safetensors.numpy
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 
 from tc_deploy.bundle import (
@@ -44,6 +44,17 @@ class ModelRecord(Document):
     blocks: PositiveInt
     tokens: PositiveInt
     width: PositiveInt
+    latent_size: tuple[PositiveInt, ...] | None = None
+    """(H, W) or (F, H, W) of the latents where it was chosen; None means the family's default."""
+    text_tokens: PositiveInt | None = None
+    """Prompt embeddings of one sample where their number was chosen; None means the family's default."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not chosen, so that a plan without choices has the bytes that it always had."""
+        fields: dict[str, Any] = handler(self)
+        chosen = ("latent_size", "text_tokens")
+        return {name: value for name, value in fields.items() if name not in chosen or value is not None}
 
 
 class SamplingRecord(Document):

@@ -8,7 +8,7 @@ import diffusers
 import hypothesis
 import pytest
 import torch
-from torch import nn
+from zoo import randomise
 
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
@@ -31,15 +31,6 @@ DIT_CONFIG = {
     "patch_size": 2,
     "num_embeds_ada_norm": 10,
 }
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Draw every parameter, adaLN's and the head's too, which start at zero and would make all steps alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            inputs = parameter[0].numel() if parameter.ndim > 1 else 4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
 
 
 @pytest.fixture(scope="session")

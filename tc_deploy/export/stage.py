@@ -38,6 +38,7 @@ from tc_deploy.manifest import (
     write_manifest,
 )
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
@@ -81,7 +82,7 @@ def export_bundle(
     check_replaceable(destination)
     plan, tables = load_plan(plan_folder)
     progress("loading the checkpoint")
-    model = load_model(model_path or Path(plan.model.source))
+    model = load_model(model_path or Path(plan.model.source), ModelOptions.of(plan.model))
     check_model(plan, model, str(plan_folder))
     sampling = sampling_from_plan(plan)
     progress("reading the solver's coefficients off the scheduler")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.plan import ModelRecord
 
 
@@ -29,37 +30,10 @@ class Branch:
     """Submodule of the block whose result is the branch's (B, N, D) output before the adaLN gate."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Condition:
-    """One input that conditions the model, beside latents and timestep."""
-
-    name: str
-    """The forward's argument."""
-    dtype: str
-    shape: tuple[int, ...]
-    """Per sample, so without the batch axis."""
-    classes: int | None
-    """Labels run from 0 to classes - 1; the row after them means "no class". None where it is not a label."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes of one model."""
-
-    tokens: int
-    """N, image tokens of one sample."""
-    width: int
-    """D, the hidden width."""
-    latent_shape: tuple[int, int, int]
-    """(C, H, W) of the latents."""
-    output_channels: int
-    """Channels of the model's output; twice C where the variance is learned."""
-    conditions: tuple[Condition, ...]
-
-    @property
-    def pixels(self) -> bool:
-        """Whether the latents are pictures in [-1, 1]: one or three channels; autoencoders have four and more."""
-        return self.latent_shape[0] in (1, 3)
+def call_diffusers(module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Run a forward that takes its inputs by name, as diffusers' transformers do."""
+    output: torch.Tensor = module(**inputs, return_dict=False)[0]
+    return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +45,12 @@ class Family:
     branches: tuple[Branch, ...]
     self_attention: str
     """Submodule of a block inside which scaled_dot_product_attention is called once, on the tokens."""
-    geometry: Callable[[nn.Module], Geometry]
+    geometry: Callable[[nn.Module, ModelOptions], Geometry]
+    """Sizes of a loaded module; raises ModelError where the options do not fit it."""
+    check: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """What a configuration asks for that the family does not cover, in words; None where it covers all."""
+    call: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] = call_diffusers
+    """Runs the module's forward on the inputs by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +63,8 @@ class DiffusionTransformer:
     geometry: Geometry
     config: Mapping[str, Any]
     weights_sha256: str
+    options: ModelOptions
+    """What the checkpoint left open and was chosen."""
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -105,45 +86,39 @@ class DiffusionTransformer:
             blocks=len(self.blocks),
             tokens=self.geometry.tokens,
             width=self.geometry.width,
+            latent_size=self.options.latent_size,
+            text_tokens=self.options.text_tokens,
         )
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model's own forward.
 
         Args:
-            inputs: by :attr:`input_names`; ``hidden_states`` (B, C, H, W), ``timestep`` (B,) float32, conditions with
-                a leading batch axis. Integer conditions may be int32: they are widened, as embeddings want int64.
+            inputs: by :attr:`input_names`; ``hidden_states`` (B, latent shape), ``timestep`` (B,) float32, conditions
+                with a leading batch axis. Integer conditions may be int32: they are widened, as embeddings want int64.
 
         Returns:
-            (B, output channels, H, W).
+            (B, output channels, ...), the other axes as the latents'.
         """
         widened = {name: value.long() if value.dtype == torch.int32 else value for name, value in inputs.items()}
-        output: torch.Tensor = self.module(**widened, return_dict=False)[0]
-        return output
+        return self.family.call(self.module, widened)
 
     def random_conditions(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Conditions to calibrate and check with: labels drawn from all classes, anything else from a normal.
+        """Conditions to calibrate and check with, as :class:`Values` says for each.
 
         Returns:
             By name, ``(batch, *shape)``.
         """
-        drawn: dict[str, torch.Tensor] = {}
-        for condition in self.geometry.conditions:
-            shape = (batch, *condition.shape)
-            if condition.classes is not None:
-                drawn[condition.name] = torch.randint(condition.classes, shape, generator=generator, dtype=torch.int32)
-            else:
-                drawn[condition.name] = torch.randn(shape, generator=generator)
-        return drawn
+        return {condition.name: condition.draw(batch, generator) for condition in self.geometry.conditions}
 
     def with_unconditional(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Append the unconditional half of a guided batch.
 
         Returns:
-            By name, ``(2 * B, ...)``: the conditions as given, then "no class" (zeros where it is not a label).
+            By name, ``(2 * B, ...)``: the conditions as given, then what stands for none (:class:`Values`).
         """
         doubled = {}
         for condition in self.geometry.conditions:
             given = conditions[condition.name]
-            doubled[condition.name] = torch.cat([given, torch.full_like(given, condition.classes or 0)])
+            doubled[condition.name] = torch.cat([given, condition.absent(given)])
         return doubled

@@ -19,33 +19,35 @@ from safetensors import SafetensorError, safe_open
 
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import ModelError, first_line
-from tc_deploy.models import dit
+from tc_deploy.models import dit, pixart
 from tc_deploy.models.family import DiffusionTransformer, Family
+from tc_deploy.models.geometry import ModelOptions
 
-FAMILIES: Mapping[str, Family] = {family.model_class: family for family in (dit.FAMILY,)}
+FAMILIES: Mapping[str, Family] = {family.model_class: family for family in (dit.FAMILY, pixart.FAMILY)}
+LEGACY_CLASS = "Transformer2DModel"
+"""What older checkpoints call DiT and PixArt; ``norm_type`` tells which."""
+_LEGACY = {"ada_norm_zero": dit.FAMILY, "ada_norm_single": pixart.FAMILY}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _AGAIN = "download or save the checkpoint again"
 
 
-def load_model(path: Path) -> DiffusionTransformer:
+def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTransformer:
     """Load a Diffusion Transformer.
 
     Args:
         path: a model folder, or a pipeline folder with ``transformer/``.
+        options: the size of the latents and of the prompt, where they are not the family's default.
 
     Raises:
-        ModelError: the folder or a file is missing, half-written or a pickle, or the class has no family.
+        ModelError: the folder or a file is missing, half-written or a pickle, the class has no family, the
+            configuration asks for what its family does not cover, or the options do not fit the model.
     """
+    options = options or ModelOptions()
     folder = model_folder(path)
     config = _read_json(folder / "config.json")
-    name = config.get("_class_name")
-    family = FAMILIES.get(str(name))
-    if family is None:
-        raise ModelError(
-            f"{folder / 'config.json'}: no family for model class {name!r}; known classes: {', '.join(FAMILIES)}"
-        )
+    family = family_of(config, folder / "config.json")
     files = _weight_files(folder)
     _check_whole(files)
     try:
@@ -66,14 +68,49 @@ def load_model(path: Path) -> DiffusionTransformer:
                 f" first {keys[0]}; the checkpoint is of another model or incomplete, {_AGAIN}"
             )
     module.eval().requires_grad_(False)
+    try:
+        geometry = family.geometry(module, options)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    if options.text_tokens is not None and not geometry.text_tokens:
+        raise ModelError(
+            f"{folder}: text tokens: {family.model_class} takes no text, found {options.text_tokens}; leave them out"
+        )
     return DiffusionTransformer(
         source=_portable(path),
         module=module,
         family=family,
-        geometry=family.geometry(module),
+        geometry=geometry,
         config={key: value for key, value in config.items() if not key.startswith("_")},
         weights_sha256=_weights_sha256(files),
+        options=options,
     )
+
+
+def family_of(config: Mapping[str, Any], where: Path) -> Family:
+    """The family of a configuration.
+
+    Args:
+        config: of the model.
+        where: the file it was read from.
+
+    Raises:
+        ModelError: the class has no family, or the configuration asks for what its family does not cover.
+    """
+    name = config.get("_class_name")
+    family = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else FAMILIES.get(str(name))
+    if family is None:
+        raise ModelError(
+            f"{where}: no family for model class {name!r}; known classes: {', '.join(FAMILIES)}; docs/adapters.md shows"
+            " how to describe another"
+        )
+    uncovered = family.check(config)
+    if uncovered is not None:
+        raise ModelError(
+            f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"
+            " docs/adapters.md to describe it"
+        )
+    return family
 
 
 def load_scheduler(path: Path) -> Any:

@@ -42,5 +42,6 @@ def test_the_family_names_submodules_of_every_block(tiny_dit: DiffusionTransform
     assert len(tiny_dit.blocks) == 3
     for block in tiny_dit.blocks:
         for branch in tiny_dit.family.branches:
-            assert block.get_submodule(branch.entry) is not block.get_submodule(branch.exit)
+            assert block.get_submodule(branch.entry) is not None
+            assert block.get_submodule(branch.exit) is not None
         assert block.get_submodule(tiny_dit.family.self_attention) is not None

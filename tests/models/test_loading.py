@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, load_scheduler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -301,3 +302,27 @@ def test_an_unknown_scheduler(folder: Path, name: str | None) -> None:
 def test_a_scheduler_that_refuses_its_configuration(folder: Path, changes: dict[str, Any]) -> None:
     edit_scheduler(folder, **changes)
     error_of(load_scheduler, folder, "DDIMScheduler refuses its configuration", "save the scheduler again")
+
+
+# -------------------------------------------------------------------------------------------------- classes and options
+def test_a_checkpoint_of_the_legacy_class_is_known_by_its_norm(folder: Path, tiny_dit: DiffusionTransformer) -> None:
+    edit_config(folder, _class_name="Transformer2DModel")
+    model = load_model(folder)
+    assert type(model.module) is diffusers.DiTTransformer2DModel
+    assert_same_weights(model, tiny_dit)
+    edit_config(folder, norm_type="ada_norm")
+    error_of(load_model, folder, "'Transformer2DModel'", "docs/adapters.md")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(ModelOptions(latent_size=(8, 12)), "square latents only"), (ModelOptions(text_tokens=3), "takes no text")],
+)
+def test_options_that_a_class_does_not_know(folder: Path, options: ModelOptions, reason: str) -> None:
+    error_of(lambda path: load_model(path, options), folder, reason)
+
+
+def test_another_latent_size_is_another_token_grid(folder: Path) -> None:
+    model = load_model(folder, ModelOptions(latent_size=(12, 12)))
+    assert (model.geometry.grid, model.geometry.tokens, model.geometry.latent_shape) == ((6, 6), 36, (4, 12, 12))
+    assert model.record().latent_size == (12, 12)

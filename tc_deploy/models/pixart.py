@@ -1,0 +1,84 @@
+"""PixArt-alpha and PixArt-Sigma (``PixArtTransformer2DModel``): adaLN-single blocks that cross-attend to a prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tc_deploy.models.family import Branch, Family, call_diffusers
+from tc_deploy.models.geometry import (
+    Condition,
+    Geometry,
+    ModelOptions,
+    Values,
+    latent_size,
+    text_length,
+    token_grid,
+)
+
+ALPHA_TEXT_TOKENS, SIGMA_TEXT_TOKENS = 120, 300
+AUTOENCODER_SCALE = 8
+"""Pixels per latent, along an axis: alpha's 1024 models are told the picture's size in pixels."""
+
+
+def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
+    config: Any = module.config
+    patch = (config.patch_size,) * 2
+    size = latent_size(options, (config.sample_size,) * 2, patch)
+    grid = token_grid(size, patch)
+    # The prompt's length is not in the configuration; Sigma's says that sizes are no condition, alpha's says nothing.
+    sigma = config.use_additional_conditions is False
+    text = text_length(options, SIGMA_TEXT_TOKENS if sigma else ALPHA_TEXT_TOKENS)
+    channels = config.caption_channels or config.cross_attention_dim
+    return Geometry(
+        grid=grid,
+        tokens=math.prod(grid),
+        width=config.num_attention_heads * config.attention_head_dim,
+        latent_shape=(config.in_channels, *size),
+        output_channels=config.out_channels or config.in_channels,
+        conditions=(
+            Condition(name="encoder_hidden_states", dtype="float32", shape=(text, channels)),
+            Condition(name="encoder_attention_mask", dtype="float32", shape=(text,), values=Values.MASK),
+        ),
+        text_tokens=text,
+    )
+
+
+def _call(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+    sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if module.use_additional_conditions:
+        # Constants of the token grid, so no inputs.
+        batch, _, *latents = inputs["hidden_states"].shape
+        height, width = (AUTOENCODER_SCALE * axis for axis in latents)
+        sizes = {
+            "resolution": torch.tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
+            "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
+        }
+    return call_diffusers(module, {**inputs, "added_cond_kwargs": sizes})
+
+
+def _check(config: Mapping[str, Any]) -> str | None:
+    if config.get("attention_type", "default") != "default":
+        return f"GLIGEN (attention_type {config['attention_type']!r})"
+    if config.get("cross_attention_dim", 1) is None:
+        return "blocks without cross-attention (cross_attention_dim null)"
+    return None
+
+
+FAMILY = Family(
+    model_class="PixArtTransformer2DModel",
+    block_lists=("transformer_blocks",),
+    branches=(
+        Branch(name="attention", entry="norm1", exit="attn1"),
+        Branch(name="cross_attention", entry="attn2", exit="attn2"),
+        Branch(name="mlp", entry="norm2", exit="ff"),
+    ),
+    self_attention="attn1",
+    geometry=_geometry,
+    check=_check,
+    call=_call,
+)

@@ -1,0 +1,82 @@
+"""Tiny models of every family, random weights, odd shapes: made from configurations, so nothing is downloaded.
+
+Each is a real diffusers class behind the package's own loader. Two blocks of a kind, a few dozen tokens, latents that
+are not square where the class knows such.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.loading import load_model
+
+SMALL = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2}
+WIDTH = 64
+IMAGE = {**SMALL, "sample_size": 8, "patch_size": 2, "in_channels": 4}
+
+MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
+    "dit": ("DiTTransformer2DModel", {**IMAGE, "out_channels": 8, "num_embeds_ada_norm": 10}, ModelOptions()),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {**IMAGE, "out_channels": 8, "cross_attention_dim": WIDTH, "caption_channels": 24},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "pixart-sizes": (
+        "PixArtTransformer2DModel",
+        # Thirds of the width hold the sizes: 2 x 96 / 3, beside 96 / 3 of the timestep's.
+        {
+            **IMAGE,
+            "attention_head_dim": 24,
+            "out_channels": 8,
+            "cross_attention_dim": 96,
+            "caption_channels": None,
+            "use_additional_conditions": True,
+        },
+        ModelOptions(latent_size=(12, 8), text_tokens=1),
+    ),
+}
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Draw every parameter, adaLN's and the head's too, which start at zero and would make all steps alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            inputs = parameter[0].numel() if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+
+
+def save(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save a model of :data:`MODELS`, with changes to its configuration, as a diffusers model folder."""
+    model_class, config, _ = MODELS[name]
+    module = getattr(diffusers, model_class)(**{**config, **changes})
+    randomise(module, seed)
+    module.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def model(name: str) -> DiffusionTransformer:
+    """A loaded model; tests leave it as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_model(save(name, Path(folder) / name), MODELS[name][2])
+
+
+def inputs_of(model: DiffusionTransformer, batch: int, seed: int) -> dict[str, Tensor]:
+    """Inputs of a step, every sample with a timestep, latents and conditions of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn((batch, *model.geometry.latent_shape), generator=generator),
+        "timestep": torch.rand(batch, generator=generator) * 999,
+        **model.random_conditions(batch, generator),
+    }
