@@ -50,8 +50,8 @@ class Geometry:
     """N, image tokens of one sample."""
     width: int
     """D, the hidden width."""
-    latent_shape: tuple[int, int, int]
-    """(C, H, W) of the latents."""
+    latent_shape: tuple[int, ...]
+    """One sample's latents: (C, H, W), (C, F, H, W) for video, (tokens, channels) where they come packed."""
     output_channels: int
     """Channels of the model's output; twice C where the variance is learned."""
     conditions: tuple[Condition, ...]
@@ -59,7 +59,7 @@ class Geometry:
     @property
     def pixels(self) -> bool:
         """Whether the latents are pictures in [-1, 1]: one or three channels; autoencoders have four and more."""
-        return self.latent_shape[0] in (1, 3)
+        return len(self.latent_shape) == 3 and self.latent_shape[0] in (1, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
