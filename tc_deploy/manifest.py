@@ -102,7 +102,8 @@ class Manifest(Document):
     precision: Literal["fp32"]
     batch_size: PositiveInt | None
     """Samples per batch where the graphs fix it; None where they take any."""
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[PositiveInt, ...]
+    """One sample's latents: (C, H, W), (C, F, H, W) for video, (tokens, channels) where they come packed."""
     pixels: bool
     """The latents are pictures in [-1, 1]; otherwise a decoder is needed to see them."""
     conditions: tuple[ConditionRecord, ...]

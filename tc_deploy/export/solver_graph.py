@@ -60,7 +60,8 @@ def solver_model(
 
     Args:
         table_history: h, at least 0.
-        latent_shape: (C, H, W), or (C, F, H, W) for video.
+        latent_shape: (C, H, W), (C, F, H, W) for video, or (tokens, channels) where they come packed, which then
+            stand for C and the rest.
         output_channels: the model's output channels, at least C.
         guided: whether the model runs on conditional and unconditional rows.
         batch: B, or None for a dynamic axis ``batch`` (and ``model_batch``, which is G*B, if guided).

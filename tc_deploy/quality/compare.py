@@ -17,8 +17,8 @@ def compare(
     """Compare samples with their reference.
 
     Args:
-        latents: (B, C, H, W) finite; pictures or latents.
-        reference: (B, C, H, W) finite, from the same noise: the model's own full run.
+        latents: (B, ...) finite; pictures or latents.
+        reference: (B, ...) finite, from the same noise: the model's own full run.
         labels: (B,) the class that was asked for; None where there are no classes.
         pixels: whether they are pictures, which are compared as they are seen, clipped to [-1, 1].
         judge: gives the features and reads the classes.

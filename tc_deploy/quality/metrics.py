@@ -27,8 +27,8 @@ def sample_psnrs_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> Tens
     Samples that agree better than fp32 can tell count as 140 dB, so that equal pictures have a finite figure.
 
     Args:
-        latents: (B, C, H, W).
-        reference: (B, C, H, W).
+        latents: (B, ...).
+        reference: (B, ...).
         pixels: whether they are pictures: these are clipped to [-1, 1], and the peak is 2. Of latents that are none the
             peak is the range that ``reference`` has over all samples.
 
@@ -47,24 +47,27 @@ def picture_psnr_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> floa
 
 
 def ssim(latents: Tensor, reference: Tensor, *, pixels: bool) -> float | None:
-    """Structural similarity (Wang et al. 2004), mean over samples, channels and pixels.
+    """Structural similarity (Wang et al. 2004), mean over samples, frames, channels and pixels.
 
     SSIM is defined for values from 0 up: pictures are clipped to [-1, 1] and shifted to 0..2, which gives the figure
     that they have as 8-bit files, but for rounding. Of latents that are no pictures each channel is shifted and scaled
     by its own range in ``reference``. At an edge the picture is continued by reflection.
 
     Args:
-        latents: (B, C, H, W).
-        reference: (B, C, H, W).
+        latents: (B, C, H, W), or (B, C, F, H, W) of video, whose frames count as pictures.
+        reference: of the same shape.
         pixels: whether they are pictures.
 
     Returns:
         At most 1, for equal pictures. None where a side is shorter than the window of 11 pixels: a smaller window would
         give another figure under the same name. At 16 pixels the window sees half of the picture's side, so there
-        SSIM says little about where in the picture a difference lies.
+        SSIM says little about where in the picture a difference lies. None too where latents come packed, without
+        height and width.
     """
-    if min(reference.shape[2:]) < SSIM_WINDOW:
+    if reference.ndim < 4 or min(reference.shape[-2:]) < SSIM_WINDOW:
         return None
+    if reference.ndim == 5:
+        latents, reference = (values.transpose(1, 2).flatten(0, 1) for values in (latents, reference))
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     found, expected = as_seen(latents, pixels=pixels).double(), as_seen(reference, pixels=pixels).double()
@@ -85,8 +88,8 @@ def drift(trajectory: Tensor, reference: Tensor) -> tuple[float, ...]:
     """How far a trajectory has left its reference after each step.
 
     Args:
-        trajectory: (T, B, C, H, W) latents after each step.
-        reference: (T, B, C, H, W) the same of the reference.
+        trajectory: (T, B, ...) latents after each step.
+        reference: (T, B, ...) the same of the reference.
 
     Returns:
         T numbers: L2 norm of the difference over that of the reference, mean over samples.

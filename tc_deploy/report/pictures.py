@@ -48,7 +48,7 @@ class Sheet:
 
 def needs_decoder(source: Source) -> bool:
     """Whether there are samples, and they are no pictures."""
-    return any(latents.shape[1] not in PIXEL_CHANNELS for latents in source.samples.values())
+    return any(latents.ndim != 4 or latents.shape[1] not in PIXEL_CHANNELS for latents in source.samples.values())
 
 
 def sample_sheet(source: Source) -> Sheet | None:

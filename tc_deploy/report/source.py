@@ -50,7 +50,7 @@ class Source:
     """The engines built from this very bundle."""
     search: SearchRecord | None
     samples: dict[str, FloatArray]
-    """Final latents by the point's name, each (n, C, H, W); empty without a search."""
+    """Final latents by the point's name, each (n, *latent shape); empty without a search."""
 
     @cached_property
     def chosen(self) -> PointRecord | None:
@@ -131,9 +131,9 @@ def _samples(folder: Path, search: SearchRecord) -> dict[str, FloatArray]:
     except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
         raise BundleError(f"{where}: not a safetensors file of numpy types: {error}; make it again") from None
     shapes = {latents.shape for latents in samples.values()}
-    fit = len(shapes) <= 1 and all(latents.ndim == 4 and latents.size for latents in samples.values())
+    fit = len(shapes) <= 1 and all(latents.ndim > 2 and latents.size for latents in samples.values())
     if not fit or any(latents.dtype != np.float32 or not np.isfinite(latents).all() for latents in samples.values()):
-        raise BundleError(f"{where}: expected finite (n, C, H, W) float32 latents of one shape; make it again")
+        raise BundleError(f"{where}: expected finite (n, *latent shape) float32 latents of one shape; make it again")
     if samples and FULL_POINT not in samples:
         raise BundleError(f"{where}: no {FULL_POINT!r} in it, which the others are compared with; make it again")
     return samples

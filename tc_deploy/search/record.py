@@ -17,7 +17,7 @@ from tc_deploy.quality.record import Quality
 
 SEARCH = "search.json"
 SAMPLES = "samples.safetensors"
-"""Final latents of a few pictures per point, ``(n, C, H, W)`` float32 under the point's name."""
+"""Final latents of a few pictures per point, ``(n, *latent shape)`` float32 under the point's name."""
 FORMAT_VERSION: Final = 1
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""

@@ -390,7 +390,7 @@ class TestGraph:
         expected = scheduler_run(started(scheduler, steps, arguments), guided, noise)
         assert relative_error(found, expected) < TOLERANCE["graph"]
 
-    @pytest.mark.parametrize("shape", [SHAPE, (2, 3, 4, 5)], ids=["image", "video"])
+    @pytest.mark.parametrize("shape", [SHAPE, (2, 3, 4, 5), (6, 4)], ids=["image", "video", "packed"])
     @pytest.mark.parametrize("extra_channels", [0, 3])
     @pytest.mark.parametrize("case", ["ddim", "unipc-2"])
     def test_unguided_run_equals_the_schedulers(self, case, extra_channels, shape):

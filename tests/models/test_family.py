@@ -1,5 +1,7 @@
 """A loaded model as the method sees it: its inputs, its conditions, the unconditional half."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -45,3 +47,13 @@ def test_the_family_names_submodules_of_every_block(tiny_dit: DiffusionTransform
             assert block.get_submodule(branch.entry) is not None
             assert block.get_submodule(branch.exit) is not None
         assert block.get_submodule(tiny_dit.family.self_attention) is not None
+
+
+@pytest.mark.parametrize(
+    ("latent_shape", "pixels"),
+    [((1, 8, 8), True), ((3, 8, 8), True), ((4, 8, 8), False), ((3, 5, 8, 8), False), ((3, 64), False)],
+)
+def test_pictures_have_one_or_three_channels_a_height_and_a_width(
+    tiny_dit: DiffusionTransformer, latent_shape: tuple[int, ...], pixels: bool
+) -> None:
+    assert dataclasses.replace(tiny_dit.geometry, latent_shape=latent_shape).pixels is pixels

@@ -121,6 +121,22 @@ def test_ssim_of_a_constant_channel() -> None:
 
 
 @kinds
+def test_frames_of_video_count_as_pictures(pixels: bool) -> None:
+    expected = draw(2, 3, 4, 12, 13)
+    found = expected + 0.3 * draw(2, 3, 4, 12, 13, seed=1)
+    frames = [torch.cat([values[:, :, frame] for frame in range(4)]) for values in (found, expected)]
+    assert ssim(found, expected, pixels=pixels) == pytest.approx(ssim(*frames, pixels=pixels), abs=ROUNDING)
+
+
+def test_packed_latents_have_no_ssim_but_a_psnr() -> None:
+    expected = draw(2, 24, 16)
+    found = expected + 0.1 * draw(2, 24, 16, seed=1)
+    assert ssim(found, expected, pixels=False) is None
+    folded = (values.reshape(2, 16, 4, 6) for values in (found, expected))
+    assert picture_psnr_db(found, expected, pixels=False) == pytest.approx(picture_psnr_db(*folded, pixels=False))
+
+
+@kinds
 @given(seed=seeds, strength=st.floats(0.0, 3.0))
 def test_ssim_is_at_most_1_which_equal_pictures_have(seed: int, strength: float, pixels: bool) -> None:
     expected, noise = draw(2, 3, 11, 12, seed=seed), draw(2, 3, 11, 12, seed=seed + 1)

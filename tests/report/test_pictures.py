@@ -45,8 +45,9 @@ def test_pictures_and_their_differences(tmp_path: Path, channels: int) -> None:
     assert f"× {sheet.amplification}" in sheet.strips[2].caption
 
 
-def test_latents_that_are_no_pictures(tmp_path: Path) -> None:
-    samples = make_samples(points_of_the_demo(), channels=4)
+@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 2, 16, 16), (3, 64)], ids=["image", "video", "packed"])
+def test_latents_that_are_no_pictures(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    samples = {name: np.zeros((2, *shape), np.float32) for name in make_samples(points_of_the_demo())}
     source = source_from_folder(write_search(tmp_path / "plan", samples=samples))
     assert needs_decoder(source)
     assert sample_sheet(source) is None
