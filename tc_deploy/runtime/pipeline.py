@@ -12,35 +12,21 @@ import functools
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
-from tc_deploy.backends import registry
-from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.base import BoundGraph, Buffer
 from tc_deploy.backends.load import load_target
-from tc_deploy.bundle import MANIFEST, check_files
-from tc_deploy.errors import BundleError, Cancelled, UsageError
-from tc_deploy.manifest import (
-    BATCH,
-    FORECAST_WEIGHTS,
-    MODEL_BATCH,
-    RUNTIME_TABLES,
-    SOLVER,
-    TOKEN_INDEX,
-    Manifest,
-    TensorRecord,
-    read_manifest,
-    variant_name,
-)
-from tc_deploy.plan import index_row, load_plan, token_index_name
-from tc_deploy.runtime.program import Call, program_of, slot, table_row
+from tc_deploy.errors import Cancelled, UsageError
+from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, Manifest, variant_name
+from tc_deploy.runtime.binding import Binder, Watch, read_bundle
+from tc_deploy.runtime.program import program_of, slot
 from tc_deploy.schedule import FULL, Schedule, full_schedule
 from tc_deploy.types import FloatArray, IntArray
 
@@ -90,40 +76,25 @@ def load(path: str | Path, backend: str | None = None, *, batch_size: int | None
     return Pipeline(Path(path), backend, batch_size=batch_size)
 
 
-Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
-"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
-what runs in its place."""
-
-
 class Pipeline:
     """A loaded bundle; see :func:`load` for the arguments and errors. ``watch`` sees every graph as it is bound."""
 
     def __init__(
         self, path: Path, backend: str | None = None, *, batch_size: int | None = None, watch: Watch | None = None
     ) -> None:
+        bundle = read_bundle(path, backend)
         self.path = path
-        self._watch = watch
-        self.manifest: Manifest = read_manifest(path)
-        self.backend = _chosen_backend(path, backend)
-        check_files(path, self.manifest.files)
-        self.plan, self._plan_tables = load_plan(path)
+        self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
         self.batch_size = _checked_batch_size(self.manifest, batch_size)
-        self._model_batch = self.batch_size * (2 if self.manifest.guided else 1)
-        solver = safetensors.numpy.load_file(path / RUNTIME_TABLES)
-        self._first_scale = solver["input_scale"][0]
-        self._step_tables: dict[str, NDArray[Any]] = {
-            "timestep": solver["timesteps"],
-            "coefficients": solver["coefficients"],
-            # The solver prepares the next step's input; after the last step nobody reads it.
-            "input_scale": np.append(solver["input_scale"][1:], np.float32(1)),
-            FORECAST_WEIGHTS: self.plan.tprr().forecast_weights(self.plan.cache.forecast_order),
-        }
+        self._first_scale = bundle.first_scale
         self._lock = threading.Lock()
 
         device, graphs = load_target(path, self.manifest, self.backend)
-        self._buffers: dict[str, Buffer] = {}
-        self._cached_program = self._program(device, graphs, self.plan.tprr())
-        self._full_program = self._program(device, graphs, full_schedule(self.plan.schedule.steps))
+        axes = {BATCH: self.batch_size, MODEL_BATCH: self.batch_size * (2 if self.manifest.guided else 1)}
+        binder = Binder(bundle, device, graphs, axes, watch)
+        self._buffers = binder.buffers
+        self._cached_program = self._program(binder, self.plan.tprr())
+        self._full_program = self._program(binder, full_schedule(self.plan.schedule.steps))
 
     def __enter__(self) -> Self:
         return self
@@ -341,44 +312,17 @@ class Pipeline:
             guidance_scale=self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
         )
 
-    def _program(self, device: Device, graphs: Mapping[str, Graph], schedule: Schedule) -> list[BoundStep]:
+    def _program(self, binder: Binder, schedule: Schedule) -> list[BoundStep]:
         steps = program_of(self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history)
         return [
             BoundStep(
                 variant=step.variant,
-                model=self._bind(device, graphs, step.model, index),
-                solver=self._bind(device, graphs, step.solver, index),
+                model=binder.bind(step.model, index),
+                solver=binder.bind(step.solver, index),
                 latents=self._buffers[step.latents],
             )
             for index, step in enumerate(steps)
         ]
-
-    def _bind(self, device: Device, graphs: Mapping[str, Graph], call: Call, step: int) -> BoundGraph:
-        record = self.manifest.graphs[call.graph]
-
-        def buffers(names: Mapping[str, str], tensors: Sequence[TensorRecord]) -> dict[str, Buffer]:
-            return {tensor.name: self._buffer(device, names[tensor.name], tensor, step) for tensor in tensors}
-
-        outputs = buffers(call.outputs, record.outputs)
-        bound = graphs[call.graph].bind(buffers(call.inputs, record.inputs), outputs)
-        return bound if self._watch is None else self._watch(call.graph, bound, next(iter(outputs.values())))
-
-    def _buffer(self, device: Device, name: str, tensor: TensorRecord, step: int) -> Buffer:
-        """The buffer of that name, made at its first mention; a table's row is filled there and never again."""
-        if name not in self._buffers:
-            axes = {BATCH: self.batch_size, MODEL_BATCH: self._model_batch}
-            shape = tuple(axes[size] if isinstance(size, str) else size for size in tensor.shape)
-            buffer = self._buffers[name] = device.buffer(np.dtype(tensor.dtype), shape)
-            if name == table_row(tensor.name, step):
-                buffer.write(np.broadcast_to(self._row(tensor.name, step), shape).astype(tensor.dtype))
-        return self._buffers[name]
-
-    def _row(self, table: str, step: int) -> NDArray[Any]:
-        """One step's row of a table, without the batch axis."""
-        if table != TOKEN_INDEX:
-            return np.asarray(self._step_tables[table][step])
-        schedule = self.plan.tprr()
-        return np.asarray(self._plan_tables[token_index_name(schedule.variants[step])][index_row(schedule, step)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,21 +374,6 @@ def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
     """
     pixels = ((latents.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
-
-
-def _chosen_backend(path: Path, backend: str | None) -> str:
-    if backend is not None:
-        registry.backend(backend)
-    built = sorted(name for name in registry.BACKENDS if (path / name / MANIFEST).is_file())
-    if backend is None and built:
-        return built[0]
-    if backend not in built:
-        wanted = "engine" if backend is None else f"{backend} engine"
-        raise BundleError(
-            f"{path}: no {wanted} built there{f' (built: {built})' if built else ''}; build one with:"
-            f" tc-deploy build {path}" + ("" if backend is None else f" --backend {backend}")
-        )
-    return str(backend)
 
 
 def _checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
