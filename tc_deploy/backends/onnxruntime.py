@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tc_deploy.backends.base import Buffer, Graph
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
+from tc_deploy.backends.host import HostBuffer
 from tc_deploy.errors import BackendError, first_line
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 _ERRORS_ONLY = 3
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -37,29 +34,6 @@ def _onnxruntime() -> Any:
             " uninstall both, then install one (tc-deploy doctor shows it)"
         )
     return onnxruntime
-
-
-class OrtBuffer:
-    """An OrtValue on the CPU over a numpy array that this object owns."""
-
-    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self._array = np.zeros(shape, dtype)
-        # On the CPU the OrtValue shares the array's memory, so host writes need no copy into it.
-        self.value: onnxruntime.OrtValue = _onnxruntime().OrtValue.ortvalue_from_numpy(self._array)
-
-    def write(self, array: NDArray[Any]) -> None:
-        """Copy ``array`` in.
-
-        Raises:
-            ValueError: it has another dtype or shape; nothing is converted or broadcast.
-        """
-        if (array.dtype, array.shape) != (self._array.dtype, self._array.shape):
-            raise ValueError(f"expected {self._array.dtype} {self._array.shape}, found {array.dtype} {array.shape}")
-        self._array[...] = array
-
-    def read(self) -> NDArray[Any]:
-        """A copy."""
-        return self._array.copy()
 
 
 class OrtBoundGraph:
@@ -90,9 +64,9 @@ class OrtGraph:
         """Fix the buffers by tensor name."""
         binding = self._session.io_binding()
         for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, cast("OrtBuffer", buffer).value)
+            binding.bind_ortvalue_input(name, cast("HostBuffer", buffer).value)
         for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, cast("OrtBuffer", buffer).value)
+            binding.bind_ortvalue_output(name, cast("HostBuffer", buffer).value)
         return OrtBoundGraph(self._session, binding)
 
 
@@ -112,9 +86,11 @@ class OrtDevice:
         # take the cores from those that work.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> OrtBuffer:
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
         """Allocate, filled with zeros."""
-        return OrtBuffer(dtype, shape)
+        array = np.empty(shape, dtype)
+        # On the CPU an OrtValue shares the array's memory.
+        return HostBuffer(array, self._module.OrtValue.ortvalue_from_numpy(array))
 
     def load(self, path: Path) -> Graph:
         """Make a session of an ONNX file; its external data lies beside it."""

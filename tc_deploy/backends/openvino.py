@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tc_deploy.backends.base import Buffer, Graph
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
+from tc_deploy.backends.host import HostBuffer
 from tc_deploy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -40,30 +40,6 @@ def precisions_of(core: openvino.Core) -> tuple[str, ...]:
     """The precisions that this CPU computes in."""
     able = set(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
     return tuple(name for name, capability in _CAPABILITIES.items() if capability in able)
-
-
-class OpenVinoBuffer:
-    """A tensor in host memory, which it owns."""
-
-    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        module = _openvino()
-        self.tensor: openvino.Tensor = module.Tensor(module.Type(dtype), module.Shape(shape))
-        self._array: NDArray[Any] = self.tensor.data  # a view
-        self._array[...] = 0
-
-    def write(self, array: NDArray[Any]) -> None:
-        """Copy ``array`` in.
-
-        Raises:
-            ValueError: it has another dtype or shape; nothing is converted or broadcast.
-        """
-        if (array.dtype, array.shape) != (self._array.dtype, self._array.shape):
-            raise ValueError(f"expected {self._array.dtype} {self._array.shape}, found {array.dtype} {array.shape}")
-        self._array[...] = array
-
-    def read(self) -> NDArray[Any]:
-        """A copy."""
-        return self._array.copy()
 
 
 class OpenVinoBoundGraph:
@@ -105,7 +81,7 @@ class OpenVinoGraph:
         Raises:
             BackendError: OpenVINO refuses the graph for buffers of these shapes.
         """
-        tensors = {name: cast("OpenVinoBuffer", buffer).tensor for name, buffer in {**inputs, **outputs}.items()}
+        tensors = {name: cast("HostBuffer", buffer).value for name, buffer in {**inputs, **outputs}.items()}
         shapes = {name: tuple(tensors[name].shape) for name in inputs}
         try:
             if shapes != self._shapes:
@@ -148,9 +124,11 @@ class OpenVinoDevice:
             "ENABLE_CPU_PINNING": False,
         }
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> OpenVinoBuffer:
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
         """Allocate, filled with zeros."""
-        return OpenVinoBuffer(dtype, shape)
+        module = _openvino()
+        tensor = module.Tensor(module.Type(dtype), module.Shape(shape))
+        return HostBuffer(tensor.data, tensor)
 
     def load(self, path: Path) -> Graph:
         """Read an ONNX file; its external data lies beside it."""

@@ -1,0 +1,34 @@
+"""The buffer of engines that compute in host memory: one piece of it, seen by numpy and by the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+
+class HostBuffer:
+    """A tensor in host memory.
+
+    Args:
+        array: the memory as numpy sees it; zeros are written into it.
+        value: the same memory as the engine sees it.
+    """
+
+    def __init__(self, array: NDArray[Any], value: Any) -> None:
+        self.array, self.value = array, value
+        array[...] = 0
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        if (array.dtype, array.shape) != (self.array.dtype, self.array.shape):
+            raise ValueError(f"expected {self.array.dtype} {self.array.shape}, found {array.dtype} {array.shape}")
+        self.array[...] = array
+
+    def read(self) -> NDArray[Any]:
+        """A copy."""
+        return self.array.copy()
