@@ -21,6 +21,7 @@ def point(kind: Kind, name: str, ratio: float, psnr_db: float, keep: int = 0) ->
     return PointRecord(
         name=name,
         kind=kind,
+        runtime="pytorch" if kind is Kind.CACHE_DIT else "engines",
         settings=None if kind is Kind.CACHE_DIT else settings,
         steps_full=5,
         steps_cached=5,

@@ -117,9 +117,16 @@ def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: b
             _number(point.converged_psnr_db, 7, 1),
             f"{point.steps_full} + {point.steps_cached}".rjust(13),
         )
-        click.echo(f"{mark:2}{''.join(columns)}  {point.kind}: {point.name}")
-    click.echo("* nothing is both faster and closer; > the plan; FD Frechet distance to the full run's pictures;")
-    click.echo("  read: share that the classifier reads as asked; exact: PSNR to a run of four times the steps")
+        kind = f"{point.kind} in PyTorch" if point.runtime == "pytorch" else point.kind
+        click.echo(f"{mark:2}{''.join(columns)}  {kind}: {point.name}")
+    click.echo(
+        "* nothing on these engines is both faster and closer; > the plan; FD Frechet distance to the full run's"
+    )
+    click.echo(
+        "  pictures; read: share that the classifier reads as asked; exact: PSNR to a run of four times the steps"
+    )
+    if measured and any(point.runtime == "pytorch" for point in record.points):
+        click.echo("  in PyTorch: latency is a ratio to PyTorch's own full run, and not to that of the engines")
     for remark in record.remarks:
         click.echo(remark)
     click.echo(f"{output}: {chosen.kind}: {chosen.name}")

@@ -162,7 +162,8 @@ def _error_bar(point: PointRecord) -> tuple[float, float]:
 def _point_title(point: PointRecord) -> str:
     spread = f" ± {percent(point.latency_iqr / 2)}" if point.latency_iqr else ""
     front = ", on the front" if point.on_front else ""
-    time = f"{percent(point.latency_ratio)}{spread} of the full run's time"
+    whose = "PyTorch's own full run's" if point.runtime == "pytorch" else "the full run's"
+    time = f"{percent(point.latency_ratio)}{spread} of {whose} time"
     return f"{point.name} ({point.kind}): {time}, {decibels(point.quality.psnr_db)}{front}"
 
 

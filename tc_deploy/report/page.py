@@ -39,7 +39,7 @@ def page_from_source(source: Source) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "slug": _slug}
+    environment.filters |= {"percent": _percent, "number": _number, "slug": _slug, "pictures": words.pictures}
     points = () if source.search is None else source.search.points
     return environment.get_template("report.html").render(
         source=source,
@@ -57,6 +57,7 @@ def page_from_source(source: Source) -> str:
         grids=tokens.token_grids(source.plan, source.tables),
         sheet=pictures.sample_sheet(source),
         needs_decoder=pictures.needs_decoder(source),
+        foreign={point.kind for point in source.in_pytorch},
         points=sorted(points, key=lambda point: point.latency_ratio),
         facts=provenance.facts_from_source(source),
     )

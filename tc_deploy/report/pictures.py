@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.report.source import Source
-from tc_deploy.report.words import decibels, described
+from tc_deploy.report.words import decibels, described, pictures
 from tc_deploy.search.record import FULL_POINT, PointRecord
 from tc_deploy.types import FloatArray
 
@@ -98,5 +98,5 @@ def _strip(caption: str, values: FloatArray) -> Strip:
     count, channels, height, width = values.shape
     row = np.rint(255 * values).astype(np.uint8).transpose(2, 0, 3, 1).reshape(height, count * width, channels)
     return Strip(
-        caption=caption, uri=png_uri(row[..., 0] if channels == 1 else row), alt=f"{count} pictures, {caption}"
+        caption=caption, uri=png_uri(row[..., 0] if channels == 1 else row), alt=f"{pictures(count)}, {caption}"
     )

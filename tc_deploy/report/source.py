@@ -71,18 +71,32 @@ class Source:
         chosen = self.chosen
         if chosen is None:
             return None
-        slowest = chosen.latency_ratio * COMPARABLE_LATENCY
-        points = [point for point in self.baselines if point is not chosen and point.latency_ratio <= slowest]
-        return max(points, key=lambda point: point.quality.psnr_db, default=None)
+        return _closest(self.baselines, chosen)
+
+    @cached_property
+    def best_in_pytorch(self) -> PointRecord | None:
+        """The same of the points that ran in PyTorch."""
+        return None if self.chosen is None else _closest(self.in_pytorch, self.chosen)
 
     @property
     def baselines(self) -> tuple[PointRecord, ...]:
-        """The points that are neither the full run nor tc-deploy's."""
-        return tuple(point for point in self._points if point.kind not in OURS)
+        """The points on engines that are neither the full run nor tc-deploy's."""
+        return tuple(point for point in self._points if point.kind not in OURS and point.runtime == "engines")
+
+    @property
+    def in_pytorch(self) -> tuple[PointRecord, ...]:
+        """The points that ran in PyTorch; their latency is to another full run."""
+        return tuple(point for point in self._points if point.runtime == "pytorch")
 
     @property
     def _points(self) -> tuple[PointRecord, ...]:
         return () if self.search is None else self.search.points
+
+
+def _closest(points: tuple[PointRecord, ...], chosen: PointRecord) -> PointRecord | None:
+    slowest = chosen.latency_ratio * COMPARABLE_LATENCY
+    fits = [point for point in points if point is not chosen and point.latency_ratio <= slowest]
+    return max(fits, key=lambda point: point.quality.psnr_db, default=None)
 
 
 def source_from_folder(path: Path) -> Source:

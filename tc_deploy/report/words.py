@@ -110,15 +110,20 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
     measured = search.latency_source == "measured"
     time = "time" if measured else "estimated time"
     spread = f" (interquartile range {percent(chosen.latency_iqr)})" if measured else ""
+    times = "" if chosen.latency_ms is None else f", {chosen.latency_ms:.0f} ms for {pictures(search.batch_size)}"
     figures = (
-        f"A run takes {percent(chosen.latency_ratio)} of the full run's {time}{spread}, {chosen.latency_ms:.0f} ms for"
-        f" {search.batch_size} pictures, at {decibels(quality.psnr_db)} PSNR to the full run's pictures"
+        f"A run takes {percent(chosen.latency_ratio)} of the full run's {time}{spread}{times},"
+        f" at {decibels(quality.psnr_db)} PSNR to the full run's pictures"
         f" ({search.confirmation_seeds} seeds that the search did not see)."
     )
     sentences = [figures]
     if not measured:
         sentences.append("Nobody measured a latency: every time here is estimated from FLOPs.")
-    better = [point for point in search.points if point.kind is not Kind.FULL and is_dominated(chosen, by=point)]
+    better = [
+        point
+        for point in search.points
+        if point.kind is not Kind.FULL and point.runtime == "engines" and is_dominated(chosen, by=point)
+    ]
     best = source.best_baseline
     if better:
         winner = max(better, key=lambda point: point.quality.psnr_db)
@@ -136,6 +141,10 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
         }[standing]
     if best is not None:
         sentences.append(f"The best baseline at comparable {time} is {_figures(best)}.")
+    beside = source.best_in_pytorch
+    if beside is not None and beside.quality.psnr_db > quality.psnr_db - CLOSE_DB:
+        full = "PyTorch's own full run, so that this says little of engines" if measured else "the full run's FLOPs"
+        sentences.append(f"In PyTorch, {_figures(beside)}. That is a share of {full}.")
     if chosen.kind is not Kind.TOKEN_CACHE:
         sentences.append(f"The plan is itself a baseline's ({chosen.kind}): the search found nothing better.")
     sentences += _judged_by_convergence(source, chosen)
@@ -174,9 +183,13 @@ def described(point: PointRecord) -> str:
 
 
 def _figures(point: PointRecord) -> str:
-    return (
-        f"{described(point)}: {percent(point.latency_ratio)} of the full run's time, {decibels(point.quality.psnr_db)}"
-    )
+    whose = "PyTorch's full run's" if point.runtime == "pytorch" else "the full run's"
+    return f"{described(point)}: {percent(point.latency_ratio)} of {whose} time, {decibels(point.quality.psnr_db)}"
+
+
+def pictures(count: int) -> str:
+    """``1 picture``, ``8 pictures``."""
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def percent(share: float) -> str:

@@ -7,9 +7,10 @@ so that another wish needs no other search. Never: samples or times anything.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors.numpy
@@ -80,8 +81,11 @@ def check_wish(wish: Wish, latency_source: LatencySource) -> None:
     """Check that a search with such latencies can fulfil a wish.
 
     Raises:
-        UsageError: the wish is in milliseconds, and none are measured.
+        UsageError: the wish is no number, below zero, or in milliseconds where none are measured.
     """
+    for option, value in (("--target-psnr", wish.target_psnr_db), ("--max-latency-ms", wish.max_latency_ms)):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{option} must be a finite number, 0 or more, found {value}")
     if wish.max_latency_ms is not None and latency_source == "flops":
         raise UsageError("--max-latency-ms needs measured latencies; search without --from-flops, or leave it out")
 
@@ -143,6 +147,16 @@ def write_search(
         (folder / SAMPLES).write_bytes(safetensors.numpy.save(dict(samples)))
         (folder / SEARCH).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
         write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder)
+
+
+def uniquely_named(points: Iterable[PlannedPoint]) -> list[PlannedPoint]:
+    """Points whose names and folders are distinct: of two alike, by rounded shares, the later one is numbered."""
+    named: dict[str, PlannedPoint] = {}
+    for point in points:
+        names = itertools.chain([point.name], (f"{point.name} #{number}" for number in itertools.count(2)))
+        name = next(name for name in names if _slug(name) not in named)
+        named[_slug(name)] = dataclasses.replace(point, name=name)
+    return list(named.values())
 
 
 def _slug(name: str) -> str:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
+import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,12 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.tokencache.sampler import Sampling, denoise
 
 FIRST_BLOCKS = 1
 """Blocks that DBCache computes in every step, and judges by whether to compute the others."""
+FULL = "full"
+"""PyTorch's own full run, among the runs that are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +91,9 @@ class PeerRun:
     name: str
     latents: Tensor
     """(n, C, H, W)."""
-    latency_ratio: float
-    """Of a run over PyTorch's own full run, median over rounds in which both ran."""
-    latency_iqr: float
+    latency_ratio: float | None
+    """Of a run over PyTorch's own full run, median over rounds in which both ran; None where nothing was timed."""
+    latency_iqr: float | None
     cost_in_full_steps: float
     """FLOPs over those of one full step; mean over batches."""
     steps_full: int
@@ -108,6 +116,7 @@ def cache_dit_runs(
     *,
     batch_size: int,
     rounds: int,
+    kept: Path,
     settings: Sequence[PeerSetting] = SETTINGS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PeerRun, ...]:
@@ -118,8 +127,10 @@ def cache_dit_runs(
         sampling: scheduler, steps, guidance.
         noise: (n, C, H, W) standard normal.
         conditions: by name, (n, ...).
-        batch_size: pictures per run, timed or not: cache-dit takes one decision per step for a whole batch.
-        rounds: timed runs of each.
+        batch_size: pictures per run, timed or not: cache-dit takes one decision per step for a whole batch. A batch
+            that the noise does not fill is filled up from its start.
+        rounds: timed runs of each; 0 times nothing.
+        kept: a folder for what was found, of this model, sampler, noise and conditions alone: nothing runs twice.
         settings: of DBCache.
         progress: told how many sampling runs are done, and of how many.
 
@@ -128,50 +139,108 @@ def cache_dit_runs(
     """
     if why_no_peer() is not None:
         return ()
-    batches = [
-        (noise[rows], {name: given[rows] for name, given in conditions.items()})
-        for rows in (slice(start, start + batch_size) for start in range(0, len(noise), batch_size))
-    ]
-    sampled: dict[PeerSetting, list[tuple[Tensor, int]]] = {setting: [] for setting in settings}
+    batches = list(_batches(noise, conditions, batch_size))
     untimed = len(settings) * len(batches)
     total = untimed + rounds * (1 + len(settings))
     with _quiet():
         cached_step_cost = _cached_step_cost(model)
-        requests: dict[PeerSetting | None, Callable[[], object]] = {
-            None: partial(_sample, model, sampling, *batches[0])
+        peers = {setting: _patched(model, setting, sampling.steps) for setting in settings}
+        sampled: dict[PeerSetting, _Sampled] = {}
+        for setting, peer in peers.items():
+            path = kept / f"{_key([setting], len(noise), batch_size)}.safetensors"
+            sampled[setting] = _sampled(peer, sampling, batches, len(noise), path)
+            progress(len(sampled) * len(batches), total)
+        requests: dict[str, Callable[[], object]] = {FULL: partial(_sample, model, sampling, *batches[0])} | {
+            setting.name: partial(_sample_anew, peer, sampling, *batches[0]) for setting, peer in peers.items()
         }
-        for setting in settings:
-            peer = _patched(model, setting, sampling.steps)
-            for batch in batches:
-                latents = _sample_anew(peer, sampling, *batch)
-                sampled[setting].append((latents, _cached_steps(peer)))
-                progress(sum(map(len, sampled.values())), total)
-            requests[setting] = partial(_sample_anew, peer, sampling, *batches[0])
-        timed = {key: partial(Clock().timed, request, graphs=False) for key, request in requests.items()}
-        runs = interleaved(timed, rounds, lambda done, _: progress(untimed + done, total))
-    times_ms = {key: [run.wall_ms for run in found] for key, found in runs.items()}
+        path = kept / f"{_key(settings, batch_size, rounds)}.json"
+        ratios = _ratios(requests, rounds, path, lambda done, _: progress(untimed + done, total)) if rounds else {}
     return tuple(
-        _peer_run(setting, found, sampling.steps, cached_step_cost, ratio_of(times_ms[setting], times_ms[None]))
+        _peer_run(setting, found, sampling.steps, cached_step_cost, ratios.get(setting.name, {}))
         for setting, found in sampled.items()
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampled:
+    """One setting's pictures."""
+
+    latents: Tensor
+    """(n, C, H, W)."""
+    cached_steps: list[int]
+    """By batch."""
+
+
+def _batches(
+    noise: Tensor, conditions: Mapping[str, Tensor], batch_size: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Noise and conditions in batches, all of one size."""
+    for start in range(0, len(noise), batch_size):
+        rows = torch.arange(start, start + batch_size) % len(noise)
+        yield noise[rows], {name: given[rows] for name, given in conditions.items()}
+
+
+def _key(settings: Sequence[PeerSetting], *numbers: int) -> str:
+    """What a kept result depends on, beside what its folder stands for."""
+    version = importlib.metadata.version("cache-dit")
+    facts = [version, FIRST_BLOCKS, *numbers, *map(dataclasses.asdict, settings)]
+    return sha256_of_bytes(canonical_json(facts).encode())[:16]
+
+
+def _sampled(
+    peer: DiffusionTransformer,
+    sampling: Sampling,
+    batches: Sequence[tuple[Tensor, dict[str, Tensor]]],
+    count: int,
+    path: Path,
+) -> _Sampled:
+    """Make the pictures of one setting, unless that was done before."""
+    try:
+        stored = safetensors.torch.load_file(path)
+        return _Sampled(latents=stored["latents"], cached_steps=stored["cached_steps"].tolist())
+    except (OSError, SafetensorError):
+        pass
+    made, cached_steps = [], []
+    for batch in batches:
+        made.append(_sample_anew(peer, sampling, *batch))
+        cached_steps.append(_cached_steps(peer))
+    latents = torch.cat(made)[:count].contiguous()
+    write_bytes(path, safetensors.torch.save({"latents": latents, "cached_steps": torch.tensor(cached_steps)}))
+    return _Sampled(latents=latents, cached_steps=cached_steps)
+
+
+def _ratios(
+    requests: Mapping[str, Callable[[], object]], rounds: int, path: Path, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, float]]:
+    """Each request's time over that of the full run, unless that was taken before: ``median`` and ``iqr`` by name."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        pass
+    interleaved(requests, 1)  # the first run of each allocates, and picks kernels
+    timed = {name: partial(Clock().timed, request, graphs=False) for name, request in requests.items()}
+    runs = interleaved(timed, rounds, progress)
+    times_ms = {name: [run.wall_ms for run in found] for name, found in runs.items()}
+    ratios = {name: ratio_of(times_ms[name], times_ms[FULL]) for name in requests if name != FULL}
+    write_bytes(path, canonical_json(ratios).encode())
+    return ratios
+
+
 def _peer_run(
     setting: PeerSetting,
-    sampled: Sequence[tuple[Tensor, int]],
+    found: _Sampled,
     steps: int,
     cached_step_cost: float,
     ratio: Mapping[str, float],
 ) -> PeerRun:
-    """Put the batches of one setting together."""
-    counts = [cached for _, cached in sampled]
-    cached = statistics.median_low(counts)
+    """Put what was found of one setting together."""
+    cached = statistics.median_low(found.cached_steps)
     return PeerRun(
         name=setting.name,
-        latents=torch.cat([latents for latents, _ in sampled]),
-        latency_ratio=ratio["median"],
-        latency_iqr=ratio["iqr"],
-        cost_in_full_steps=steps - statistics.mean(counts) * (1 - cached_step_cost),
+        latents=found.latents,
+        latency_ratio=ratio.get("median"),
+        latency_iqr=ratio.get("iqr"),
+        cost_in_full_steps=steps - statistics.mean(found.cached_steps) * (1 - cached_step_cost),
         steps_full=steps - cached,
         steps_cached=cached,
     )

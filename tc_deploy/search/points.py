@@ -21,7 +21,9 @@ from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import MANIFEST, canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.errors import ModelError
 from tc_deploy.export.stage import export_bundle
+from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan, plan_sha256, save_plan
 from tc_deploy.runtime.pipeline import Pipeline, Step
 from tc_deploy.search.record import Kind
@@ -134,7 +136,9 @@ class PointMaker:
                     trajectory.append(step.read_latents())
                 progress(start // pipeline.batch_size * step.total + step.index + 1, total)
 
-            labels = labels_of(count, seed, pipeline.manifest.conditions[0].classes or 1)
+            classes = pipeline.manifest.conditions[0].classes
+            assert classes is not None, "a model without classes is refused before anything is built"
+            labels = labels_of(count, seed, classes)
             latents = pipeline(class_labels=labels.tolist(), seed=seed, on_step=on_step).latents
         made = {"latents": latents, "trajectory": np.stack(trajectory)}
         write_bytes(path, safetensors.numpy.save(made))
@@ -171,6 +175,21 @@ class PointMaker:
         latency = Latency(ratio=found["median"], iqr=found["iqr"], full_ms=float(np.median(full_ms)))
         write_bytes(path, canonical_json(vars(latency)).encode())
         return latency
+
+
+def classes_of(model: DiffusionTransformer) -> int:
+    """How many classes a model knows.
+
+    Raises:
+        ModelError: it is not asked by class, so that there are no pictures to ask its engines for.
+    """
+    condition = model.geometry.conditions[0]
+    if condition.classes is None:
+        raise ModelError(
+            f"{model.source}: search asks for pictures by class label, and this model is conditioned on"
+            f" {condition.name}; use tc-deploy calibrate"
+        )
+    return condition.classes
 
 
 def labels_of(count: int, seed: int, classes: int) -> IntArray:

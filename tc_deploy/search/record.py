@@ -18,11 +18,12 @@ from tc_deploy.quality.record import Quality
 SEARCH = "search.json"
 SAMPLES = "samples.safetensors"
 """Final latents of a few pictures per point, ``(n, *latent shape)`` float32 under the point's name."""
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""
 
 LatencySource: TypeAlias = Literal["measured", "flops"]
+Runtime: TypeAlias = Literal["engines", "pytorch"]
 
 
 class Kind(StrEnum):
@@ -54,6 +55,9 @@ class PointRecord(Document):
     name: str
     """Unique and readable: ``K=(4, 2), boundary 25, order 2``."""
     kind: Kind
+    runtime: Runtime
+    """What made its pictures, and in what it was timed. PyTorch's latency ratio is to PyTorch's own full run: shown
+    beside the engines', and never held against them."""
     settings: SettingsRecord | None
     steps_full: NonNegativeInt
     steps_cached: NonNegativeInt
@@ -63,8 +67,8 @@ class PointRecord(Document):
     """Of one whole sampling run: the full run's median times ``latency_ratio``, so that both order points alike; None
     where the latency was not measured."""
     latency_ratio: PositiveFloat
-    """To the full run, median over rounds in which both ran; of FLOPs where the latency was not measured. A point that
-    is no plan runs in PyTorch, and its full run too."""
+    """To the full run of the same runtime, median over rounds in which both ran; of FLOPs where the latency was not
+    measured."""
     latency_iqr: NonNegativeFloat
     """Interquartile range of that ratio over the rounds."""
     quality: Quality
@@ -73,7 +77,7 @@ class PointRecord(Document):
     drift: tuple[float, ...] | None
     """Per step, relative L2 of the latents to the full run's; None where the steps are others."""
     on_front: bool
-    """No other point is both faster and closer to the full run."""
+    """No other point on the engines is both faster and closer to the full run; never of one in PyTorch."""
     predicted_latency_ratio: float | None
     """By the cost model that the search used; None for a point that was not searched for."""
 
@@ -110,7 +114,7 @@ class SearchRecord(Document):
     """A search."""
 
     kind: Literal["search"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     made_by: str
     date: str
     model: ModelRecord

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tc_deploy.search.record import Kind, PointRecord
+from tc_deploy.search.record import Kind, LatencySource, PointRecord
 
 SHARES = (0.5, 0.25)
 """Of the full run's latency, at which the best points are compared."""
@@ -27,25 +27,60 @@ def best_at(points: Sequence[PointRecord], kinds: Sequence[Kind], latency_ratio:
 
 
 def front_names(points: Sequence[PointRecord]) -> set[str]:
-    """The points that no other beats in latency or PSNR without losing in the other."""
+    """The points on the engines that no other there beats in latency or PSNR without losing in the other."""
     names, best_db = set(), float("-inf")
-    for point in sorted(points, key=lambda point: (point.latency_ratio, -point.quality.psnr_db)):
+    built = [point for point in points if point.runtime == "engines"]
+    for point in sorted(built, key=lambda point: (point.latency_ratio, -point.quality.psnr_db)):
         if point.quality.psnr_db > best_db:
             best_db = point.quality.psnr_db
             names.add(point.name)
     return names
 
 
-def remarks_of(points: Sequence[PointRecord]) -> tuple[str, ...]:
+def remarks_of(points: Sequence[PointRecord], latency_source: LatencySource = "measured") -> tuple[str, ...]:
     """Sentences, each a statement about these points alone."""
     said = [line for share in SHARES for line in _at(points, share)]
     said += _tokens(points)
     for point in points:
-        better = [other for other in points if other.kind in (Kind.FULL, *BASELINES) and dominates(other, point)]
-        if point.kind in OURS and better:
-            other = max(better, key=lambda other: other.quality.psnr_db)
-            said.append(f"{point.name} is not recommended: {other.kind} ({other.name}) is faster and closer.")
+        if point.kind in OURS:
+            said += _beaten(point, points)
+    foreign = dict.fromkeys(point.kind for point in points if point.runtime == "pytorch")
+    what = {"measured": "to PyTorch's own full run", "flops": "of FLOPs, as all are"}[latency_source]
+    said += [
+        f"{kind} ran in PyTorch, and its ratios are {what}: it stands beside the points on engines, never on their"
+        " front."
+        for kind in foreign
+    ]
     return tuple(said)
+
+
+def _beaten(point: PointRecord, points: Sequence[PointRecord]) -> list[str]:
+    """What is better than a point of ours: on the same engines, and in PyTorch."""
+    said = []
+    for runtime, words in (
+        ("engines", "{name} is not recommended: {kind} ({other}) is {how}."),
+        (
+            "pytorch",
+            "{name}: {kind} ({other}, {figures}) is {how}, if ratios in PyTorch and on engines may be compared.",
+        ),
+    ):
+        better = [
+            other
+            for other in points
+            if other.runtime == runtime and other.kind in (Kind.FULL, *BASELINES) and dominates(other, point)
+        ]
+        if better:
+            other = max(better, key=lambda other: other.quality.psnr_db)
+            how, figures = _how(other, point), _figures(other)
+            said.append(words.format(name=point.name, kind=other.kind, other=other.name, how=how, figures=figures))
+    return said
+
+
+def _how(better: PointRecord, point: PointRecord) -> str:
+    """In which of the two figures a point is better than one that it dominates."""
+    if better.latency_ratio == point.latency_ratio:
+        return "as fast and closer"
+    return f"faster and {'closer' if better.quality.psnr_db > point.quality.psnr_db else 'as close'}"
 
 
 def dominates(one: PointRecord, other: PointRecord) -> bool:
@@ -57,7 +92,9 @@ def dominates(one: PointRecord, other: PointRecord) -> bool:
 def _at(points: Sequence[PointRecord], share: float) -> list[str]:
     ours = best_at(points, OURS, share)
     if ours is None:
-        return [f"At {share:.0%} of the full run's latency no plan of the search fits."]
+        other = best_at(points, BASELINES, share)
+        best = "" if other is None else f"; the best that does is {other.kind} ({other.name}, {_figures(other)})"
+        return [f"At {share:.0%} of the full run's latency no plan of the search fits{best}."]
     said = []
     fewer = best_at(points, (Kind.FEWER_STEPS,), share)
     gain = "" if fewer is None else f", {_gain(ours, fewer)} fewer steps ({fewer.name}, {_figures(fewer)})"
@@ -68,7 +105,7 @@ def _at(points: Sequence[PointRecord], share: float) -> list[str]:
             continue
         difference = peer.quality.psnr_db - ours.quality.psnr_db
         if difference > -CLOSE_DB:
-            how = "better" if difference > 0 else "within 1 dB"
+            how = "better" if difference > 0 else f"within {CLOSE_DB:g} dB"
             said.append(f"At {share:.0%}, {kind} is {how}: {peer.name}, {_figures(peer)}.")
     return said
 
@@ -107,4 +144,5 @@ def _gain(ours: PointRecord, other: PointRecord) -> str:
 
 
 def _figures(point: PointRecord) -> str:
-    return f"{point.quality.psnr_db:.1f} dB at {point.latency_ratio:.2f}"
+    where = " in PyTorch" if point.runtime == "pytorch" else ""
+    return f"{point.quality.psnr_db:.1f} dB at {point.latency_ratio:.2f}{where}"

@@ -82,10 +82,16 @@ def candidates(recipe: SearchRecipe, steps: int) -> dict[tuple[Any, ...], Candid
 def identity(candidate: Candidate, steps: int) -> tuple[Any, ...]:
     """What a candidate's sampling run depends on."""
     variants = candidate.schedule(steps).variants
-    kept = {phase: candidate.keep_ratio[phase - 1] or candidate.skip for phase in PHASES}
-    run = tuple("full" if variant == FULL else kept[variant] for variant in variants)
-    reuse = () if set(run) <= {"full", Skip.MODEL} else (candidate.reuse,)
-    attention = (candidate.attention,) if any(isinstance(step, float) for step in run) else ()
+    used = [phase for phase in PHASES if phase in variants]
+    # A phase's budget is spent by the importance of its own steps: where tokens are kept it matters which steps are one
+    # phase, and where none are it does not.
+    done: dict[int, Any] = {FULL: FULL}
+    for place, phase in enumerate(used):
+        ratio = candidate.keep_ratio[phase - 1]
+        done[phase] = (place, ratio) if ratio else candidate.skip
+    run = tuple(done[variant] for variant in variants)
+    reuse = () if set(run) <= {FULL, Skip.MODEL} else (candidate.reuse,)
+    attention = (candidate.attention,) if any(candidate.keep_ratio[phase - 1] for phase in used) else ()
     return (run, candidate.forecast_order, *reuse, *attention)
 
 
@@ -104,7 +110,7 @@ def judge_candidates(
         judge: samples with a candidate.
 
     Returns:
-        In the order in which they were judged.
+        In the order in which they were judged; at least one.
     """
     space = candidates(recipe, steps)
     if len(space) <= recipe.trials:
@@ -116,6 +122,8 @@ def judge_candidates(
             judged[key] = judge(space[key])
         if len(judged) == recipe.trials:
             break
+    if not judged:  # the optimiser asked for full runs alone
+        return (judge(next(iter(space.values()))),)
     return tuple(judged.values())
 
 

@@ -44,10 +44,10 @@ from tc_deploy.quality.metrics import drift, picture_psnr_db
 from tc_deploy.runtime.pipeline import noise_of
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import Baselines, settings_name
-from tc_deploy.search.choose import Wish, check_wish, write_search
+from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
 from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
-from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, labels_of
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, classes_of, labels_of
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
@@ -99,7 +99,7 @@ def search_plan(
         report: told how far each part is.
 
     Raises:
-        ModelError: the checkpoint, its scheduler or the classifier cannot be loaded.
+        ModelError: the checkpoint, its scheduler or the classifier cannot be loaded, or the model knows no classes.
         PlanError: there are too few steps, or no candidate has a cached step.
         ExportError: the scheduler's steps are not a deterministic linear update, or a graph cannot be exported.
         BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
@@ -157,6 +157,7 @@ class _Search:
         self.work = destination.parent / f".{destination.name}.work"
         self.folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
         self.maker = PointMaker(self.folder, Path(recipe.model), backend, batch_size)
+        self.classes = classes_of(model)
 
     def run(self, judge: Classifier | None) -> tuple[SearchRecord, dict[str, PlannedPoint], dict[str, FloatArray]]:
         baselines = tuple(self.baselines.all())
@@ -167,22 +168,16 @@ class _Search:
             variants = self._timed_graphs(self.maker.bundle(self.full.plan, self.full.tables))
             costs = cost_model(self.model.geometry.tokens, variants)
         judged, ours = self._screened(importance, costs)
+        ours = uniquely_named(ours)
         planned = [self.full, *ours, *baselines]
         for point in ours:
             planned += self.baselines.twins(point, importance)
-        points, samples = self._confirmed(planned, judge)
-        remarks = remarks_of(points)
+        points, lost, samples = self._confirmed(planned, judge)
+        remarks = list(remarks_of(points, "flops" if self.from_flops else "measured"))
         reason = why_no_peer()
         if reason is not None:
-            remarks = (*remarks, f"cache-dit was not compared: {reason}.")
-        elif not self.from_flops:
-            remarks = (
-                *remarks,
-                "cache-dit's latency is a share of PyTorch's own full run, the others' of the engine's.",
-            )
-        compared = {point.name for point in points}
-        lost = (point.name for point in planned if point.name not in compared)
-        remarks += tuple(f"{name} was left out: its pictures are not finite." for name in lost)
+            remarks.append(f"cache-dit was not compared: {reason}.")
+        remarks += [f"{name} was left out: its pictures are not finite." for name in lost]
         stored = safetensors.numpy.save(samples)
         record = SearchRecord(
             kind="search",
@@ -202,7 +197,7 @@ class _Search:
             variants=variants,
             screened=tuple(ScreenedRecord.model_validate(settings_of(item)) for item in judged),
             points=points,
-            remarks=remarks,
+            remarks=tuple(remarks),
             samples=FileRecord(size_bytes=len(stored), sha256=sha256_of_bytes(stored)),
         )
         return record, {point.name: point for point in planned}, samples
@@ -231,7 +226,9 @@ class _Search:
         wanted: dict[Setting, None] = {
             (item.reuse, item.attention, item.forecast_order): None for item in self.space.values() if item.runs_blocks
         }
-        ratios = sorted({0.0, *self.recipe.search.keep_ratio} - {1.0})
+        tokens = self.model.geometry.tokens
+        counts = {round(ratio * tokens) for ratio in (0.0, *self.recipe.search.keep_ratio)}
+        ratios = sorted(count / tokens for count in counts - {tokens})
         grids: list[tuple[Setting | None, tuple[float, float], CacheRecord]] = []
         highest = max(self.recipe.search.forecast_order)
         first = (self.recipe.search.reuse[0], self.recipe.search.attention[0], highest)
@@ -333,8 +330,12 @@ class _Search:
 
     def _confirmed(
         self, planned: Sequence[PlannedPoint], judge: Classifier | None
-    ) -> tuple[tuple[PointRecord, ...], dict[str, FloatArray]]:
-        """Build, run and time every point; the first is the full run."""
+    ) -> tuple[tuple[PointRecord, ...], list[str], dict[str, FloatArray]]:
+        """Build, run and time every point.
+
+        Returns:
+            Points, the full run first; the names of those whose pictures are not finite; samples by name.
+        """
         count = self.recipe.search.confirmation_samples
         bundles = []
         for done, point in enumerate(planned):
@@ -391,12 +392,12 @@ class _Search:
             for point, made in zip(planned, pictures, strict=True)
         } | {run.name: run.latents[:SAMPLE_PICTURES].contiguous().numpy() for run in peers}
         names = {point.name for point in points}
-        return tuple(ordered), {name: latents for name, latents in samples.items() if name in names}
+        lost = [name for name in samples if name not in names]
+        return tuple(ordered), lost, {name: latents for name, latents in samples.items() if name in names}
 
     def _peers(self, count: int) -> tuple[PeerRun, ...]:
         """cache-dit in PyTorch on the same noise and labels; nothing where it is not installed."""
-        classes = self.model.geometry.conditions[0].classes or 1
-        labels = torch.from_numpy(labels_of(count, CONFIRMATION_SEED, classes))
+        labels = torch.from_numpy(labels_of(count, CONFIRMATION_SEED, self.classes))
         noise = torch.from_numpy(noise_of(self.model.geometry.latent_shape, CONFIRMATION_SEED, count))
         return cache_dit_runs(
             self.model,
@@ -404,24 +405,26 @@ class _Search:
             noise,
             {self.model.geometry.conditions[0].name: labels},
             batch_size=self.batch_size,
-            rounds=1 if self.from_flops else self.recipe.search.latency_rounds,
+            rounds=0 if self.from_flops else self.recipe.search.latency_rounds,
+            kept=self.folder / "peers",
             progress=lambda done, total: self.report("sampling under cache-dit", done, total),
         )
 
     def _peer_point(
         self, run: PeerRun, full: Pictures, exact: Pictures | None, judge: Classifier | None
     ) -> PointRecord:
-        ratio = run.cost_in_full_steps / self.sampling.steps if self.from_flops else run.latency_ratio
+        ratio = run.cost_in_full_steps / self.sampling.steps if run.latency_ratio is None else run.latency_ratio
         return PointRecord(
             name=run.name,
             kind=Kind.CACHE_DIT,
+            runtime="pytorch",
             settings=None,
             steps_full=run.steps_full,
             steps_cached=run.steps_cached,
             cost_in_full_steps=round(run.cost_in_full_steps, 3),
             latency_ms=None,
             latency_ratio=round(ratio, 4),
-            latency_iqr=0.0 if self.from_flops else run.latency_iqr,
+            latency_iqr=run.latency_iqr or 0.0,
             drift=None,
             on_front=False,
             predicted_latency_ratio=None,
@@ -448,6 +451,7 @@ class _Search:
         return PointRecord(
             name=point.name,
             kind=point.kind,
+            runtime="engines",
             settings=SettingsRecord(
                 scheduler_class=point.plan.sampling.scheduler_class,
                 schedule=point.plan.schedule,
@@ -470,8 +474,7 @@ class _Search:
     ) -> dict[str, Any]:
         """A point's quality, to the full run and to the converged one."""
         geometry = self.model.geometry
-        classes = geometry.conditions[0].classes
-        labels = None if classes is None else torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, classes))
+        labels = torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, self.classes))
         quality = compare(latents, torch.from_numpy(full.latents), labels, pixels=geometry.pixels, judge=judge)
         converged = None
         if exact is not None:

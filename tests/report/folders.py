@@ -16,6 +16,7 @@ from tc_deploy.bundle import FileRecord, canonical_json, sha256_of_bytes
 from tc_deploy.plan import CacheRecord, ScheduleRecord, load_plan
 from tc_deploy.quality.record import Quality
 from tc_deploy.search.record import (
+    FORMAT_VERSION,
     FULL_POINT,
     SAMPLES,
     SEARCH,
@@ -43,6 +44,7 @@ def make_point(name: str, kind: Kind, ratio: float, psnr_db: float, **changes: A
     fields: dict[str, Any] = {
         "name": name,
         "kind": kind,
+        "runtime": "pytorch" if kind is Kind.CACHE_DIT else "engines",
         "settings": None,
         "steps_full": full,
         "steps_cached": STEPS - full,
@@ -121,7 +123,7 @@ def write_search(
     screened = {"boundary": 20, "k1": 4, "k2": 2, "keep_ratio": (0.0, 0.125), "forecast_order": 2, "skip": "model"}
     fields: dict[str, Any] = {
         "kind": "search",
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "made_by": "tc-deploy 0.1.0",
         "date": "2026-11-23",
         "model": load_plan(folder)[0].model,

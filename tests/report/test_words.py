@@ -86,6 +86,29 @@ def test_estimated_times_are_called_so(tmp_path: Path) -> None:
     assert "Nobody measured a latency: every time here is estimated from FLOPs." in found.sentences
 
 
+def test_a_search_by_flops_has_no_milliseconds(tmp_path: Path) -> None:
+    points = [point.model_copy(update={"latency_ms": None}) for point in points_of_the_demo()]
+    found = verdict(tmp_path / "plan", points, latency_source="flops")
+    assert any("estimated time, at 50.8" in plain(sentence) for sentence in found.sentences)
+
+
+def test_one_picture_is_no_pictures(tmp_path: Path) -> None:
+    found = verdict(tmp_path / "plan", points_of_the_demo(), batch_size=1)
+    assert any("188 ms for 1 picture, at" in plain(sentence) for sentence in found.sentences)
+
+
+@pytest.mark.parametrize(("psnr_db", "named"), [(53.0, True), (50.0, True), (49.0, False)])
+def test_what_ran_in_pytorch_is_named_and_decides_nothing(tmp_path: Path, psnr_db: float, *, named: bool) -> None:
+    before = verdict(tmp_path / "one", points_of_the_demo())
+    peer = make_point("theirs", Kind.CACHE_DIT, 0.4, psnr_db)
+    found = verdict(tmp_path / "two", [*points_of_the_demo(), peer])
+    assert (found.standing, found.headline) == (before.standing, before.headline)
+    words = (
+        f"In PyTorch, theirs (cache-dit): 40 % of PyTorch's full run's time, {psnr_db} dB. That is a share of PyTorch"
+    )
+    assert any(words in plain(sentence) for sentence in found.sentences) == named
+
+
 def test_a_plan_that_is_a_baseline_s_own(tmp_path: Path) -> None:
     points = [
         point.model_copy(update={"kind": Kind.SKIP_FORECAST}) if point.name == CHOSEN else point

@@ -1,11 +1,17 @@
 """The choice of a plan among points: by a wish, among plans alone, and with a plain answer where none fits."""
 
+import dataclasses
+
+import diffusers
 import pytest
 from points import point
 
 from tc_deploy.errors import UsageError
-from tc_deploy.search.choose import Wish, chosen_point
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.search.baselines import Baselines
+from tc_deploy.search.choose import Wish, check_wish, chosen_point, uniquely_named
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
+from tc_deploy.tokencache.sampler import Sampling
 
 FULL = point(Kind.FULL, "full", 1.0, 140.0)
 OURS = point(Kind.TOKEN_CACHE, "ours", 0.5, 40.0)
@@ -34,6 +40,25 @@ def test_of_equally_fast_plans_the_closer_is_chosen_and_of_equally_close_ones_th
 def test_the_fastest_plan_is_named_where_none_fits() -> None:
     with pytest.raises(UsageError, match=r"the fastest takes 0\.50 of the full run's latency of 100\.0 ms, at 40\.0"):
         chosen_point(search_record(FULL, OURS, PEER), Wish(max_latency_ms=1.0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_wish_that_is_no_amount_is_refused(value: float) -> None:
+    for option, wish in {
+        "--target-psnr": Wish(target_psnr_db=value),
+        "--max-latency-ms": Wish(max_latency_ms=value),
+    }.items():
+        with pytest.raises(UsageError, match=f"{option} must be a finite number, 0 or more, found {value}"):
+            check_wish(wish, "measured")
+
+
+def test_points_that_rounding_names_alike_are_numbered(tiny_dit: DiffusionTransformer) -> None:
+    sampling = Sampling(
+        scheduler=diffusers.DDIMScheduler(clip_sample=False), steps=4, guidance_scale=None, set_timesteps_kwargs={}
+    )
+    one = Baselines(tiny_dit, sampling, 0).full()
+    alike = [one, dataclasses.replace(one, name="Full!"), one, dataclasses.replace(one, name="other")]
+    assert [point.name for point in uniquely_named(alike)] == ["full", "Full! #2", "full #3", "other"]
 
 
 def test_milliseconds_are_not_asked_of_flops() -> None:

@@ -42,9 +42,39 @@ def test_a_gain_over_fewer_steps_is_named_with_both_figures() -> None:
 )
 def test_a_baseline_that_comes_close_is_named(psnr_db: float, how: str | None) -> None:
     text = said(*OURS, point(Kind.CACHE_DIT, "theirs", 0.48, psnr_db))
-    assert ("cache-dit" in text) == (how is not None)
+    assert ("At 50%, cache-dit" in text) == (how is not None)
     if how is not None:
         assert f"At 50%, cache-dit is {how}: theirs" in text
+
+
+def test_a_peer_in_pytorch_is_named_and_beats_nothing_on_engines() -> None:
+    points = [*OURS, point(Kind.CACHE_DIT, "theirs", 0.2, 46.0)]
+    assert front_names(points) == front_names(OURS)
+    text = said(*points)
+    assert "ours a: cache-dit (theirs, 46.0 dB at 0.20 in PyTorch) is faster and closer, if ratios in" in text
+    assert "ours b: cache-dit" in text
+    assert "ours b is not recommended" not in text
+    assert "cache-dit ran in PyTorch, and its ratios are to PyTorch's own full run" in text
+    assert "of FLOPs, as all are" in remarks_of(points, "flops")[-1]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "psnr_db", "how"),
+    [
+        (0.4, 31.0, "faster and closer"),
+        (0.4, 30.0, "faster and as close"),
+        (0.5, 31.0, "as fast and closer"),
+    ],
+)
+def test_how_a_baseline_is_better_is_said_as_it_is(ratio: float, psnr_db: float, how: str) -> None:
+    other = point(Kind.FEWER_STEPS, "5 steps", ratio, psnr_db)
+    text = said(FULL, point(Kind.TOKEN_CACHE, "ours", 0.5, 30.0), other)
+    assert f"ours is not recommended: fewer steps (5 steps) is {how}." in text
+
+
+def test_where_no_plan_fits_the_best_baseline_is_named() -> None:
+    text = said(FULL, SLOW, FEWER, point(Kind.SKIP_REUSE, "skipped", 0.2, 31.0))
+    assert "At 25% of the full run's latency no plan of the search fits; the best that does is skip, reuse (sk" in text
 
 
 def test_a_plan_that_loses_to_fewer_steps_is_not_recommended() -> None:

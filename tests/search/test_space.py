@@ -63,6 +63,23 @@ def test_skipping_blocks_is_another_run_only_where_a_phase_keeps_nothing() -> No
     assert len(candidates(both, STEPS)) == 2 * len(one) - keeping_everywhere
 
 
+def test_where_tokens_are_kept_the_boundary_tells_runs_apart_and_elsewhere_only_by_its_steps() -> None:
+    recipe = SMALL.model_copy(update={"boundary": (0.25, 0.5), "k1": (3,), "k2": (3,)})
+    found = list(candidates(recipe, STEPS).values())
+    # Both boundaries are multiples of 3, so that the steps are the same ones. Each phase's tokens are spent over blocks
+    # by the importance of its own steps.
+    assert sum(not candidate.keeps_tokens for candidate in found) == 1
+    assert [candidate.boundary for candidate in found if all(candidate.keep_ratio)] == [3, 6]
+
+
+def test_something_is_judged_even_if_the_optimiser_asks_for_full_runs_alone() -> None:
+    late = SMALL.model_copy(update={"boundary": (0.8, 0.9, 1.0), "k1": (1,), "k2": (1, 2, 3), "trials": 1})
+    late = late.model_copy(update={"keep_ratio": (0.0,)})
+    for seed in range(40):  # with some of which it never asks for the last step but one
+        (judged,) = judge_candidates(late, STEPS, seed, judge)
+        assert any(judged.candidate.schedule(STEPS).variants)
+
+
 def test_a_space_without_a_cached_step_is_refused() -> None:
     with pytest.raises(PlanError, match="no candidate has a cached step in 12 steps"):
         candidates(SearchRecipe(k1=(1,), k2=(1,)), STEPS)
