@@ -150,9 +150,9 @@ def cache_dit_runs(
             path = kept / f"{_key([setting], len(noise), batch_size)}.safetensors"
             sampled[setting] = _sampled(peer, sampling, batches, len(noise), path)
             progress(len(sampled) * len(batches), total)
-        requests: dict[str, Callable[[], object]] = {FULL: partial(_sample, model, sampling, *batches[0])} | {
-            setting.name: partial(_sample_anew, peer, sampling, *batches[0]) for setting, peer in peers.items()
-        }
+        requests: dict[str, Callable[[], object]] = {FULL: partial(_sample, model, sampling, *batches[0])}
+        for setting, peer in peers.items():
+            requests[setting.name] = partial(_sample_anew, peer, sampling, *batches[0])
         path = kept / f"{_key(settings, batch_size, rounds)}.json"
         ratios = _ratios(requests, rounds, path, lambda done, _: progress(untimed + done, total)) if rounds else {}
     return tuple(
