@@ -23,6 +23,15 @@ from tc_deploy.models.loading import load_model
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2}
 WIDTH = 64
 IMAGE = {**SMALL, "sample_size": 8, "patch_size": 2, "in_channels": 4}
+SD3 = {**IMAGE, "out_channels": 4, "joint_attention_dim": 24, "caption_projection_dim": WIDTH} | {
+    "pooled_projection_dim": 20,
+    "pos_embed_max_size": 8,
+}
+FLUX = {**SMALL, "patch_size": 1, "in_channels": 16, "num_single_layers": 2, "joint_attention_dim": 24} | {
+    "pooled_projection_dim": 20,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
     "dit": ("DiTTransformer2DModel", {**IMAGE, "out_channels": 8, "num_embeds_ada_norm": 10}, ModelOptions()),
@@ -44,7 +53,35 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
         },
         ModelOptions(latent_size=(12, 8), text_tokens=1),
     ),
+    "sd3": ("SD3Transformer2DModel", SD3, ModelOptions(latent_size=(8, 12), text_tokens=5)),
+    "sd35": (
+        "SD3Transformer2DModel",
+        {**SD3, "num_layers": 3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+        ModelOptions(latent_size=(8, 8), text_tokens=1),
+    ),
+    "flux": ("FluxTransformer2DModel", FLUX, ModelOptions(latent_size=(8, 12), text_tokens=5)),
+    "flux-schnell": (
+        "FluxTransformer2DModel",
+        # A single block alone, with as many heads as DiT-XL's, of the same odd width.
+        {
+            **FLUX,
+            "num_layers": 0,
+            "num_single_layers": 1,
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "guidance_embeds": False,
+        }
+        | {"axes_dims_rope": (16, 28, 28)},
+        ModelOptions(latent_size=(8, 8), text_tokens=1),
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        {**SMALL, "patch_size": (1, 2, 2), "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 32}
+        | {"ffn_dim": 128, "cross_attn_norm": True},
+        ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
+    ),
 }
+NAMES = tuple(MODELS)
 
 
 def randomise(module: nn.Module, seed: int) -> None:

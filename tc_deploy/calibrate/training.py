@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from tc_deploy.bundle import write_bytes
 from tc_deploy.calibrate.measure import draw_batch
@@ -157,9 +157,16 @@ def _inputs(
 
 
 def _last_tokens(model: DiffusionTransformer, run: Callable[[], Tensor]) -> Tensor:
-    """The tokens behind the last block, (B, N, D), while ``run`` runs the model."""
+    """The image tokens behind the last block, (B, N, D), while ``run`` runs the model."""
     seen: list[Tensor] = []
-    hook = model.blocks[-1].register_forward_hook(lambda module, arguments, output: seen.append(output))
+    module, block = model.described_blocks[-1]
+
+    def note(module: nn.Module, arguments: object, output: object) -> None:  # noqa: ARG001
+        image = block.gives.split(output, model.geometry.tokens).image
+        assert image is not None
+        seen.append(image)
+
+    hook = module.register_forward_hook(note)
     try:
         run()
     finally:

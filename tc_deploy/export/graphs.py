@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from tc_deploy.errors import ExportError
@@ -26,6 +27,9 @@ from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.forward import cached_tensors, run_cached, run_full
 
 OPSET = 20
+FOLDED_ELEMENTS = 2**26
+"""Largest constant that export computes once, so that no step does: rotary tables and sine-cosine positions follow from
+the token grid alone. PyTorch's exporter stops at 2**18, which FLUX's 4608 x 128 exceeds."""
 
 
 class StepGraph(nn.Module):
@@ -88,7 +92,9 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
     Raises:
         ExportError: PyTorch's exporter refuses the graph.
     """
-    axes = {0: torch.export.Dim(MODEL_BATCH, min=1)}
+    batch = {0: torch.export.Dim(MODEL_BATCH, min=1)}
+    shared = graph.model.family.shares_index
+    axes = tuple({} if name == TOKEN_INDEX and shared else batch for name in graph.input_names)
     arguments = tuple(example[name] for name in graph.input_names)
     try:
         with _quiet(), torch.no_grad():
@@ -99,7 +105,7 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
                 opset_version=OPSET,
                 input_names=list(graph.input_names),
                 output_names=list(graph.output_names),
-                dynamic_shapes=((axes,) * len(arguments),) if dynamic_batch else None,
+                dynamic_shapes=(axes,) if dynamic_batch else None,
                 custom_translation_table=_TRANSLATIONS,
                 external_data=False,
                 optimize=True,
@@ -111,6 +117,7 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
     if program is None:
         raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
     model: ir.Model = program.model
+    optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
     _strip_notes(model)
     return model
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tc_deploy.errors import ModelError
-from tc_deploy.models.family import Branch, Family
+from tc_deploy.models.family import Block, Branch, Family, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, token_grid
 
 
@@ -35,11 +35,13 @@ def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
 
 FAMILY = Family(
     model_class="DiTTransformer2DModel",
-    block_lists=("transformer_blocks",),
-    branches=(
-        Branch(name="attention", entry="norm1", exit="attn1"),
-        Branch(name="mlp", entry="norm3", exit="ff"),
+    blocks=(
+        Block(
+            modules="transformer_blocks",
+            entries=("norm1", "norm3"),
+            branches=(Branch(name="attention", exit="attn1"), Branch(name="mlp", exit="ff")),
+            attentions=(SelfAttention(module="attn1"),),
+        ),
     ),
-    self_attention="attn1",
     geometry=_geometry,
 )

@@ -1,20 +1,24 @@
 """What the method must know of a model class, and a loaded model that carries it.
 
 A family is data: where the blocks stand, where in a block tokens enter and leave each residual branch, which module is
-the self-attention. A family never copies model code: the model's own forward runs, and only the forwards named here
-are wrapped while it does.
+the self-attention, where text stands beside the picture. A family never copies model code: the model's own forward
+runs, and only the forwards named here are wrapped while it does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tc_deploy.errors import ModelError
 from tc_deploy.models.geometry import Geometry, ModelOptions
+from tc_deploy.models.rows import Rows
 from tc_deploy.plan import ModelRecord
 
 
@@ -23,16 +27,94 @@ class Branch:
     """One residual branch of a block: ``z + gate * branch(norm(z))``."""
 
     name: str
-    """What the branch's cache is called: ``attention``, ``mlp``."""
-    entry: str
-    """Submodule of the block whose first argument is the branch's (B, N, D) input; pruned tokens stop here."""
+    """What the branch's cache is called: ``attention``, ``mlp``; that of its text rows ``text_attention``."""
     exit: str
-    """Submodule of the block whose result is the branch's (B, N, D) output before the adaLN gate."""
+    """Submodule of the block whose result is the branch's output before the adaLN gate."""
+    rows: Rows = Rows.IMAGE
+    """What the result holds."""
+    optional: bool = False
+    """Some blocks lack it."""
 
 
-def call_diffusers(module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary tables that a self-attention is given: one tensor or a tuple of them, a row per token."""
+
+    argument: str
+    axis: int
+    """The axis that counts tokens: 0 for (N, ...), which the whole batch must share; 1 for (1, N, ...)."""
+    rows: Rows = Rows.IMAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttention:
+    """A submodule of a block in which the tokens attend to each other.
+
+    It must call scaled_dot_product_attention once.
+    """
+
+    module: str
+    keys: Rows = Rows.IMAGE
+    """What its keys and values hold."""
+    prefix: str = ""
+    """Of the names ``key`` and ``value`` of its cache, where a block has two."""
+    rotary: Rotary | None = None
+    optional: bool = False
+    """Some blocks lack it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A kind of block."""
+
+    modules: str
+    """The ModuleList of the blocks."""
+    entries: tuple[str, ...]
+    """Submodules whose first argument is the tokens: pruned ones stop here."""
+    branches: tuple[Branch, ...]
+    attentions: tuple[SelfAttention, ...]
+    entry_rows: Rows = Rows.IMAGE
+    """What the entries' first argument holds."""
+    arguments: tuple[str, ...] = ("hidden_states",)
+    """The block's arguments that hold tokens: one, or two where ``takes`` says so."""
+    takes: Rows = Rows.IMAGE
+    """What those arguments hold."""
+    gives: Rows = Rows.IMAGE
+    """What the block returns."""
+    per_token: tuple[str, ...] = ()
+    """Other arguments of the block that hold what its one argument of tokens holds: long skip connections."""
+
+    def of(self, module: nn.Module, where: str) -> Block:
+        """The description without the optional parts that a block lacks.
+
+        Raises:
+            ModelError: it lacks a part that is not optional.
+        """
+
+        def has(path: str, *, optional: bool) -> bool:
+            try:
+                module.get_submodule(path)
+            except AttributeError:
+                if not optional:
+                    raise ModelError(
+                        f"{where}: a {type(module).__name__} has no submodule {path!r}; its family must name those that"
+                        " it has"
+                    ) from None
+                return False
+            return True
+
+        for entry in self.entries:
+            has(entry, optional=False)
+        return dataclasses.replace(
+            self,
+            branches=tuple(branch for branch in self.branches if has(branch.exit, optional=branch.optional)),
+            attentions=tuple(item for item in self.attentions if has(item.module, optional=item.optional)),
+        )
+
+
+def call_diffusers(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:  # noqa: ARG001
     """Run a forward that takes its inputs by name, as diffusers' transformers do."""
-    output: torch.Tensor = module(**inputs, return_dict=False)[0]
+    output: Tensor = module(**inputs, return_dict=False)[0]
     return output
 
 
@@ -41,16 +123,25 @@ class Family:
     """A model class, described."""
 
     model_class: str
-    block_lists: tuple[str, ...]
-    branches: tuple[Branch, ...]
-    self_attention: str
-    """Submodule of a block inside which scaled_dot_product_attention is called once, on the tokens."""
+    blocks: tuple[Block, ...]
+    """Kinds of blocks in the order in which they run."""
     geometry: Callable[[nn.Module, ModelOptions], Geometry]
     """Sizes of a loaded module; raises ModelError where the options do not fit it."""
-    check: Callable[[Mapping[str, Any]], str | None] = lambda config: None
-    """What a configuration asks for that the family does not cover, in words; None where it covers all."""
-    call: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] = call_diffusers
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = lambda config, pipeline: None
+    """What the configurations of a model and of its pipeline (empty where there is none) ask for that the family does
+    not cover, in words; None where it covers all."""
+    call: Callable[[nn.Module, Mapping[str, Any], Geometry], Tensor] = call_diffusers
     """Runs the module's forward on the inputs by name."""
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    """Makes an empty module from a configuration; None: the class is diffusers' own."""
+    timestep_divisor: float = 1.0
+    """What the model's pipelines divide the scheduler's timesteps by."""
+
+    @property
+    def shares_index(self) -> bool:
+        """Whether all samples of a batch must compute the same tokens, as rotary tables without batch axis demand."""
+        attentions = [item for block in self.blocks for item in block.attentions]
+        return any(item.rotary is not None and item.rotary.axis == 0 for item in attentions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +157,23 @@ class DiffusionTransformer:
     options: ModelOptions
     """What the checkpoint left open and was chosen."""
 
+    @cached_property
+    def described_blocks(self) -> tuple[tuple[nn.Module, Block], ...]:
+        """The blocks in the order in which they run, each with what it has of its kind's description.
+
+        Raises:
+            ModelError: a block is not as its family says.
+        """
+        return tuple(
+            (module, kind.of(module, f"{kind.modules}.{name}"))
+            for kind in self.family.blocks
+            for name, module in self.module.get_submodule(kind.modules).named_children()
+        )
+
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The blocks in the order in which they run."""
-        return tuple(block for name in self.family.block_lists for block in self.module.get_submodule(name).children())
+        return tuple(module for module, _ in self.described_blocks)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -90,20 +194,27 @@ class DiffusionTransformer:
             text_tokens=self.options.text_tokens,
         )
 
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the model's own forward.
 
         Args:
-            inputs: by :attr:`input_names`; ``hidden_states`` (B, latent shape), ``timestep`` (B,) float32, conditions
-                with a leading batch axis. Integer conditions may be int32: they are widened, as embeddings want int64.
+            inputs: by :attr:`input_names`; ``hidden_states`` (B, latent shape), ``timestep`` (B,) float32 as the
+                scheduler gives it, conditions with a leading batch axis. Integer conditions may be int32: they are
+                widened, as embeddings want int64.
 
         Returns:
             (B, output channels, ...), the other axes as the latents'.
         """
-        widened = {name: value.long() if value.dtype == torch.int32 else value for name, value in inputs.items()}
-        return self.family.call(self.module, widened)
+        given = {name: value.long() if value.dtype == torch.int32 else value for name, value in inputs.items()}
+        if self.family.timestep_divisor != 1:
+            given["timestep"] = given["timestep"] / self.family.timestep_divisor
+        return self.family.call(self.module, given, self.geometry)
 
-    def random_conditions(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def index_row(self, row: Tensor, batch: int) -> Tensor:
+        """A row (sum of M,) of an index table as a step takes it: as it is where the batch shares it, else (B, sum)."""
+        return row if self.family.shares_index else row.expand(batch, -1)
+
+    def random_conditions(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Conditions to calibrate and check with, as :class:`Values` says for each.
 
         Returns:
@@ -111,7 +222,7 @@ class DiffusionTransformer:
         """
         return {condition.name: condition.draw(batch, generator) for condition in self.geometry.conditions}
 
-    def with_unconditional(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def with_unconditional(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Append the unconditional half of a guided batch.
 
         Returns:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
 
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import ModelError, first_line
-from tc_deploy.models import dit, pixart
+from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
 
-FAMILIES: Mapping[str, Family] = {family.model_class: family for family in (dit.FAMILY, pixart.FAMILY)}
+FAMILIES: Mapping[str, Family] = {module.FAMILY.model_class: module.FAMILY for module in (dit, pixart, sd3, flux, wan)}
+ENTRY_POINTS = "tc_deploy.families"
+"""Group of the entry points by which an installed package makes families known."""
+_REGISTERED: dict[str, Family] = {}
 LEGACY_CLASS = "Transformer2DModel"
 """What older checkpoints call DiT and PixArt; ``norm_type`` tells which."""
 _LEGACY = {"ada_norm_zero": dit.FAMILY, "ada_norm_single": pixart.FAMILY}
@@ -51,9 +57,12 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     files = _weight_files(folder)
     _check_whole(files)
     try:
-        module, info = getattr(diffusers, family.model_class).from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        if family.build is not None:
+            module, info = _built(family.build, config, files)
+        else:
+            module, info = getattr(diffusers, family.model_class).from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, SafetensorError) as error:
         # diffusers' advice that follows would fill missing weights with random ones.
         reason = first_line(error).partition(". If you want to instead overwrite")[0]
@@ -87,6 +96,48 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     )
 
 
+def _built(
+    build: Callable[[Mapping[str, Any]], nn.Module], config: Mapping[str, Any], files: tuple[Path, ...]
+) -> tuple[nn.Module, dict[str, list[str]]]:
+    """A module that is not diffusers', with its weights in fp32, and the keys that did not fit."""
+    module = build(config)
+    weights = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+    keys = module.load_state_dict(weights, strict=False, assign=True)
+    return module, {"missing_keys": keys.missing_keys, "unexpected_keys": keys.unexpected_keys}
+
+
+def register_family(family: Family) -> None:
+    """Make a model class known to this process; an installed package does it by an entry point (docs/adapters.md).
+
+    A class that was registered before gets the new family.
+
+    Raises:
+        ModelError: it is a class that the package knows by itself.
+    """
+    if family.model_class in FAMILIES:
+        raise ModelError(f"model class {family.model_class!r} has a family already; give your class another name")
+    _REGISTERED[family.model_class] = family
+
+
+def known_families() -> dict[str, Family]:
+    """Families by model class: the package's own, those of installed packages, and those registered.
+
+    Raises:
+        ModelError: an installed package's family cannot be imported.
+    """
+    installed = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            family: Family = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"entry point {entry.name!r} of {ENTRY_POINTS}: {first_line(error)}; repair or remove the package that"
+                " declares it"
+            ) from error
+        installed[family.model_class] = family
+    return {**installed, **_REGISTERED, **FAMILIES}
+
+
 def family_of(config: Mapping[str, Any], where: Path) -> Family:
     """The family of a configuration.
 
@@ -97,14 +148,15 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     Raises:
         ModelError: the class has no family, or the configuration asks for what its family does not cover.
     """
-    name = config.get("_class_name")
-    family = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else FAMILIES.get(str(name))
+    name, known = config.get("_class_name"), known_families()
+    family = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else known.get(str(name))
     if family is None:
         raise ModelError(
-            f"{where}: no family for model class {name!r}; known classes: {', '.join(FAMILIES)}; docs/adapters.md shows"
-            " how to describe another"
+            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; docs/adapters.md"
+            " shows how to describe another"
         )
-    uncovered = family.check(config)
+    pipeline = where.parent.parent / "model_index.json"
+    uncovered = family.check(config, _read_json(pipeline) if pipeline.is_file() else {})
     if uncovered is not None:
         raise ModelError(
             f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tc_deploy.models.family import Branch, Family, call_diffusers
+from tc_deploy.models.family import Block, Branch, Family, SelfAttention, call_diffusers
 from tc_deploy.models.geometry import (
     Condition,
     Geometry,
@@ -48,20 +48,20 @@ def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
     )
 
 
-def _call(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _call(module: Any, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if module.use_additional_conditions:
         # Constants of the token grid, so no inputs.
-        batch, _, *latents = inputs["hidden_states"].shape
-        height, width = (AUTOENCODER_SCALE * axis for axis in latents)
+        batch = len(inputs["hidden_states"])
+        height, width = (AUTOENCODER_SCALE * axis for axis in geometry.latent_shape[1:])
         sizes = {
             "resolution": torch.tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
             "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
         }
-    return call_diffusers(module, {**inputs, "added_cond_kwargs": sizes})
+    return call_diffusers(module, {**inputs, "added_cond_kwargs": sizes}, geometry)
 
 
-def _check(config: Mapping[str, Any]) -> str | None:
+def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None:  # noqa: ARG001
     if config.get("attention_type", "default") != "default":
         return f"GLIGEN (attention_type {config['attention_type']!r})"
     if config.get("cross_attention_dim", 1) is None:
@@ -71,13 +71,18 @@ def _check(config: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     model_class="PixArtTransformer2DModel",
-    block_lists=("transformer_blocks",),
-    branches=(
-        Branch(name="attention", entry="norm1", exit="attn1"),
-        Branch(name="cross_attention", entry="attn2", exit="attn2"),
-        Branch(name="mlp", entry="norm2", exit="ff"),
+    blocks=(
+        Block(
+            modules="transformer_blocks",
+            entries=("norm1", "attn2", "norm2"),
+            branches=(
+                Branch(name="attention", exit="attn1"),
+                Branch(name="cross_attention", exit="attn2"),
+                Branch(name="mlp", exit="ff"),
+            ),
+            attentions=(SelfAttention(module="attn1"),),
+        ),
     ),
-    self_attention="attn1",
     geometry=_geometry,
     check=_check,
     call=_call,

@@ -3,43 +3,74 @@
 While :func:`cache_points` is open, the model's own forward runs, and at each block's cache points it asks a
 :class:`CachePoints` what to do. Parameter names and the model's class stay as they are; on leaving, the instance is
 what it was before.
+
+Image rows can be pruned and cached; text rows, where a model has them among its tokens, are computed anew by every
+block that computes anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users know
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.errors import ModelError
+from tc_deploy.models.family import Block, Branch, DiffusionTransformer, Rotary, SelfAttention
+from tc_deploy.models.rows import Rows, Streams
 from tc_deploy.types import Reuse
 
 BLOCK = "block"
 """Name of the one branch that a block is with residual reuse."""
 
 
-class CachePoints(Protocol):
-    """What a forward pass does where tokens can be pruned and values cached."""
+class CachePoints(ABC):
+    """What a forward pass does where tokens can be pruned and values cached; by itself it prunes nothing.
 
-    def gather(self, block: int, tokens: Tensor) -> Tensor:
-        """Tokens that go into a branch: (B, N, D) to (B, M, D)."""
+    Args:
+        tokens: N, image tokens of a sample.
+    """
 
-    def branch(self, block: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A branch's value for all tokens, (B, N, D); ``compute`` gives it for the gathered ones."""
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
 
-    def residual(self, block: int, tokens: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """A block's output for all tokens, (B, N, D); ``compute`` runs the block on the tokens it is given."""
+    def computed(self, block: int) -> int:  # noqa: ARG002 - overridden
+        """M, image tokens that the block computes: 0 .. N."""
+        return self.tokens
 
-    def attention(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that queries see: (B, heads, M, head width) to (B, heads, M or N, head width)."""
+    def gather(self, block: int, tokens: Tensor) -> Tensor:  # noqa: ARG002
+        """Image tokens that a block computes: (B, N, D) to (B, M, D).
+
+        A block that computes none gets the first one: reshapes with -1 refuse an empty tensor, and what such a block
+        does with it, beside its adaLN for the gates, is never read.
+        """
+        return tokens
+
+    def table(self, block: int, table: Tensor, axis: int) -> Tensor:  # noqa: ARG002
+        """Rows of a rotary table that belong to them: (N, ...) to (M, ...), or (1, N, ...) to (1 or B, M, ...)."""
+        return table
+
+    @abstractmethod
+    def branch(self, block: int, name: str, rows: Rows, compute: Callable[[], Streams]) -> Streams:
+        """A branch's value for all tokens; ``compute`` gives it for the gathered ones. Text that nobody reads: None."""
+
+    @abstractmethod
+    def residual(self, block: int, image: Tensor, text: Tensor | None, compute: Callable[[Tensor], Streams]) -> Streams:
+        """A block's output for all tokens; ``compute`` runs the block on the image tokens it is given, (B, M, D)."""
+
+    @abstractmethod
+    def attention(self, block: int, prefix: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Image keys and values that queries see: (B, heads, M, head width) to (B, heads, M or N, head width)."""
 
 
 class _SelfAttention(TorchFunctionMode):
-    """Passes keys and values of the current block's self-attention through ``points``.
+    """Passes keys and values of the current self-attention through ``points``.
 
     The call is caught at scaled_dot_product_attention, behind projections, norms and rotary embeddings, so that no
     family needs attention code of its own. Works under torch.export.
@@ -48,17 +79,153 @@ class _SelfAttention(TorchFunctionMode):
     def __init__(self, points: CachePoints) -> None:
         super().__init__()
         self.points = points
-        self.block: int | None = None
+        self.current: tuple[int, SelfAttention] | None = None
+        self.calls = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.block is None:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention or self.current is None:
             return func(*args, **kwargs)
-        query, key, value, *rest = args
-        key, value = self.points.attention(self.block, key, value)
-        return func(query, key, value, *rest, **kwargs)
+        self.calls += 1
+        # Positional or by name, as the caller likes.
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        block, attention = self.current
+        images = self.points.computed(block)
+        key, value = (attention.keys.split(given[name], images, axis=2) for name in ("key", "value"))
+        seen = self.points.attention(block, attention.prefix, _present(key.image), _present(value.image))
+        given["key"], given["value"] = (
+            attention.keys.join(Streams(image, fresh.text), axis=2)
+            for image, fresh in zip(seen, (key, value), strict=True)
+        )
+        return func(*(given.pop(name) for name in ("query", "key", "value")), *args[3:], **given)
+
+    def run(self, block: int, attention: SelfAttention, compute: Callable[[], Any]) -> Any:
+        """Run a self-attention.
+
+        Raises:
+            ModelError: it did not call scaled_dot_product_attention once, so nothing could be cached.
+        """
+        self.current, self.calls = (block, attention), 0
+        try:
+            result = compute()
+        finally:
+            self.current = None
+        if self.calls != 1:
+            raise ModelError(
+                f"block {block}: {attention.module} called scaled_dot_product_attention {self.calls} times, expected"
+                " once; leave the attention processor and the attention backend at their defaults"
+            )
+        return result
+
+
+@contextlib.contextmanager
+def cache_points(model: DiffusionTransformer, reuse: Reuse, points: CachePoints) -> Iterator[None]:
+    """While open, every forward of ``model`` consults ``points``. Not for two threads on one model at once."""
+    mode = _SelfAttention(points)
+    with contextlib.ExitStack() as stack:
+        for number, (module, block) in enumerate(model.described_blocks):
+            wrap = _Wrappers(number, block, points, mode, model.geometry.tokens)
+            for attention in block.attentions:
+                stack.callback(_replace(module.get_submodule(attention.module), wrap.self_attention(attention)))
+            if reuse is Reuse.RESIDUAL:
+                stack.callback(_replace(module, wrap.whole))
+                continue
+            stack.callback(_replace(module, wrap.begin))
+            for entry in block.entries:
+                stack.callback(_replace(module.get_submodule(entry), wrap.entry))
+            for branch in block.branches:
+                stack.callback(_replace(module.get_submodule(branch.exit), wrap.leave(branch)))
+        with mode:
+            yield
+
+
+class _Wrappers:
+    """What stands in for the forwards of one block and of its submodules; each takes the original first."""
+
+    def __init__(self, number: int, block: Block, points: CachePoints, mode: _SelfAttention, tokens: int) -> None:
+        self.number, self.block, self.points, self.mode, self.tokens = number, block, points, mode, tokens
+        self.text: Tensor | None = None
+
+    def begin(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Of the block with branch reuse: note its text, whose shape a branch may need."""
+        self.text = self._streams(_bound(original, args, kwargs)).text
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.text = None
+
+    def entry(self, original: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Of a submodule that tokens enter: only those that the block computes."""
+        return original(self._gathered(tokens, self.block.entry_rows), *args, **kwargs)
+
+    def leave(self, branch: Branch) -> Callable[..., Any]:
+        """Of a submodule that a branch leaves: its value for all tokens."""
+
+        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def compute() -> Streams:
+                return branch.rows.split(original(*args, **kwargs), self.points.computed(self.number))
+
+            image, text = self.points.branch(self.number, branch.name, branch.rows, compute)
+            if branch.rows.has_text and text is None:
+                text = torch.zeros_like(_present(self.text))
+            return branch.rows.join(Streams(image, text))
+
+        return wrapper
+
+    def whole(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Of the block with residual reuse: its output for all tokens."""
+        bound = _bound(original, args, kwargs)
+        image, text = self._streams(bound)
+
+        def compute(gathered: Tensor) -> Streams:
+            value = self.block.takes.join(Streams(gathered, text))
+            names = self.block.arguments
+            bound.arguments.update(zip(names, value if len(names) > 1 else (value,), strict=True))
+            for name in self.block.per_token:
+                if isinstance(bound.arguments.get(name), Tensor):
+                    bound.arguments[name] = self._gathered(bound.arguments[name], self.block.takes)
+            output = original(*bound.args, **bound.kwargs)
+            return self.block.gives.split(output, self.points.computed(self.number))
+
+        return self.block.gives.join(self.points.residual(self.number, _present(image), text, compute))
+
+    def self_attention(self, attention: SelfAttention) -> Callable[..., Any]:
+        """Of a self-attention: rotary tables as the tokens are, keys and values through ``points``."""
+
+        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if attention.rotary is None:
+                return self.mode.run(self.number, attention, lambda: original(*args, **kwargs))
+            bound = _bound(original, args, kwargs)
+            given = bound.arguments[attention.rotary.argument]
+            several = isinstance(given, tuple | list)
+            tables = tuple(self._table(table, attention.rotary) for table in (given if several else (given,)))
+            bound.arguments[attention.rotary.argument] = tables if several else tables[0]
+            return self.mode.run(self.number, attention, lambda: original(*bound.args, **bound.kwargs))
+
+        return wrapper
+
+    def _gathered(self, tokens: Tensor, rows: Rows) -> Tensor:
+        """The rows that the block computes, and its text where it computes any."""
+        image, text = rows.split(tokens, self.tokens)
+        if text is not None and not self.points.computed(self.number):
+            text = text[:, :0]
+        joined: Tensor = rows.join(Streams(self.points.gather(self.number, _present(image)), text))
+        return joined
+
+    def _table(self, table: Tensor, rotary: Rotary) -> Tensor:
+        computed = self.points.computed(self.number)
+        if computed == 0:
+            return table.narrow(rotary.axis, 0, 1)
+        image, text = rotary.rows.split(table, self.tokens, axis=rotary.axis)
+        rows = self.points.table(self.number, _present(image), rotary.axis)
+        joined: Tensor = rotary.rows.join(Streams(rows, text), axis=rotary.axis)
+        return joined
+
+    def _streams(self, bound: inspect.BoundArguments) -> Streams:
+        values = tuple(bound.arguments[name] for name in self.block.arguments)
+        return self.block.takes.split(values if len(values) > 1 else values[0], self.tokens)
 
 
 def _replace(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], None]:
@@ -68,6 +235,9 @@ def _replace(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], Non
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
+
+    # A second wrapper around this one still sees the names of the arguments.
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
 
     def undo() -> None:
         if patched_before:
@@ -79,40 +249,10 @@ def _replace(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], Non
     return undo
 
 
-@contextlib.contextmanager
-def cache_points(model: DiffusionTransformer, reuse: Reuse, points: CachePoints) -> Iterator[None]:
-    """While open, every forward of ``model`` consults ``points``. Not for two threads on one model at once."""
-    mode = _SelfAttention(points)
+def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    return inspect.signature(function).bind(*args, **kwargs)
 
-    def self_attention(block: int) -> Callable[..., Any]:
-        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            mode.block = block
-            try:
-                return original(*args, **kwargs)
-            finally:
-                mode.block = None
 
-        return wrapper
-
-    def entry(block: int) -> Callable[..., Any]:
-        return lambda original, tokens, *args, **kwargs: original(points.gather(block, tokens), *args, **kwargs)
-
-    def leave(block: int, name: str) -> Callable[..., Any]:
-        return lambda original, *args, **kwargs: points.branch(block, name, lambda: original(*args, **kwargs))
-
-    def whole(block: int) -> Callable[..., Any]:
-        return lambda original, tokens, *args, **kwargs: points.residual(
-            block, tokens, lambda gathered: original(gathered, *args, **kwargs)
-        )
-
-    with contextlib.ExitStack() as stack:
-        for index, block in enumerate(model.blocks):
-            stack.callback(_replace(block.get_submodule(model.family.self_attention), self_attention(index)))
-            if reuse is Reuse.RESIDUAL:
-                stack.callback(_replace(block, whole(index)))
-                continue
-            for branch in model.family.branches:
-                stack.callback(_replace(block.get_submodule(branch.entry), entry(index)))
-                stack.callback(_replace(block.get_submodule(branch.exit), leave(index, branch.name)))
-        with mode:
-            yield
+def _present(rows: Tensor | None) -> Tensor:
+    assert rows is not None, "the family says that there are rows of this kind"
+    return rows

@@ -74,7 +74,7 @@ class TokenCachedSteps:
         # Before that many full steps have run the weights of the missing ones are 0: any finite tensor will do.
         missing = self.cache.forecast_order + 1 - len(self.history)
         table = self.token_index.get(self.schedule.variants[step])
-        rows = None if table is None else table[index_row(self.schedule, step)].expand(batch, -1)
+        rows = None if table is None else self.model.index_row(table[index_row(self.schedule, step)], batch)
         return self.history + [self.history[0]] * missing, self.weights[step].expand(batch, -1), rows
 
 
@@ -92,13 +92,13 @@ def denoise(
     Args:
         model: names the inputs and the output's channels.
         sampling: scheduler, steps, guidance.
-        noise: (B, C, H, W) standard normal.
+        noise: (B, latent shape) standard normal.
         conditions: by name, (B, ...).
         step_function: runs the model at one step.
-        on_step: called after each step with the step, the model's inputs and the new latents (B, C, H, W).
+        on_step: called after each step with the step, the model's inputs and the new latents.
 
     Returns:
-        The final latents, (B, C, H, W).
+        The final latents, (B, latent shape).
     """
     scheduler = sampling.fresh_scheduler()
     guided = sampling.guidance_scale is not None

@@ -40,15 +40,6 @@ def test_a_missing_condition_is_not_made_up(tiny_dit: DiffusionTransformer) -> N
         tiny_dit.with_unconditional({})
 
 
-def test_the_family_names_submodules_of_every_block(tiny_dit: DiffusionTransformer) -> None:
-    assert len(tiny_dit.blocks) == 3
-    for block in tiny_dit.blocks:
-        for branch in tiny_dit.family.branches:
-            assert block.get_submodule(branch.entry) is not None
-            assert block.get_submodule(branch.exit) is not None
-        assert block.get_submodule(tiny_dit.family.self_attention) is not None
-
-
 @pytest.mark.parametrize(
     ("latent_shape", "pixels"),
     [((1, 8, 8), True), ((3, 8, 8), True), ((4, 8, 8), False), ((3, 5, 8, 8), False), ((3, 64), False)],

@@ -1,4 +1,4 @@
-"""PixArt against the untouched class, called as its pipelines call it."""
+"""PixArt's prompt: its mask, its length, and options that do not fit."""
 
 from pathlib import Path
 
@@ -9,26 +9,6 @@ import zoo
 from tc_deploy.errors import ModelError
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["pixart", "pixart-sizes"])
-def test_the_forward_is_the_pipelines_own(name: str) -> None:
-    model = zoo.model(name)
-    inputs = zoo.inputs_of(model, batch=3, seed=1)
-    height, width = (8.0 * axis for axis in model.geometry.latent_shape[1:])
-    sized = model.module.use_additional_conditions
-    plain = model.module(
-        inputs["hidden_states"],
-        encoder_hidden_states=inputs["encoder_hidden_states"],
-        encoder_attention_mask=inputs["encoder_attention_mask"],
-        timestep=inputs["timestep"],
-        added_cond_kwargs={
-            "resolution": torch.tensor([[height, width]]).repeat(3, 1) if sized else None,
-            "aspect_ratio": torch.tensor([[height / width]]).repeat(3, 1) if sized else None,
-        },
-    ).sample
-    assert torch.equal(model.forward(inputs), plain)
 
 
 def test_masked_prompt_tokens_play_no_part() -> None:
@@ -74,9 +54,3 @@ def test_options_are_recorded_and_read_back() -> None:
     record = zoo.model("pixart").record()
     assert ModelOptions.of(record) == ModelOptions(latent_size=(8, 12), text_tokens=5)
     assert (record.tokens, record.width) == (24, 64)
-
-
-def test_gligen_is_refused_by_name(tmp_path: Path) -> None:
-    folder = zoo.save("pixart", tmp_path / "model", attention_type="gated")
-    with pytest.raises(ModelError, match=r"GLIGEN .*not covered"):
-        load_model(folder)

@@ -1,0 +1,91 @@
+"""FLUX.1 (``FluxTransformer2DModel``): double blocks that attend jointly, then single blocks over text and image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
+from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, text_length, token_grid
+from tc_deploy.models.rows import Rows
+
+TEXT_TOKENS = 512
+LATENT_SIZE = (128, 128)
+PACKING = (2, 2)
+"""The pipelines pack 2 x 2 latents into the channels of one token."""
+
+
+def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
+    config: Any = module.config
+    grid = token_grid(latent_size(options, LATENT_SIZE, PACKING), PACKING)
+    tokens = math.prod(grid)
+    text = text_length(options, TEXT_TOKENS)
+    guidance = Condition(name="guidance", dtype="float32", shape=(), values=Values.GUIDANCE)
+    return Geometry(
+        grid=grid,
+        tokens=tokens,
+        width=config.num_attention_heads * config.attention_head_dim,
+        latent_shape=(tokens, config.in_channels),
+        output_channels=tokens,
+        conditions=(
+            Condition(name="encoder_hidden_states", dtype="float32", shape=(text, config.joint_attention_dim)),
+            Condition(name="pooled_projections", dtype="float32", shape=(config.pooled_projection_dim,)),
+            *((guidance,) if config.guidance_embeds else ()),
+        ),
+        text_tokens=text,
+    )
+
+
+def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
+    rows, columns = (torch.arange(axis, dtype=torch.float32) for axis in geometry.grid)
+    image = torch.stack(torch.meshgrid(torch.zeros(1), rows, columns, indexing="ij"), dim=-1).reshape(-1, 3)
+    return call_diffusers(
+        module, {**inputs, "img_ids": image, "txt_ids": torch.zeros(geometry.text_tokens, 3)}, geometry
+    )
+
+
+def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None:  # noqa: ARG001
+    channels, made = config.get("in_channels", 64), config.get("out_channels")
+    return None if made in (None, channels) else f"{channels} channels in and {made} out (fill, canny, depth)"
+
+
+_ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
+_ATTENTION = SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY)
+_STREAMS: dict[str, Any] = {
+    "arguments": ("hidden_states", "encoder_hidden_states"),
+    "takes": Rows.IMAGE_AND_TEXT,
+    "gives": Rows.TEXT_AND_IMAGE,
+    "attentions": (_ATTENTION,),
+}
+
+FAMILY = Family(
+    model_class="FluxTransformer2DModel",
+    blocks=(
+        Block(
+            modules="transformer_blocks",
+            entries=("norm1", "norm2"),
+            branches=(
+                Branch(name="attention", exit="attn", rows=Rows.IMAGE_AND_TEXT),
+                Branch(name="mlp", exit="ff"),
+                Branch(name="mlp", exit="ff_context", rows=Rows.TEXT),
+            ),
+            **_STREAMS,
+        ),
+        Block(
+            modules="single_transformer_blocks",
+            entries=("norm",),
+            entry_rows=Rows.TEXT_IMAGE,
+            # Attention and MLP side by side, one projection and one gate for both.
+            branches=(Branch(name="parallel", exit="proj_out", rows=Rows.TEXT_IMAGE),),
+            **_STREAMS,
+        ),
+    ),
+    geometry=_geometry,
+    check=_check,
+    call=_call,
+    timestep_divisor=1000.0,
+)

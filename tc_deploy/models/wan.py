@@ -1,0 +1,65 @@
+"""Wan, text to video (``WanTransformer3DModel``): tokens over frames, rows and columns, prompt by cross-attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention
+from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
+
+TEXT_TOKENS = 512
+LATENT_SIZE = (21, 60, 104)
+"""81 frames of 480 x 832 pixels."""
+
+
+def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
+    config: Any = module.config
+    size = latent_size(options, LATENT_SIZE, config.patch_size)
+    grid = token_grid(size, config.patch_size)
+    text = text_length(options, TEXT_TOKENS)
+    return Geometry(
+        grid=grid,
+        tokens=math.prod(grid),
+        width=config.num_attention_heads * config.attention_head_dim,
+        latent_shape=(config.in_channels, *size),
+        output_channels=config.out_channels or config.in_channels,
+        conditions=(Condition(name="encoder_hidden_states", dtype="float32", shape=(text, config.text_dim)),),
+        text_tokens=text,
+    )
+
+
+def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None:
+    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+        if config.get(key) is not None:
+            return f"image embeddings ({key} {config[key]}, image to video)"
+    channels, made = config.get("in_channels", 16), config.get("out_channels", 16)
+    if made not in (None, channels):
+        return f"{channels} channels in and {made} out (image to video)"
+    if pipeline.get("expand_timesteps"):
+        return "a timestep per token (expand_timesteps, as in Wan 2.2 TI2V)"
+    if pipeline.get("boundary_ratio") is not None:
+        return "two transformers that take turns (boundary_ratio, as in Wan 2.2 A14B)"
+    return None
+
+
+FAMILY = Family(
+    model_class="WanTransformer3DModel",
+    blocks=(
+        Block(
+            modules="blocks",
+            entries=("norm1", "norm2", "norm3"),
+            branches=(
+                Branch(name="attention", exit="attn1"),
+                Branch(name="cross_attention", exit="attn2"),
+                Branch(name="mlp", exit="ffn"),
+            ),
+            attentions=(SelfAttention(module="attn1", rotary=Rotary(argument="rotary_emb", axis=1)),),
+        ),
+    ),
+    geometry=_geometry,
+    check=_check,
+)

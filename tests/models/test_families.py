@@ -1,0 +1,194 @@
+"""Every family against its untouched class, called as its pipelines call it; and what a family refuses."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import zoo
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from torch import Tensor
+
+from tc_deploy.errors import ModelError
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.loading import FAMILIES, load_model
+from tc_deploy.models.rows import Rows, Streams
+
+Inputs = Mapping[str, Tensor]
+
+
+def _dit(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    return {**inputs, "class_labels": inputs["class_labels"].long()}
+
+
+def _pixart(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    if not model.module.use_additional_conditions:
+        return {**inputs, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    height, width = (8.0 * axis for axis in model.geometry.latent_shape[1:])
+    batch = len(inputs["timestep"])
+    sizes = {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
+    return {**inputs, "added_cond_kwargs": {name: value.repeat(batch, 1) for name, value in sizes.items()}}
+
+
+def _flux(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    ids = FluxPipeline._prepare_latent_image_ids(1, *model.geometry.grid, torch.device("cpu"), torch.float32)
+    text = torch.zeros(inputs["encoder_hidden_states"].shape[1], 3)
+    return {**inputs, "timestep": inputs["timestep"] / 1000, "img_ids": ids, "txt_ids": text}
+
+
+PIPELINES: Mapping[str, Callable[[DiffusionTransformer, Inputs], dict[str, Any]]] = {
+    "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _pixart,
+    "SD3Transformer2DModel": lambda model, inputs: dict(inputs),
+    "FluxTransformer2DModel": _flux,
+    "WanTransformer3DModel": lambda model, inputs: dict(inputs),
+}
+
+
+def test_every_family_is_in_the_zoo() -> None:
+    assert {zoo.MODELS[name][0] for name in zoo.NAMES} == set(FAMILIES) == set(PIPELINES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_the_forward_is_the_pipelines_own(name: str) -> None:
+    model = zoo.model(name)
+    inputs = zoo.inputs_of(model, batch=3, seed=1)
+    plain = model.module(**PIPELINES[model.family.model_class](model, inputs)).sample
+    output = model.forward(inputs)
+    assert torch.equal(output, plain)
+    assert output.shape == (3, model.geometry.output_channels, *model.geometry.latent_shape[1:])
+    assert output.std() > 0.1
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_sizes_are_the_module_s_own(name: str) -> None:
+    model = zoo.model(name)
+    seen: list[tuple[int, ...]] = []
+
+    def note(module: object, arguments: object, keywords: Mapping[str, Tensor], output: Any) -> None:
+        image = model.described_blocks[0][1].gives.split(output, model.geometry.tokens).image
+        assert image is not None
+        seen.append(tuple(image.shape))
+
+    hook = model.blocks[0].register_forward_hook(note, with_kwargs=True)
+    model.forward(zoo.inputs_of(model, batch=2, seed=1))
+    hook.remove()
+    assert seen == [(2, model.geometry.tokens, model.geometry.width)]
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_guidance_doubles_every_condition_and_the_forward_takes_it(name: str) -> None:
+    model = zoo.model(name)
+    inputs = zoo.inputs_of(model, batch=2, seed=1)
+    given = {condition.name: inputs[condition.name] for condition in model.geometry.conditions}
+    doubled = model.with_unconditional(given)
+    for condition, tensor in given.items():
+        assert torch.equal(doubled[condition][:2], tensor)
+        assert doubled[condition].shape == (4, *tensor.shape[1:])
+        assert doubled[condition].dtype == tensor.dtype
+    both = {key: torch.cat([inputs[key]] * 2) for key in ("hidden_states", "timestep")}
+    output = model.forward({**both, **doubled})
+    assert output.isfinite().all()
+    changes = not torch.equal(output[:2], output[2:])
+    assert changes
+
+
+# -------------------------------------------------------------------------------------------------------- not covered
+@pytest.mark.parametrize(
+    ("name", "changes", "pipeline", "reason"),
+    [
+        ("pixart", {"attention_type": "gated"}, {}, "GLIGEN"),
+        ("sd3", {"in_channels": 8}, {}, r"8 channels in and 4 out \(control or inpainting\)"),
+        ("flux", {"out_channels": 8}, {}, r"16 channels in and 8 out \(fill, canny, depth\)"),
+        ("wan", {"image_dim": 16}, {}, r"image embeddings \(image_dim 16, image to video\)"),
+        ("wan", {"added_kv_proj_dim": 64}, {}, r"image embeddings \(added_kv_proj_dim 64"),
+        ("wan", {"in_channels": 9}, {}, r"9 channels in and 4 out \(image to video\)"),
+        ("wan", {}, {"expand_timesteps": True}, "a timestep per token"),
+        ("wan", {}, {"boundary_ratio": 0.875}, "two transformers that take turns"),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_cover_is_refused_by_name(
+    tmp_path: Path, name: str, changes: dict[str, Any], pipeline: dict[str, Any], reason: str
+) -> None:
+    zoo.save(name, tmp_path / "transformer", **changes)
+    (tmp_path / "model_index.json").write_text(json.dumps(pipeline))
+    with pytest.raises(ModelError, match=rf"{reason}.* is not covered; .*docs/adapters\.md") as raised:
+        load_model(tmp_path, zoo.MODELS[name][2])
+    assert str(raised.value).startswith(str(tmp_path / "transformer" / "config.json"))
+
+
+def test_a_pipeline_that_asks_for_nothing_unusual_loads(tmp_path: Path) -> None:
+    zoo.save("wan", tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"expand_timesteps": False, "boundary_ratio": None}))
+    assert load_model(tmp_path, zoo.MODELS["wan"][2]).geometry.tokens == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("sd3", ModelOptions(latent_size=(8, 18)), "positions for 8 patches along an axis, found 9"),
+        ("sd3", ModelOptions(latent_size=(8, 9)), "multiples of 2x2"),
+        ("flux", ModelOptions(latent_size=(8, 9)), "multiples of 2x2"),
+        ("wan", ModelOptions(latent_size=(8, 8)), "expected 3 axes"),
+        ("wan", ModelOptions(text_tokens=-1), "at least 1, found -1"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, name: str, options: ModelOptions, reason: str) -> None:
+    folder = zoo.save(name, tmp_path / "model")
+    with pytest.raises(ModelError, match=reason) as raised:
+        load_model(folder, options)
+    assert str(raised.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "text", "latents"),
+    [
+        ("sd3", 16, 333, (4, 8, 8)),
+        ("flux", 4096, 512, (4096, 16)),
+        ("wan", 21 * 30 * 52, 512, (4, 21, 60, 104)),
+    ],
+)
+def test_the_defaults_are_the_pipelines_own(
+    tmp_path: Path, name: str, tokens: int, text: int, latents: tuple[int, ...]
+) -> None:
+    model = load_model(zoo.save(name, tmp_path / "model"))
+    geometry = model.geometry
+    assert (geometry.tokens, geometry.text_tokens, geometry.latent_shape) == (tokens, text, latents)
+    assert (model.record().latent_size, model.record().text_tokens) == (None, None)
+
+
+def test_a_block_that_is_not_as_its_family_says_is_named(tmp_path: Path) -> None:
+    model = load_model(zoo.save("sd3", tmp_path / "model"), zoo.MODELS["sd3"][2])
+    del model.module.transformer_blocks[1].norm2
+    with pytest.raises(ModelError, match=r"transformer_blocks\.1: a JointTransformerBlock has no submodule 'norm2'"):
+        _ = model.blocks
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+@pytest.mark.parametrize("rows", list(Rows))
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_rows_are_taken_apart_and_put_together(rows: Rows, axis: int) -> None:
+    shape = [4, 4, 4]
+    shape[axis] = 3
+    image = torch.full(shape, 1.0)
+    shape[axis] = 2
+    text = torch.full(shape, 2.0)
+    given = Streams(image if rows.has_image else None, text if rows.has_text else None)
+    value = rows.join(given, axis=axis)
+    found = rows.split(value, 3, axis=axis)
+    for mine, theirs in zip(found, given, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert torch.equal(mine, theirs)
+
+
+def test_families_are_diffusers_own_classes() -> None:
+    for name in FAMILIES:
+        assert isinstance(getattr(diffusers, name), type)
