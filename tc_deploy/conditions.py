@@ -120,7 +120,7 @@ def labelled_conditions(needed: Sequence[Condition], class_labels: Sequence[int]
 
 
 def drawn_conditions(needed: Sequence[Condition], count: int, seed: int) -> Conditions:
-    """Random ones: labels from all classes, anything else standard normal; the unconditional half is 0 or "no class"."""
+    """Random ones: labels from all classes, anything else normal; the unconditional half is "no class" or 0."""
     generator = np.random.default_rng(seed)
     given: dict[str, NDArray[Any]] = {}
     for item in needed:

@@ -86,8 +86,10 @@ def command(
             raise UsageError(
                 f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.safetensors')}"
             )
-        request: dict[str, Any] = {"class_labels": [labels[turn] for turn in turns]}
-        if prompts is not None:
+        request: dict[str, Any]
+        if prompts is None:
+            request = {"class_labels": [labels[turn] for turn in turns]}
+        else:
             needed, guided = pipeline.manifest.conditions, pipeline.manifest.guided
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(prompts)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
