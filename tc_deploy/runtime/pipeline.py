@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer
 from tc_deploy.backends.load import load_target
+from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions
 from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, Manifest, variant_name
 from tc_deploy.runtime.binding import Binder, Watch, read_bundle
 from tc_deploy.runtime.program import program_of, slot
 from tc_deploy.schedule import FULL, Schedule, full_schedule
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.types import FloatArray
 
 MAX_SEED = 2**64 - 1
 
@@ -44,7 +45,7 @@ class Step:
     full: bool
     """Whether the step ran in full."""
     read_latents: Callable[[], FloatArray]
-    """A copy of the latents (B, C, H, W) as they stand after this step; valid until the next one."""
+    """A copy of the latents (B, *latent shape) as they stand after this step; valid until the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Result:
     """What a request made."""
 
     latents: FloatArray
-    """(n, C, H, W)."""
+    """(n, *latent shape)."""
     images: NDArray[np.uint8] | None
     """(n, H, W) or (n, H, W, 3); None where the bundle's latents are not pictures and it has no decoder."""
     steps_full: int
@@ -132,7 +133,9 @@ class Pipeline:
     def __call__(
         self,
         *,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int] | None = None,
+        conditions: Arrays | None = None,
+        unconditional: Arrays | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         latents: FloatArray | None = None,
@@ -140,13 +143,16 @@ class Pipeline:
         on_step: Callable[[int, Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Result:
-        """Make one picture per label. All arguments are checked before anything runs.
+        """Make one picture per label, or per row of the conditions. All arguments are checked before anything runs.
 
         Args:
-            class_labels: n labels.
+            class_labels: n labels, for a model that takes labels; otherwise give ``conditions``, one of the two.
+            conditions: by the name that the manifest has, (n, ...), such as prompt embeddings and their masks.
+            unconditional: the same for the unconditional half of a guided batch, (n, ...) or (1, ...) for all pictures
+                alike; labels may be left out, which means "no class".
             seed: picture i has seed ``seed + i``; a seed gives the same picture whatever else is in the batch.
             guidance_scale: instead of the plan's.
-            latents: (n, C, H, W) standard normal noise to start from, instead of the seeds'.
+            latents: (n, *latent shape) standard normal noise to start from, instead of the seeds'.
             full: run every step in full, for comparison.
             on_step: called with the number of the first picture in the batch and the step.
             should_cancel: asked before every step.
@@ -156,11 +162,11 @@ class Pipeline:
                 running another request.
             Cancelled: ``should_cancel`` said so.
         """
-        request = self._checked_request(class_labels, seed, guidance_scale, latents)
+        request = self._checked_request(class_labels, conditions, unconditional, seed, guidance_scale, latents)
         variants = [step.variant for step in self._opened(full=full)]
         made = []
         with self._claimed():
-            for start in range(0, len(request.labels), self.batch_size):
+            for start in range(0, request.conditions.count, self.batch_size):
                 part = slice(start, start + self.batch_size)
                 for step in self._run(request, part, full=full, should_cancel=should_cancel):
                     if on_step is not None:
@@ -178,7 +184,9 @@ class Pipeline:
     def steps(
         self,
         *,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int] | None = None,
+        conditions: Arrays | None = None,
+        unconditional: Arrays | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         latents: FloatArray | None = None,
@@ -188,6 +196,8 @@ class Pipeline:
 
         Args:
             class_labels: at most ``batch_size`` labels.
+            conditions: as for a call, for at most ``batch_size`` pictures.
+            unconditional: as for a call.
             seed: as for a call.
             guidance_scale: as for a call.
             latents: as for a call.
@@ -200,11 +210,11 @@ class Pipeline:
             UsageError: an argument is out of range, does not fit the bundle, or the pipeline is closed (at once); it
                 is running another request (at the first step).
         """
-        request = self._checked_request(class_labels, seed, guidance_scale, latents)
-        if len(request.labels) > self.batch_size:
+        request = self._checked_request(class_labels, conditions, unconditional, seed, guidance_scale, latents)
+        if request.conditions.count > self.batch_size:
             raise UsageError(
-                f"steps takes at most {self.batch_size} labels at a time, the batch size, found {len(request.labels)};"
-                " load with a larger batch size"
+                f"steps makes at most {self.batch_size} pictures at a time, the batch size, found"
+                f" {request.conditions.count}; load with a larger batch size"
             )
         self._opened(full=full)
         return self._claimed_steps(request, full=full)
@@ -245,11 +255,11 @@ class Pipeline:
                 index=index,
                 total=len(program),
                 full=step.variant == FULL,
-                read_latents=functools.partial(_first_samples, step.latents, len(request.labels[part])),
+                read_latents=functools.partial(_first_samples, step.latents, request.conditions.rows(part).count),
             )
 
     def noise(self, seed: int, count: int) -> FloatArray:
-        """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, C, H, W) standard normal.
+        """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, *latent shape), normal.
 
         A picture's noise depends on its seed alone. numpy reserves the right to draw normals in another way in a later
         version; a test pins the values.
@@ -262,23 +272,19 @@ class Pipeline:
 
     def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
         """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
-        labels = request.labels[part]
-        if request.latents is None:
-            noise = self.noise(request.seed + part.indices(len(request.labels))[0], len(labels))
-        else:
-            noise = request.latents[part]
-        missing = self.batch_size - len(labels)
-        labels = np.concatenate([labels, np.repeat(labels[-1:], missing)])
-        start = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
-        start = start * np.float32(self.manifest.solver.init_noise_sigma)
+        rows = np.arange(request.conditions.count)[part]
+        noise = self.noise(request.seed + int(rows[0]), len(rows)) if request.latents is None else request.latents[part]
+        fill = np.minimum(np.arange(self.batch_size), len(rows) - 1)
+        conditions = request.conditions.rows(rows[fill])
+        start = noise[fill] * np.float32(self.manifest.solver.init_noise_sigma)
         scaled = start * self._first_scale
         halves = 2 if self.manifest.guided else 1
-        condition = self.manifest.conditions[0]
         arrays: dict[str, NDArray[Any]] = {
             slot("latents", 0): start,
             "hidden_states": np.concatenate([scaled] * halves),
-            condition.name: np.concatenate([labels, np.full_like(labels, condition.classes)][:halves]),
         }
+        for name, given in conditions.given.items():
+            arrays[name] = np.concatenate([given, conditions.unconditional[name]]) if self.manifest.guided else given
         if self.manifest.guided:
             arrays["guidance_scale"] = np.full(self.batch_size, request.guidance_scale, np.float32)
         # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.
@@ -288,25 +294,35 @@ class Pipeline:
         return arrays
 
     def _checked_request(
-        self, class_labels: Sequence[int], seed: int, guidance_scale: float | None, latents: FloatArray | None
+        self,
+        class_labels: Sequence[int] | None,
+        conditions: Arrays | None,
+        unconditional: Arrays | None,
+        seed: int,
+        guidance_scale: float | None,
+        latents: FloatArray | None,
     ) -> _Request:
-        classes = self.manifest.conditions[0].classes or 0
-        labels = [operator.index(label) for label in class_labels]
-        if not labels:
-            raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
-        for label in labels:
-            if not 0 <= label < classes:
-                raise UsageError(f"class label must lie in 0..{classes - 1}, found {label}")
+        needed, guided = self.manifest.conditions, self.manifest.guided
+        if (class_labels is None) == (conditions is None):
+            raise UsageError("give either class_labels or conditions, and not both")
+        if unconditional is not None and not guided:
+            raise UsageError("this bundle was exported without guidance, so it has no unconditional half; leave it out")
+        if class_labels is not None:
+            if unconditional is not None:
+                raise UsageError('with class_labels the unconditional half is "no class"; leave out unconditional')
+            checked = labelled_conditions(needed, class_labels, guided=guided)
+        else:
+            checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
         _check_seed(seed)
         if guidance_scale is not None and not self.manifest.guided:
             raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise UsageError(f"guidance scale must be a finite number, found {guidance_scale}")
-        expected = (len(labels), *self.manifest.latent_shape)
+        expected = (checked.count, *self.manifest.latent_shape)
         if latents is not None and latents.shape != expected:
             raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
         return _Request(
-            labels=np.asarray(labels, np.int32),
+            conditions=checked,
             seed=seed,
             latents=None if latents is None else latents.astype(np.float32),
             guidance_scale=self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
@@ -339,11 +355,10 @@ class BoundStep:
 class _Request:
     """A request whose arguments have been checked, before it is cut into batches."""
 
-    labels: IntArray
-    """(n,)"""
+    conditions: Conditions
     seed: int
     latents: FloatArray | None
-    """(n, C, H, W)"""
+    """(n, *latent shape)"""
     guidance_scale: float | None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import safetensors.numpy
 from bundles import PIXEL_BATCH, Answer, Made, MadeByCommands, SaveDit, run_cli, save_scheduler, snapshot
 from PIL import Image
 
@@ -120,6 +121,22 @@ def test_latents_are_written_as_they_are(mixed: Made, tmp_path: Path) -> None:
     assert not np.array_equal(made[2], made[0])
     assert not np.array_equal(made[3], made[0])
     assert made[4].shape == made[0].shape == (3, 4, SIDE, SIDE)
+
+
+def test_conditions_come_from_a_file_in_turn(mixed: Made, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.safetensors", tmp_path / "latents.safetensors"
+    given, away = (np.array(labels, np.int32) for labels in ([4, 2], [7]))
+    safetensors.numpy.save_file({"class_labels": given, "unconditional.class_labels": away}, prompts)
+    answer = run_cli("generate", mixed.bundle, "--conditions", prompts, "-n", 3, "--seed", 5, "-o", output)
+    assert answer.code == 0, answer.err
+    with tc_deploy.load(mixed.bundle, batch_size=3) as pipeline:
+        expected = pipeline(conditions={"class_labels": given[[0, 1, 0]]}, unconditional={"class_labels": away}, seed=5)
+    assert np.array_equal(safetensors.numpy.load_file(output)["latents"], expected.latents)
+    words = ("generate", mixed.bundle, "--conditions", prompts, "-n", 1, "-o", output)
+    refused(BAD_USE, "-n 1 is less than the 2 labels or prompts given", *words, unchanged=tmp_path)
+    safetensors.numpy.save_file({"class_labels": given.astype(np.int64)}, prompts)
+    words = ("generate", mixed.bundle, "--conditions", prompts, "-o", output)
+    refused(BAD_USE, f"{prompts}: class_labels: expected int32, found int64", *words, unchanged=tmp_path)
 
 
 def test_pictures_can_be_had_as_latents_too(pixel: MadeByCommands, tmp_path: Path) -> None:
@@ -346,6 +363,8 @@ def test_an_engine_kind_that_nobody_knows(mixed: Made, tmp_path: Path, command: 
         (("--class-label", -1), "class label must lie in 0..9, found -1"),
         (("--class-label", "cat"), "--class-label"),
         ((), "--class-label"),
+        (("--class-label", 1, "--conditions", "prompts.safetensors"), "either --class-label or --conditions FILE"),
+        (("--conditions", "prompts.safetensors"), "prompts.safetensors: no such file of conditions"),
         (("--class-label", 1, "-n", 0), "-n must be at least 1, found 0"),
         (("--class-label", 1, "-n", -3), "-n must be at least 1, found -3"),
         (("--class-label", 1, "--batch-size", 0), "batch size must be at least 1, found 0"),
@@ -368,12 +387,12 @@ def test_guidance_or_another_batch_where_the_bundle_has_none(pixel: MadeByComman
 @pytest.mark.parametrize("name", ["x.jpg", "x", "x.npz", "png"])
 def test_an_output_of_an_unknown_kind(mixed: Made, tmp_path: Path, name: str) -> None:
     words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / name)
-    refused(BAD_USE, "must end in .png (a sheet) or .npy (latents)", *words, unchanged=tmp_path)
+    refused(BAD_USE, "must end in .png (a sheet), .safetensors or .npy (latents)", *words, unchanged=tmp_path)
 
 
 def test_a_picture_of_latents_that_are_none(mixed: Made, tmp_path: Path) -> None:
     words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "x.png")
-    refused(BAD_USE, f"write them with -o {tmp_path / 'x.npy'}", *words, unchanged=tmp_path)
+    refused(BAD_USE, f"write them with -o {tmp_path / 'x.safetensors'}", *words, unchanged=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["notes.txt/x.npy", "folder.npy"])

@@ -224,6 +224,13 @@ BAD_REQUESTS = [
     ({"class_labels": [-1]}, r"class label must lie in 0..9, found -1"),
     ({"class_labels": [2**40]}, r"class label must lie in 0..9"),
     ({"class_labels": [0, 1, 2, 3, 10]}, r"class label must lie in 0..9, found 10"),
+    ({}, "give either class_labels or conditions"),
+    ({"class_labels": [1], "conditions": {"class_labels": np.int32([1])}}, "give either class_labels or conditions"),
+    ({"class_labels": [1], "unconditional": {"class_labels": np.int32([1])}}, "leave out unconditional"),
+    ({"conditions": {}}, r"class_labels is missing; this model takes class_labels \(n,\) int32"),
+    ({"conditions": {"class_labels": np.int64([1])}}, "class_labels: expected int32, found int64"),
+    ({"conditions": {"class_labels": np.int32([10])}}, r"class_labels must lie in 0..9, found 10"),
+    ({"conditions": {"class_labels": np.int32([1, 2])}, "latents": noise(1)}, "latents: expected shape"),
     ({"class_labels": [1], "seed": -1}, r"seed must lie in 0..\d+, found -1"),
     ({"class_labels": [1], "seed": 2**64}, "seed must lie in"),
     ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance scale must be a finite number"),
@@ -258,7 +265,7 @@ def test_bad_steps_are_refused_when_they_are_asked_for(
 
 
 def test_more_steps_at_a_time_than_a_batch_holds_are_refused(guided: Pipeline) -> None:
-    with pytest.raises(UsageError, match="at most 2 labels at a time, the batch size, found 3"):
+    with pytest.raises(UsageError, match="at most 2 pictures at a time, the batch size, found 3"):
         guided.steps(class_labels=[1, 2, 3])
 
 
@@ -266,6 +273,8 @@ def test_guidance_for_a_bundle_without_it_is_refused(unguided: Pipeline) -> None
     for use in (unguided, unguided.steps):
         with pytest.raises(UsageError, match="exported without guidance"):
             use(class_labels=[1], guidance_scale=2.0)
+        with pytest.raises(UsageError, match="exported without guidance"):
+            use(conditions={"class_labels": np.int32([1])}, unconditional={"class_labels": np.int32([1])})
 
 
 @pytest.mark.parametrize("label", [1.5, "1", None])

@@ -124,6 +124,25 @@ def test_another_batch_size_gives_the_same_pictures(
         assert_close(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
 
 
+@each_bundle
+def test_labels_given_as_an_array_are_labels(
+    bundle: str, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray]
+) -> None:
+    found = pipelines[bundle](conditions={"class_labels": np.array(LABELS, np.int32)}, seed=SEED)
+    assert np.array_equal(found.latents, pictures[bundle])
+
+
+def test_an_unconditional_half_of_ones_own_is_used(pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+    """Guidance away from a class: of each picture, or of all alike; away from itself it has no effect."""
+    labels, other = ({"class_labels": np.array(values, np.int32)} for values in (LABELS, [5]))
+    away = pipeline(conditions=labels, unconditional=other, seed=SEED).latents
+    assert relative_error(away, pictures["mixed"]) > VISIBLE
+    each = {"class_labels": np.repeat(other["class_labels"], len(LABELS))}
+    assert np.array_equal(pipeline(conditions=labels, unconditional=each, seed=SEED).latents, away)
+    itself = pipeline(conditions=labels, unconditional=labels, seed=SEED).latents
+    assert_close(itself, pipeline(class_labels=LABELS, seed=SEED, guidance_scale=1.0).latents)
+
+
 def test_pictures_are_the_latents_of_a_bundle_of_pixels(pipelines: dict[str, Pipeline]) -> None:
     result = pipelines["pixel"](class_labels=LABELS, seed=SEED)
     assert result.images is not None

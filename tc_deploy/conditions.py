@@ -1,0 +1,218 @@
+"""What conditions samples: labels, prompt embeddings, masks; checked by name, type and shape before anything runs.
+
+In: arrays by name, from a caller or from a safetensors file, in which the arrays of the unconditional half stand under
+``unconditional.NAME``. Out: :class:`Conditions` that fit a model. Never: encodes a prompt, converts a type, or fills in
+an embedding that was not given.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from tc_deploy.errors import UsageError, first_line
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+UNCONDITIONAL = "unconditional."
+HOW_TO_ENCODE = "examples/encode_prompts.py PIPELINE -o prompts.safetensors makes such a file"
+
+
+class Condition(Protocol):
+    """One input that conditions a model; a family and a manifest describe it with classes of their own."""
+
+    @property
+    def name(self) -> str:
+        """The model's argument."""
+
+    @property
+    def dtype(self) -> str:
+        """As numpy calls it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Per sample, so without the batch axis."""
+
+    @property
+    def classes(self) -> int | None:
+        """Labels run from 0 to classes - 1; the one after them means "no class". None where it is not a label."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditions:
+    """What conditions n samples, checked."""
+
+    count: int
+    """n."""
+    given: Arrays
+    """By name, (n, ...)."""
+    unconditional: Arrays
+    """By name, (n, ...), for the unconditional half of a guided batch; empty without guidance."""
+
+    def rows(self, index: Any) -> Conditions:
+        """Some of the samples, in that order; ``index`` is what numpy takes to choose rows."""
+        return Conditions(
+            count=len(np.arange(self.count)[index]),
+            given={name: array[index] for name, array in self.given.items()},
+            unconditional={name: array[index] for name, array in self.unconditional.items()},
+        )
+
+
+def checked_conditions(
+    needed: Sequence[Condition], given: Arrays, unconditional: Arrays | None, *, guided: bool, where: str = "conditions"
+) -> Conditions:
+    """Check that conditions fit a model.
+
+    Args:
+        needed: what the model takes.
+        given: by name, (n, ...), n at least 1.
+        unconditional: by name, (n, ...), or (1, ...) for all samples alike. Labels may be left out and are then "no
+            class". Not looked at without guidance.
+        guided: whether there is an unconditional half.
+        where: named first in every message.
+
+    Raises:
+        UsageError: one is missing, unknown, of another type, shape or number, a label is out of range, or a value is
+            not finite.
+    """
+    conditional = _checked_half(needed, given, where, no_class=False)
+    first = needed[0].name
+    count = len(conditional[first])
+    if count < 1:
+        raise UsageError(f"{where}: {first} holds no sample; at least one is needed")
+    other: dict[str, NDArray[Any]] = {}
+    if guided:
+        labels = {item.name: np.array([item.classes], item.dtype) for item in needed if item.classes is not None}
+        other = _checked_half(
+            needed, {**labels, **(unconditional or {})}, f"{where}: unconditional half", no_class=True
+        )
+    for allowed, half in (((count,), conditional), ((count, 1), other)):
+        for name, array in half.items():
+            if len(array) not in allowed:
+                raise UsageError(f"{where}: {name}: expected {count} samples, as {first} has, found {len(array)}")
+    alike = {name: np.broadcast_to(array, conditional[name].shape) for name, array in other.items()}
+    return Conditions(count=count, given=conditional, unconditional=alike)
+
+
+def labelled_conditions(needed: Sequence[Condition], class_labels: Sequence[int], *, guided: bool) -> Conditions:
+    """Conditions of a model that takes one label and nothing else.
+
+    Raises:
+        UsageError: the model takes something else, there is no label, or one is out of range.
+    """
+    if len(needed) != 1 or needed[0].classes is None:
+        raise UsageError(f"class_labels: this model takes no labels; give conditions: {_all(needed)}")
+    label = needed[0]
+    numbers = [operator.index(number) for number in class_labels]
+    if not numbers:
+        raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
+    # Before they are narrowed, which would let 2 ** 40 in as something else.
+    for number in numbers:
+        _check_label(number, classes=int(label.classes or 0), no_class=False, what="class label")
+    return checked_conditions(needed, {label.name: np.asarray(numbers, label.dtype)}, None, guided=guided)
+
+
+def drawn_conditions(needed: Sequence[Condition], count: int, seed: int) -> Conditions:
+    """Random ones: labels from all classes, anything else normal; the unconditional half is "no class" or 0."""
+    generator = np.random.default_rng(seed)
+    given: dict[str, NDArray[Any]] = {}
+    for item in needed:
+        shape = (count, *item.shape)
+        if item.classes is None:
+            given[item.name] = generator.standard_normal(shape, np.float32).astype(item.dtype)
+        else:
+            given[item.name] = generator.integers(item.classes, size=shape, dtype=np.dtype(item.dtype))
+    empty = {item.name: np.full_like(given[item.name], item.classes or 0) for item in needed}
+    return Conditions(count=count, given=given, unconditional=empty)
+
+
+def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """Read a file of conditions.
+
+    Returns:
+        The conditions by name, and those of the unconditional half; not checked against a model.
+
+    Raises:
+        UsageError: there is no such file, or it is not safetensors of numpy's types.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file of conditions; {HOW_TO_ENCODE}")
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
+        # Of an element type that numpy lacks (bfloat16) safetensors says no more than its name.
+        raise UsageError(
+            f"{path}: not a safetensors file of numpy types: {first_line(error)}; {HOW_TO_ENCODE}"
+        ) from None
+    unconditional = {name.removeprefix(UNCONDITIONAL): arrays.pop(name) for name in [*arrays] if is_unconditional(name)}
+    return arrays, unconditional
+
+
+def is_unconditional(name: str) -> bool:
+    """Whether a name in a file belongs to the unconditional half."""
+    return name.startswith(UNCONDITIONAL)
+
+
+def _checked_half(needed: Sequence[Condition], given: Arrays, where: str, *, no_class: bool) -> dict[str, NDArray[Any]]:
+    """What a model needs of ``given``; ``no_class`` says whether a label may be the one that means so."""
+    arrays = {name: np.asarray(array) for name, array in given.items()}
+    names = [condition.name for condition in needed]
+    unknown, missing = sorted({*arrays} - {*names}), [name for name in names if name not in arrays]
+    for problem, wrong in (("unknown", unknown), ("missing", missing)):
+        if wrong:
+            raise UsageError(f"{where}: {wrong[0]} is {problem}; this model takes {_all(needed)}")
+    for condition in needed:
+        _check_array(condition, arrays[condition.name], where, no_class=no_class)
+    return {name: arrays[name] for name in names}
+
+
+def _check_array(condition: Condition, array: NDArray[Any], where: str, *, no_class: bool) -> None:
+    what = f"{where}: {condition.name}"
+    if array.dtype != condition.dtype:
+        raise UsageError(
+            f"{what}: expected {condition.dtype}, found {array.dtype}; convert it with .astype(numpy.{condition.dtype})"
+        )
+    if array.shape[1:] != condition.shape or array.ndim == 0:
+        raise UsageError(
+            f"{what}: expected shape {_shape(condition)}, found {array.shape}{_why(condition, array.shape)}"
+        )
+    if condition.classes is not None:
+        for number in array.flat:
+            _check_label(int(number), classes=condition.classes, no_class=no_class, what=what)
+    elif not np.isfinite(array).all():
+        raise UsageError(f"{what}: holds values that are not finite; encode the prompts again, in float32")
+
+
+def _check_label(number: int, *, classes: int, no_class: bool, what: str) -> None:
+    if not 0 <= number < classes + no_class:
+        raise UsageError(f"{what} must lie in 0..{classes - 1 + no_class}, found {number}")
+
+
+def _why(condition: Condition, found: tuple[int, ...]) -> str:
+    """What a wrong shape means: of embeddings (T, C) and of masks (T,) the first axis is the prompt's length."""
+    expected = condition.shape
+    if len(found) != len(expected) + 1:
+        return ""
+    if len(expected) == 2 and found[2] != expected[1]:
+        return f"; embeddings {found[2]} wide are of another text encoder than the model's, whose are {expected[1]}"
+    if len(expected) == 2 or condition.name.endswith("_mask"):
+        tokens = expected[0]
+        longer = found[1] > tokens
+        how = f"longer than the {tokens} of the export; encode" if longer else f"shorter than the {tokens}; pad"
+        return f"; the prompt is {how} it to {tokens} tokens, or calibrate and export for {found[1]}"
+    return ""
+
+
+def _shape(condition: Condition) -> str:
+    return f"({', '.join(map(str, ('n', *condition.shape)))}{',' * (not condition.shape)})"
+
+
+def _all(needed: Sequence[Condition]) -> str:
+    return ", ".join(f"{item.name} {_shape(item)} {item.dtype}" for item in needed)
