@@ -23,6 +23,10 @@ from torch import Tensor, nn
 
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import TensorRecord
+from tc_deploy.models.family import DiffusionTransformer, Family
+from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.loading import FAMILIES
+from tc_deploy.plan import ModelRecord
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines, Stepper
 
@@ -70,25 +74,27 @@ class EngineTransformer(nn.Module):
     def __init__(self, path: str | Path, backend: str | None = None, *, full: bool = False) -> None:
         super().__init__()
         bundle = read_bundle(Path(path), backend)
-        self.path, self._full = Path(path), full
-        record = bundle.plan.model
-        kind = getattr(diffusers, record.model_class, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        self.path, self._full, self._plan = Path(path), full, bundle.plan
+        family = FAMILIES.get(bundle.plan.model.model_class)
+        if family is None:
             raise UsageError(
-                f"{path}: {record.model_class} is no class of diffusers {diffusers.__version__}, so no pipeline of its"
-                " calls it; run the bundle with tc_deploy.load"
+                f"{path}: {bundle.plan.model.model_class} is no class of diffusers, so no pipeline of its calls it; run"
+                " the bundle with tc_deploy.load"
             )
-        self.config = _config(kind, record.config)
-        self._signature = _signature(kind)
-        self._plan = bundle.plan
-        self._timesteps: NDArray[np.float32] = bundle.step_tables["timestep"]
-        if np.isclose(self._timesteps[1:], self._timesteps[0], rtol=TIMESTEP_TOLERANCE, atol=0).any():
+        timesteps = torch.from_numpy(bundle.step_tables["timestep"])
+        module, call = _usual_call(family, bundle.plan.model, timesteps)
+        self.config = _Config(module.config)  # type: ignore[no-untyped-call]
+        self.config.model_class = family.model_class
+        self._signature = inspect.signature(type(module).forward.__get__(module))
+        self._timesteps: NDArray[Any] = call.pop("timestep").numpy()
+        if self._is_step(slice(1, None), self._timesteps[0]).any():
             raise UsageError(
                 f"{path}: the plan's first timestep, {self._timesteps[0]:g}, occurs again, so a run that begins could"
                 " not be told from one that goes on; calibrate with fewer steps"
             )
         self._engines = Engines(bundle)
         self._inputs = {tensor.name: tensor for tensor in self._engines.inputs}
+        self._constants = {name: value for name, value in call.items() if name not in self._inputs}
         self._classes = {condition.name: condition.classes for condition in bundle.manifest.conditions}
         self._steppers: dict[tuple[str | None, int], Stepper] = {}
         self._running: dict[str | None, tuple[int, Stepper]] = {}
@@ -139,10 +145,10 @@ class EngineTransformer(nn.Module):
         return_dict, timestep = given.pop("return_dict", True), given.pop("timestep", None)
         tensors = {name: given.pop(name, None) for name in self._inputs}
         for name, value in given.items():
-            if not _says_nothing(value, self._signature.parameters[name].default):
+            if not _says_nothing(value) and not _is_equal(value, self._constants.get(name, self._default(name))):
                 raise UsageError(
-                    f"{name}: engines cannot honour it, since their graphs were exported without; leave it out, or keep"
-                    f" the {self._plan.model.model_class} itself for this call"
+                    f"{name}: engines cannot honour it: their graphs were exported without, or for another value; leave"
+                    f" it out, or keep the {self._plan.model.model_class} itself for this call"
                 )
         arrays = {name: self._array(self._inputs[name], value) for name, value in tensors.items()}
         batch = len(arrays["hidden_states"])
@@ -191,7 +197,7 @@ class EngineTransformer(nn.Module):
             UsageError: the timestep is not the plan's next, or the batch not the run's.
         """
         found = np.atleast_1d(np.asarray(timestep.detach().cpu() if isinstance(timestep, Tensor) else timestep))
-        if found.ndim != 1 or found.dtype == object or not (found == found[0]).all():
+        if found.ndim != 1 or not found.size or found.dtype == object or not (found == found[0]).all():
             raise UsageError(f"timestep: expected one for the whole batch, found {timestep}; engines take no other")
         if self._is_step(0, found[0]):
             key = self._context, batch
@@ -216,8 +222,11 @@ class EngineTransformer(nn.Module):
             )
         return stepper
 
-    def _is_step(self, position: int, timestep: Any) -> bool:
-        return bool(np.isclose(float(timestep), self._timesteps[position], rtol=TIMESTEP_TOLERANCE, atol=0))
+    def _is_step(self, position: int | slice, timestep: Any) -> NDArray[np.bool_]:
+        return np.asarray(np.isclose(self._timesteps[position], float(timestep), rtol=TIMESTEP_TOLERANCE, atol=0))
+
+    def _default(self, name: str) -> Any:
+        return self._signature.parameters[name].default
 
     def _how_to_get(self, what: str, option: str = "") -> str:
         return (
@@ -226,19 +235,36 @@ class EngineTransformer(nn.Module):
         )
 
 
-def _config(kind: type[diffusers.ModelMixin], settings: Mapping[str, Any]) -> _Config:
-    """The settings as the class shows them: those that an older file leaves out have its defaults."""
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
-    config: _Config = _Config(defaults | dict(settings))  # type: ignore[no-untyped-call]
-    config.model_class = kind.__name__
-    return config
+def _usual_call(family: Family, record: ModelRecord, timesteps: Tensor) -> tuple[Any, dict[str, Any]]:
+    """What a family's pipelines call the model with, learnt from how the package itself calls it.
 
+    Returns:
+        The module, without weights, and the arguments by name: the timesteps (T,) as pipelines give them, and what the
+        graphs hold as constants, such as positions.
+    """
+    with torch.device("meta"):
+        module: Any = getattr(diffusers, family.model_class).from_config(record.config)
+    options = ModelOptions.of(record)
+    geometry = family.geometry(module, options)
+    model = DiffusionTransformer(
+        source=record.source,
+        module=module,
+        family=family,
+        geometry=geometry,
+        config=record.config,
+        weights_sha256=record.weights_sha256,
+        options=options,
+    )
+    arguments: dict[str, Any] = {}
 
-def _signature(kind: type[diffusers.ModelMixin]) -> inspect.Signature:
-    """Of the class's forward, without ``self``."""
-    _, *parameters = inspect.signature(kind.forward).parameters.values()
-    return inspect.Signature(parameters)
+    def note(**given: Any) -> tuple[Tensor]:
+        arguments.update(given)
+        return (torch.empty(0),)
+
+    module.forward = note
+    sample = {"hidden_states": torch.zeros(1, *geometry.latent_shape), "timestep": timesteps}
+    model.forward(sample | model.random_conditions(1, torch.Generator()))
+    return module, arguments
 
 
 def _torch_dtype(tensor: TensorRecord) -> torch.dtype:
@@ -247,11 +273,19 @@ def _torch_dtype(tensor: TensorRecord) -> torch.dtype:
     return dtype
 
 
-def _says_nothing(value: Any, default: Any) -> bool:
+def _says_nothing(value: Any) -> bool:
     """Whether an argument that no graph takes asks for nothing either."""
-    if isinstance(value, Mapping):
-        return all(_says_nothing(item, None) for item in value.values())
-    return value is None or (isinstance(value, bool | int | float) and value == default)
+    return value is None or (isinstance(value, Mapping) and all(map(_says_nothing, value.values())))
+
+
+def _is_equal(value: Any, constant: Any) -> bool:
+    """Whether an argument is what the graphs hold; where they hold it once, the whole batch must have it."""
+    if isinstance(constant, Mapping):
+        return isinstance(value, Mapping) and all(_is_equal(item, constant.get(name)) for name, item in value.items())
+    if isinstance(constant, Tensor):
+        same_axes = isinstance(value, Tensor) and value.shape[1:] == constant.shape[1:]
+        return same_axes and len(constant) in (1, len(value)) and bool((value.cpu() == constant).all())
+    return value is None if constant is None else type(value) is type(constant) and bool(value == constant)
 
 
 def _sizes(shape: Iterable[object]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +14,56 @@ from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.export.stage import export_bundle, token_index_tables
+from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
 from tc_deploy.tokencache.sampler import TokenCachedSteps
 
 
 class CachedTransformer(nn.Module):
-    """A plan's cached forward in PyTorch, called as the engines are; it counts steps and looks at no timestep."""
+    """A plan's cached forward in PyTorch, called as the engines are.
+
+    It counts the steps of each half of guidance and takes their timesteps from the plan, whatever it is given.
+    """
 
     def __init__(self, plan: Path, model: Path) -> None:
         super().__init__()
-        document, tables = load_plan(plan)
-        self.model = load_model(model)
-        self.config, self.dtype = self.model.module.config, torch.float32
-        self.device = torch.device("cpu")
-        self.count = document.schedule.steps
-        index = token_index_tables(document, tables)
-        self.steps = TokenCachedSteps(self.model, document.cache, document.tprr(), index)
-        self.step = 0
+        self.plan, tables = load_plan(plan)
+        self.model = load_model(model, ModelOptions.of(self.plan.model))
+        self.config, self.dtype, self.device = self.model.module.config, torch.float32, torch.device("cpu")
+        self.index = token_index_tables(self.plan, tables)
+        self.runs: dict[str, tuple[int, TokenCachedSteps]] = {}
+        self.half = ""
 
-    def forward(self, hidden_states: Tensor, *, timestep: Tensor, return_dict: bool = True, **conditions: Any) -> Any:
-        given = {"hidden_states": hidden_states, "timestep": timestep.float(), **conditions}
-        inputs = {name: given[name] for name in self.model.input_names}
-        sample = self.steps(self.step, inputs)
-        self.step = (self.step + 1) % self.count
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        self.half = name
+        yield
+        self.half = ""
+
+    def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **given: Any) -> Any:
+        step, steps = self.runs.get(self.half, (0, None))
+        if step == 0 or steps is None:
+            step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self.index)
+        timestep = torch.tensor(self.plan.sampling.timesteps[step]).expand(len(hidden_states))
+        inputs = {"hidden_states": hidden_states, "timestep": timestep}
+        for condition in self.model.geometry.conditions:
+            inputs[condition.name] = given[condition.name].to(getattr(torch, condition.dtype))
+        sample = steps(step, inputs)
+        self.runs[self.half] = (step + 1) % self.plan.schedule.steps, steps
         return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-def tiny_autoencoder(channels: int) -> diffusers.AutoencoderKL:
-    """One that leaves the size as it is."""
+def tiny_autoencoder(channels: int, levels: int = 1) -> diffusers.AutoencoderKL:
+    """One that halves the size at each level but the first."""
     torch.manual_seed(5)
     return diffusers.AutoencoderKL(
-        latent_channels=channels, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        latent_channels=channels,
+        norm_num_groups=4,
+        layers_per_block=1,
     ).eval()
 
 

@@ -11,15 +11,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from bundles import MIXED, Made, MadeByCommands, make_plan
+from bundles import MIXED, MadeByCommands, make_plan
 from diffusers_pipelines import CachedTransformer, build_bundle, tiny_autoencoder
 from tolerances import tolerance
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.diffusers import EngineTransformer
+from tc_deploy.diffusers import EngineTransformer, _usual_call
 from tc_deploy.errors import UsageError
 from tc_deploy.export.stage import export_bundle
+from tc_deploy.models import dit
 
 README = Path(__file__).parent.parent / "README.md"
 STEPS = 10
@@ -195,8 +196,11 @@ def test_it_shows_what_a_pipeline_asks_its_transformer_for(
     assert pipe.to("cpu").device == torch.device("cpu")
 
 
-def test_settings_that_a_file_leaves_out_have_the_class_s_defaults(mixed: Made) -> None:
-    assert EngineTransformer(mixed.bundle).config.upcast_attention is False
+def test_settings_that_a_file_leaves_out_have_the_class_s_defaults(engine: EngineTransformer) -> None:
+    record = engine._plan.model
+    older = {name: value for name, value in record.config.items() if name != "upcast_attention"}
+    module, _ = _usual_call(dit.FAMILY, record.model_copy(update={"config": older}), torch.tensor([900.0]))
+    assert module.config.upcast_attention is False
 
 
 def test_an_output_is_the_caller_s_own(engine: EngineTransformer) -> None:
@@ -295,6 +299,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"class_labels": None}, r"class_labels: expected a tensor \(B\), found nothing"),
     ({"timestep": torch.tensor([900, 800])}, "timestep: expected one for the whole batch"),
     ({"timestep": torch.full((1, 16), 900)}, "timestep: expected one for the whole batch"),
+    ({"timestep": torch.tensor([])}, "timestep: expected one for the whole batch"),
     ({"timestep": None}, "timestep: expected one for the whole batch, found None"),
     ({"timestep": torch.tensor([float("nan")])}, "timestep: expected"),
     ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs: engines cannot honour it"),
