@@ -1,0 +1,127 @@
+"""The model's calls of a sampling run, without its solver: for a loop that somebody else drives.
+
+In: a bundle and, at every step, the model's inputs. Out: the model's output. A :class:`Stepper` owns the caches between
+the steps of one trajectory; guidance is two rows of its batch, or two steppers. Never: knows of a scheduler's update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.load import load_target
+from tc_deploy.errors import UsageError
+from tc_deploy.manifest import MODEL_BATCH, SAMPLE, TensorRecord, variant_name
+from tc_deploy.runtime.binding import Binder, Bundle
+from tc_deploy.runtime.program import STEP_TABLES, program_of
+from tc_deploy.schedule import FULL, full_schedule
+from tc_deploy.types import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BoundCall:
+    """The model's call of one step."""
+
+    graph: BoundGraph
+    reads: tuple[str, ...]
+    """The inputs that it takes from the caller; none where it skips the model."""
+
+
+class Engines:
+    """A bundle's engines, loaded once for any number of steppers.
+
+    Args:
+        bundle: as :func:`tc_deploy.runtime.binding.read_bundle` gives it.
+
+    Raises:
+        BundleError: the target is not of this bundle, or a file of it is missing, truncated or altered.
+        BackendError: the engine is not installed or refuses the graphs.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._device: Device
+        self._graphs: dict[str, Graph]
+        self._device, self._graphs = load_target(bundle.path, bundle.manifest, bundle.backend)
+
+    @property
+    def inputs(self) -> tuple[TensorRecord, ...]:
+        """What the caller gives at every step; the batch is the first axis of each."""
+        graph = self.bundle.manifest.graphs[variant_name(FULL)]
+        return tuple(tensor for tensor in graph.inputs if tensor.name not in STEP_TABLES)
+
+    @property
+    def static_batch(self) -> int | None:
+        """The model's batch where the graphs fix it; None where they take any."""
+        size = self.inputs[0].shape[0]
+        return size if isinstance(size, int) else None
+
+    def stepper(self, model_batch: int, *, full: bool = False) -> Stepper:
+        """Bind one trajectory's calls to buffers of its own.
+
+        Args:
+            model_batch: rows of every input.
+            full: run every step in full, for comparison.
+
+        Raises:
+            UsageError: the graphs fix another batch.
+            BackendError: the engine refuses that batch.
+        """
+        if model_batch < 1 or self.static_batch not in (None, model_batch):
+            expected = "at least 1" if self.static_batch is None else f"exactly {self.static_batch}"
+            raise UsageError(
+                f"{self.bundle.path}: exported for a batch of {expected} in the model (guidance counts twice), found"
+                f" {model_batch}; export again with another --static-batch, or without it"
+            )
+        plan, manifest = self.bundle.plan, self.bundle.manifest
+        schedule = full_schedule(plan.schedule.steps) if full else plan.tprr()
+        program = program_of(manifest.graphs, schedule, plan.cache.forecast_order, manifest.solver.history)
+        binder = Binder(self.bundle, self._device, self._graphs, {MODEL_BATCH: model_batch})
+        names = [tensor.name for tensor in self.inputs]
+        calls = [
+            _BoundCall(
+                graph=binder.bind(step.model, index), reads=tuple(name for name in names if name in step.model.inputs)
+            )
+            for index, step in enumerate(program)
+        ]
+        return Stepper(calls, {name: binder.buffers[name] for name in (*names, SAMPLE)})
+
+
+class Stepper:
+    """One trajectory: its position and its caches. Made by :meth:`Engines.stepper`."""
+
+    def __init__(self, calls: list[_BoundCall], buffers: Mapping[str, Buffer]) -> None:
+        self._calls, self._buffers = calls, buffers
+        self.position = 0
+        """The step that comes next; T after the last."""
+
+    def start(self) -> None:
+        """Begin another trajectory. The first step runs in full and replaces what the last one left."""
+        self.position = 0
+
+    def step(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """Run the next step.
+
+        Args:
+            inputs: an array of the buffer's own dtype and shape for each of :attr:`Engines.inputs`.
+
+        Returns:
+            (model batch, ...) the model's output, the caller's own.
+
+        Raises:
+            UsageError: the trajectory has ended.
+            BackendError: the engine fails; start again.
+        """
+        if self.position == len(self._calls):
+            raise UsageError(f"all {len(self._calls)} steps of the plan have run; start again")
+        call = self._calls[self.position]
+        for name in call.reads:
+            self._buffers[name].write(inputs[name])
+        call.graph.run()
+        self.position += 1
+        return np.asarray(self._buffers[SAMPLE].read())
