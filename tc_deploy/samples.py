@@ -1,4 +1,4 @@
-"""What an export leaves behind to validate engines by: inputs and outputs of every graph as they occur, and trajectories.
+"""What an export leaves behind to validate engines by: inputs and outputs of every graph, and trajectories.
 
 In: arrays of a sampling run in PyTorch. Out: the folder ``polygraphy/`` of a bundle, whose files open in polygraphy as
 they are, and back. The bundle's manifest holds their checksums. Never: imports torch, or runs anything.
@@ -34,7 +34,7 @@ Feed: TypeAlias = dict[str, NDArray[Any]]
 _CONDITION, _TABLE, _STEPS = "condition.", "table.", "steps."
 _FULL, _CACHED, _NOISE, _VARIANTS = "latents.full", "latents.cached", "noise", "variants"
 
-_SCRIPT_HEAD = '''"""Inputs of the bundle's graphs as they occur while sampling; for polygraphy's --data-loader-script."""
+_SCRIPT_HEAD = '''"""Inputs of the graphs as they occur while sampling, for polygraphy's --data-loader-script."""
 
 from pathlib import Path
 
@@ -44,11 +44,11 @@ from polygraphy.json import load_json
 def _load(graph):
     return load_json(str(Path(__file__).with_name(f"{graph}.inputs.json")))
 '''
-_SCRIPT_PART = '''
+_SCRIPT_PART = """
 
 def {function}():
     return _load("{graph}")
-'''
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from tc_deploy.tokencache.forward import cached_tensors, run_cached, run_full
 
 OPSET = 20
 
+
 class StepGraph(nn.Module):
     """One variant of a step, as an exporter wants it: positional tensors in, a tuple of tensors out.
 

@@ -100,7 +100,9 @@ def samples_of(
     for variant, graph in graphs.items():
         steps = [step for step, ran in enumerate(schedule.variants) if ran == variant]
         rows = batch * (1 if sampling.guidance_scale is None else 2)
-        wanted |= dict.fromkeys(chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph)
+        wanted |= dict.fromkeys(
+            chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
+        )
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
     denoise(model, sampling, noise, conditions, run.step, run.note)
     samples = {}

@@ -1,1 +1,1 @@
-"""Validation: a built bundle against PyTorch or another engine, where the difference comes from, and what is to blame."""
+"""Validation: engines against PyTorch or each other, where a difference comes from, and what is to blame."""

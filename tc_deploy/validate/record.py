@@ -104,7 +104,7 @@ class BlameRecord(Document):
     graph: str
     step: int
     origin: Literal["export", "engine", "unknown"]
-    """``export``: the ONNX graph itself is wrong, in any engine. ``engine``: the engine computes a right graph wrongly."""
+    """``export``: the ONNX graph itself is wrong, in any engine. ``engine``: a right graph is computed wrongly."""
     block: str | None
     """The transformer block; None where it is none or could not be found."""
     module: str | None
