@@ -31,7 +31,7 @@ RUNNER = "pytorch"
 Feed: TypeAlias = dict[str, NDArray[Any]]
 """Arrays by tensor name."""
 
-_CONDITION, _TABLE, _STEPS = "condition.", "table.", "steps."
+_CONDITION, _UNCONDITIONAL, _TABLE, _STEPS = "condition.", "unconditional.", "table.", "steps."
 _FULL, _CACHED, _NOISE, _VARIANTS = "latents.full", "latents.cached", "noise", "variants"
 
 _SCRIPT_HEAD = '''"""Inputs of the graphs as they occur while sampling, for polygraphy's --data-loader-script."""
@@ -70,6 +70,8 @@ class Trajectory:
     """(B, C, H, W) standard normal."""
     conditions: Feed
     """By name, (B, ...)."""
+    unconditional: Feed
+    """The same for the unconditional half of a guided batch; empty where there is none."""
     full: FloatArray
     """(T, B, C, H, W) latents after each step with every step full."""
     cached: FloatArray
@@ -121,6 +123,7 @@ def write_samples(samples: Mapping[str, GraphSamples], trajectory: Trajectory, b
         _CACHED: trajectory.cached,
         _VARIANTS: np.asarray(trajectory.variants, np.int32),
         **{_CONDITION + name: array for name, array in trajectory.conditions.items()},
+        **{_UNCONDITIONAL + name: array for name, array in trajectory.unconditional.items()},
         **{_TABLE + name: array for name, array in trajectory.tables.items()},
         **{_STEPS + graph: np.asarray(sample.steps, np.int32) for graph, sample in samples.items()},
     }
@@ -167,6 +170,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
         trajectory = Trajectory(
             noise=arrays[_NOISE],
             conditions=_named(arrays, _CONDITION),
+            unconditional=_named(arrays, _UNCONDITIONAL),
             full=arrays[_FULL],
             cached=arrays[_CACHED],
             variants=tuple(arrays[_VARIANTS].tolist()),

@@ -125,11 +125,16 @@ def samples_of(
     return samples, Trajectory(
         noise=_array(noise),
         conditions={name: _array(tensor) for name, tensor in conditions.items()},
+        unconditional={} if sampling.guidance_scale is None else _unconditional(model, conditions),
         full=full_latents(model, plan, sampling, noise, conditions),
         cached=np.stack(run.latents),
         variants=schedule.variants,
         tables=tables,
     )
+
+
+def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]) -> Feed:
+    return {name: _array(both[len(both) // 2 :]) for name, both in model.with_unconditional(conditions).items()}
 
 
 def full_latents(

@@ -21,6 +21,7 @@ from tc_deploy.export.graphs import StepGraph
 from tc_deploy.export.samples import full_latents
 from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.samples import Feed, Trajectory
@@ -51,7 +52,9 @@ class Checkpoint:
     def __init__(self, bundle: Path, model_path: Path | None = None) -> None:
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
-        self.model: DiffusionTransformer = load_model(model_path or Path(self.plan.model.source))
+        self.model: DiffusionTransformer = load_model(
+            model_path or Path(self.plan.model.source), ModelOptions.of(self.plan.model)
+        )
         check_model(self.plan, self.model, str(bundle))
         self._token_index: dict[int, IntArray] = token_index_tables(self.plan, tables)
 

@@ -47,7 +47,7 @@ class MarkableGraph:
 
     def modules(self, block: str | None) -> tuple[str, ...]:
         """All modules in a block, itself included; None gives those that are in no block."""
-        names = {}
+        names: dict[str, None] = {}
         for node in self.nodes:
             path = module_of(node)
             match = _BLOCK.match(path)
