@@ -61,15 +61,7 @@ def _show(record: ValidationRecord) -> None:
     console.print(f"{record.bundle}: {engine} against {record.against}; {record.hardware}, {record.date}", markup=False)
     console.print(_variant_table(record))
     console.print(_drift_table(record.drift))
-    lines = [
-        f"{variant.name}: {failure} ({output.name}, step {output.step})"
-        for variant in record.variants
-        for output in variant.outputs
-        for failure in output.failures
-    ]
-    lines += [f"step {fault.step}, {fault.graph}: {fault.text}" for fault in record.wiring]
-    lines += list(record.drift.exceeded)
-    lines += [f"{blame.graph}, step {blame.step} ({blame.origin}): {blame.text}" for blame in record.blame]
+    lines = [*record.remarks()]
     for repeat in record.repeats:
         same = "the same bits" if repeat.equal else f"differ by up to {_number(repeat.max_abs)}"
         lines.append(f"{repeat.what}: {same}" + ("" if repeat.promised else " (not promised)"))

@@ -154,6 +154,19 @@ class ValidationRecord(Document):
     blame: tuple[BlameRecord, ...]
     repeats: tuple[RepeatRecord, ...]
 
+    def remarks(self) -> tuple[str, ...]:
+        """In words, everything that is outside its tolerance, and who is to blame."""
+        lines = [
+            f"{variant.name}: {failure} ({output.name}, step {output.step})"
+            for variant in self.variants
+            for output in variant.outputs
+            for failure in output.failures
+        ]
+        lines += [f"step {fault.step}, {fault.graph}: {fault.text}" for fault in self.wiring]
+        lines += self.drift.exceeded
+        lines += [f"{blame.graph}, step {blame.step} ({blame.origin}): {blame.text}" for blame in self.blame]
+        return (*lines, *(f"{repeat.what}: not the same bits" for repeat in self.repeats if not repeat.passed))
+
 
 def read_validation(path: Path) -> ValidationRecord:
     """Read what a validation wrote.

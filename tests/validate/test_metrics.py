@@ -21,7 +21,7 @@ def test_by_hand() -> None:
     assert metrics.max_rel == pytest.approx(0.1, rel=exact)
     assert metrics.median_rel == pytest.approx(0.1, rel=exact)
     assert metrics.sqnr_db == pytest.approx(10 * np.log10((9 + 16 + 144 + 1e-6) / 0.25), rel=exact)
-    found = EXPECTED.astype(np.float64) + [[0.3, 0.4], [0, 0]]
+    found = EXPECTED.astype(np.float64) + np.array([[0.3, 0.4], [0, 0]])
     cosine = (EXPECTED * found).sum() / np.linalg.norm(EXPECTED.astype(np.float64)) / np.linalg.norm(found)
     assert metrics.cosine == pytest.approx(cosine, rel=exact)
     assert metrics.to_deviation == pytest.approx(0.4 / EXPECTED.std(), rel=exact)

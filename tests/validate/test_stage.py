@@ -85,7 +85,7 @@ def test_precision_has_a_column_of_its_own(bundle: Path, tmp_path: Path) -> None
 
 
 def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Path) -> None:
-    """A right graph on an engine that computes its second block wrongly: one that loads a faulty copy of every graph."""
+    """A right graph on an engine that computes a block wrongly: one that loads a faulty copy of every graph."""
     from validate import faults
 
     class Faulty:
