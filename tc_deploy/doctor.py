@@ -30,6 +30,7 @@ EXTRA_BY_MODULE = {
     "tensorrt_rtx": "rtx",
     "openvino": "openvino",
     "jinja2": "report",
+    "polygraphy": "validate",
     "matplotlib": "examples",
     "sklearn": "examples",
 }

@@ -38,6 +38,8 @@ TOKEN_INDEX = "token_index"  # noqa: S105 - a tensor's name
 FORECAST_WEIGHTS = "forecast_weights"
 """Input of a cached step with forecast order r > 0: (model batch, r + 1) float32."""
 CACHE_PREFIX = "cache."
+MODULE_END = "/"
+"""In a graph's node names: before it stands the module that the node came from, behind it the value that it makes."""
 
 
 def history_name(name: str, age: int) -> str:

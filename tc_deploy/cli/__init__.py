@@ -35,6 +35,7 @@ COMMANDS = {
     "plan": CommandEntry("tc_deploy.cli.plan:command", "Search for the best plan at a latency or a quality."),
     "export": CommandEntry("tc_deploy.cli.export:command", "Export a plan and its checkpoint as ONNX graphs."),
     "build": CommandEntry("tc_deploy.cli.build:command", "Build engines for this machine from exported graphs."),
+    "validate": CommandEntry("tc_deploy.cli.validate:command", "Compare built engines with PyTorch or each other."),
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
     "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
     "report": CommandEntry("tc_deploy.cli.report:command", "Draw a plan or a bundle as one HTML page."),

@@ -55,19 +55,7 @@ def example_inputs(
 
     def step_function(step: int, inputs: Mapping[str, Tensor]) -> Tensor:
         variant = schedule.variants[step]
-        example = dict(inputs)
-        if variant != FULL:
-            history, weights, rows = steps.cached_arguments(step, len(inputs["timestep"]))
-            for age, noted in enumerate(history):
-                # A history that is not full yet holds a step twice, which the exporter would make one input.
-                repeated = any(noted is later for later in history[:age])
-                example |= {
-                    history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()
-                }
-            example[FORECAST_WEIGHTS] = weights.contiguous()
-            if rows is not None:
-                example[TOKEN_INDEX] = rows.contiguous()
-        examples[variant] = example
+        examples[variant] = step_inputs(steps, step, inputs)
         filled = len(steps.history) > plan.cache.forecast_order
         if wanted == set(examples) and filled:
             raise _Enough
@@ -76,6 +64,23 @@ def example_inputs(
     with contextlib.suppress(_Enough):
         denoise(model, sampling, noise, model.random_conditions(batch, generator), step_function)
     return examples
+
+
+def step_inputs(steps: TokenCachedSteps, step: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that a step's graph reads, by tensor name, given the model's own inputs; the step is not run."""
+    example = dict(inputs)
+    if steps.schedule.variants[step] != FULL:
+        history, weights, rows = steps.cached_arguments(step, len(inputs["timestep"]))
+        for age, noted in enumerate(history):
+            # A history that is not full yet holds a step twice, which the exporter would make one input.
+            repeated = any(noted is later for later in history[:age])
+            example |= {
+                history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()
+            }
+        example[FORECAST_WEIGHTS] = weights.contiguous()
+        if rows is not None:
+            example[TOKEN_INDEX] = rows.contiguous()
+    return example
 
 
 def check_graph(graph: StepGraph, example: Mapping[str, Tensor], path: Path) -> float:

@@ -6,6 +6,7 @@ with fixed names, and its ONNX model. Never: writes a file.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -20,7 +21,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from tc_deploy.errors import ExportError
-from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, SAMPLE, TOKEN_INDEX, history_name
+from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, MODULE_END, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.schedule import FULL
@@ -123,16 +124,27 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
 
 
 def _strip_notes(model: ir.Model) -> None:
-    """Remove stack traces and docs: they are twelve times the graph's size, name local files and vary by machine."""
+    """Remove stack traces and docs: they are twelve times the graph's size, name local files and vary by machine.
+
+    What is worth keeping of them, the module that a node came from, becomes part of the node's name.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
+        node.name = f"{_module_of(node)}{MODULE_END}{node.outputs[0].name}"
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _module_of(node: ir.Node) -> str:
+    """The innermost module whose forward made a node: ``transformer_blocks.1.attn1.to_q``; empty outside of all."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    modules = [scope for scope in scopes if scope.startswith("module.")]
+    return modules[-1].removeprefix("module.") if modules else ""
 
 
 def _squeeze_dim(self: Any, dim: int) -> Any:

@@ -1,7 +1,8 @@
 """Export: a plan and its checkpoint to a bundle ``engines/NAME``.
 
 Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cached-2,solver}.onnx``, one
-``onnx/weights.bin`` that all of them refer to, the tables that the runtime reads, and ``manifest.json`` last.
+``onnx/weights.bin`` that all of them refer to, the tables that the runtime reads, ``polygraphy/`` with samples to
+validate engines by, and ``manifest.json`` last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tc_deploy.bundle import check_files, check_replaceable, file_records, new_f
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
+from tc_deploy.export.samples import samples_of
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
@@ -42,6 +44,7 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
+from tc_deploy.samples import write_samples
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
@@ -56,6 +59,7 @@ def export_bundle(
     batch_size: int | None = None,
     check: bool = True,
     graphs_from: Path | None = None,
+    samples: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Export a plan's graphs.
@@ -68,6 +72,7 @@ def export_bundle(
         check: compare every graph with PyTorch.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
             they are: of two plans that differ in schedule or sampler, the second costs no export.
+        samples: also write what engines are validated by, unless ``graphs_from`` is given or ``check`` is off.
         progress: told what is being done.
 
     Raises:
@@ -127,6 +132,12 @@ def export_bundle(
             records |= {
                 name: records[name].model_copy(update={"max_abs_error": error}) for name, error in errors.items()
             }
+        sample_files: list[str] = []
+        if samples and check and graphs:
+            progress("sampling with the plan and in full, to validate engines by")
+            token_index = token_index_tables(plan, tables)
+            made = samples_of(graphs, records, plan, token_index, sampling, solver, batch_size or 1)
+            sample_files = write_samples(*made, folder)
         write_plan_files(plan, tables, folder)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
         names = [
@@ -135,6 +146,7 @@ def export_bundle(
             RUNTIME_TABLES,
             *(record.file for record in records.values()),
             f"{ONNX_FOLDER}/{WEIGHTS}",
+            *sample_files,
         ]
         manifest = Manifest(
             kind="bundle",

@@ -85,8 +85,8 @@ def pareto_chart(source: Source) -> Chart | None:
     bars = {point.name: _error_bar(point) for point in points}
     ratios = [1.0, *(end for bar in bars.values() for end in bar)]
     psnrs_db = [point.quality.psnr_db for point in points]
-    across, low, high = _scale(math.log(min(ratios)), math.log(max(ratios)), LEFT, RIGHT)
-    up, lowest_db, highest_db = _scale(min(psnrs_db), max(psnrs_db), BOTTOM, TOP)
+    across, low, high = scale(math.log(min(ratios)), math.log(max(ratios)), LEFT, RIGHT)
+    up, lowest_db, highest_db = scale(min(psnrs_db), max(psnrs_db), BOTTOM, TOP)
 
     def x_of(ratio: float) -> float:
         return across(math.log(ratio))
@@ -97,7 +97,7 @@ def pareto_chart(source: Source) -> Chart | None:
         x_ticks=tuple(
             Tick(at=x_of(ratio), label=percent(ratio)) for ratio in _log_ticks(math.exp(low), math.exp(high))
         ),
-        y_ticks=tuple(Tick(at=up(value), label=label) for value, label in _linear_ticks(lowest_db, highest_db)),
+        y_ticks=tuple(Tick(at=up(value), label=label) for value, label in linear_ticks(lowest_db, highest_db)),
         marks=tuple(
             Mark(
                 x=x_of(point.latency_ratio),
@@ -125,8 +125,8 @@ def drift_chart(source: Source) -> Chart | None:
     if not points:
         return None
     steps = source.plan.schedule.steps
-    across, first, last = _scale(1, max(len(drift) for _, drift in points), LEFT, RIGHT)
-    up, _, highest = _scale(0.0, max(max(drift) for _, drift in points), BOTTOM, TOP, from_zero=True)
+    across, first, last = scale(1, max(len(drift) for _, drift in points), LEFT, RIGHT)
+    up, _, highest = scale(0.0, max(max(drift) for _, drift in points), BOTTOM, TOP, from_zero=True)
     boundary = source.plan.schedule.boundary
     lines = []
     for point, drift in points:
@@ -135,8 +135,8 @@ def drift_chart(source: Source) -> Chart | None:
         chosen = point is source.chosen
         lines.append(Line(path=path, end=places[-1], kind=point.kind, label=point.name, chosen=chosen))
     return Chart(
-        x_ticks=tuple(Tick(at=across(value), label=label) for value, label in _linear_ticks(max(1.0, first), last)),
-        y_ticks=tuple(Tick(at=up(value), label=label) for value, label in _linear_ticks(0.0, highest)),
+        x_ticks=tuple(Tick(at=across(value), label=label) for value, label in linear_ticks(max(1.0, first), last)),
+        y_ticks=tuple(Tick(at=up(value), label=label) for value, label in linear_ticks(0.0, highest)),
         lines=tuple(lines),
         rule=Tick(at=across(boundary + 0.5), label="boundary") if 0 < boundary < steps else None,
     )
@@ -167,7 +167,7 @@ def _point_title(point: PointRecord) -> str:
     return f"{point.name} ({point.kind}): {time}, {decibels(point.quality.psnr_db)}{front}"
 
 
-def _scale(
+def scale(
     low: float, high: float, start: float, end: float, *, from_zero: bool = False
 ) -> tuple[Callable[[float], float], float, float]:
     """A linear map of values to places, with some room around them, and the values at its ends."""
@@ -195,7 +195,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [value for value in found if low <= value <= high]
 
 
-def _linear_ticks(low: float, high: float, about: int = 6) -> list[tuple[float, str]]:
+def linear_ticks(low: float, high: float, about: int = 6) -> list[tuple[float, str]]:
     """Round values from ``low`` to ``high``, about so many, each with its label."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -9,15 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from tc_deploy.bundle import check_writable, write_bytes
-from tc_deploy.report import charts, pictures, provenance, tokens, words
+from tc_deploy.report import causes, charts, pictures, provenance, tokens, words
 from tc_deploy.report.source import Source, source_from_folder
 from tc_deploy.search.record import Kind
 
 MISSING = "–"
 
 
-def write_report(folder: Path, output: Path) -> None:
+def write_report(folder: Path, output: Path, validation: Path | None = None) -> None:
     """Draw a plan folder or a bundle as one HTML page.
+
+    Args:
+        folder: the folder.
+        output: the page.
+        validation: what a validation of that bundle wrote.
 
     Raises:
         BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
@@ -25,7 +30,7 @@ def write_report(folder: Path, output: Path) -> None:
         StorageError: the output cannot be written.
     """
     check_writable(output)
-    write_bytes(output, page_from_source(source_from_folder(folder)).encode("utf-8"))
+    write_bytes(output, page_from_source(source_from_folder(folder, validation)).encode("utf-8"))
 
 
 def page_from_source(source: Source) -> str:
@@ -50,6 +55,9 @@ def page_from_source(source: Source) -> str:
         phases=words.phase_words(source.plan),
         pareto=charts.pareto_chart(source),
         drift=charts.drift_chart(source),
+        validation=source.validation,
+        causes=causes.cause_chart(source.validation, source.plan.schedule.boundary),
+        remarks=() if source.validation is None else source.validation.remarks(),
         geometry=charts,
         cells=tokens.schedule_cells(source.plan),
         heat=tokens.heat_columns(source.plan),

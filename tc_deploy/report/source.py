@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import Manifest, TargetManifest, read_manifest, read_target
 from tc_deploy.plan import PLAN, Plan, load_plan
@@ -28,6 +28,7 @@ from tc_deploy.search.record import (
     read_search,
 )
 from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.validate.record import ValidationRecord, read_validation
 
 OURS = (Kind.FULL, Kind.TOKEN_CACHE)
 """What is no baseline."""
@@ -49,6 +50,7 @@ class Source:
     targets: tuple[TargetManifest, ...]
     """The engines built from this very bundle."""
     search: SearchRecord | None
+    validation: ValidationRecord | None
     samples: dict[str, FloatArray]
     """Final latents by the point's name, each (n, *latent shape); empty without a search."""
 
@@ -99,8 +101,12 @@ def _closest(points: tuple[PointRecord, ...], chosen: PointRecord) -> PointRecor
     return max(fits, key=lambda point: point.quality.psnr_db, default=None)
 
 
-def source_from_folder(path: Path) -> Source:
+def source_from_folder(path: Path, validation: Path | None = None) -> Source:
     """Read and check a plan folder or a bundle.
+
+    Args:
+        path: the folder.
+        validation: what a validation of that bundle wrote.
 
     Raises:
         BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
@@ -123,8 +129,17 @@ def source_from_folder(path: Path) -> Source:
         manifest=manifest,
         targets=() if manifest is None else _targets(path),
         search=search,
+        validation=None if validation is None else _validation(path, validation),
         samples={} if search is None else _samples(path, search),
     )
+
+
+def _validation(bundle: Path, file: Path) -> ValidationRecord:
+    record = read_validation(file)
+    manifest = bundle / MANIFEST
+    if not manifest.is_file() or record.manifest_sha256 != sha256_of_file(manifest):
+        raise BundleError(f"{file}: a validation of another export than {bundle}; validate that with -o {file}")
+    return record
 
 
 def _targets(bundle: Path) -> tuple[TargetManifest, ...]:

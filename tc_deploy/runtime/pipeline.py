@@ -12,7 +12,7 @@ import functools
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer
+from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions
 from tc_deploy.errors import Cancelled, UsageError
@@ -78,10 +78,20 @@ def load(path: str | Path, backend: str | None = None, *, batch_size: int | None
 
 
 class Pipeline:
-    """A loaded bundle; see :func:`load` for the arguments and errors. ``watch`` sees every graph as it is bound."""
+    """A loaded bundle; see :func:`load` for the arguments and errors.
+
+    ``watch`` sees every graph as it is bound. ``engines`` are run in place of the target's: a device and the bundle's
+    graphs on it.
+    """
 
     def __init__(
-        self, path: Path, backend: str | None = None, *, batch_size: int | None = None, watch: Watch | None = None
+        self,
+        path: Path,
+        backend: str | None = None,
+        *,
+        batch_size: int | None = None,
+        watch: Watch | None = None,
+        engines: tuple[Device, Mapping[str, Graph]] | None = None,
     ) -> None:
         bundle = read_bundle(path, backend)
         self.path = path
@@ -90,7 +100,7 @@ class Pipeline:
         self._first_scale = bundle.first_scale
         self._lock = threading.Lock()
 
-        device, graphs = load_target(path, self.manifest, self.backend)
+        device, graphs = engines or load_target(path, self.manifest, self.backend)
         axes = {BATCH: self.batch_size, MODEL_BATCH: self.batch_size * (2 if self.manifest.guided else 1)}
         binder = Binder(bundle, device, graphs, axes, watch)
         self._buffers = binder.buffers

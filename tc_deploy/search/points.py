@@ -106,6 +106,7 @@ class PointMaker:
             model_path=self.model_path,
             check=check,
             graphs_from=siblings[0] if siblings else None,
+            samples=False,
         )
         build_target(bundle, self.backend)
         return bundle

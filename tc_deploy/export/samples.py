@@ -1,0 +1,207 @@
+"""The samples that a bundle carries to be validated by, from two sampling runs in PyTorch: under the plan, and full.
+
+In: a model, a plan, its sampler. Out: inputs and outputs of every graph at early, middle and late steps, and both
+trajectories. Never: writes a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tc_deploy.export.check import step_inputs
+from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.solver_graph import (
+    COEFFICIENTS,
+    GUIDANCE_SCALE,
+    GUIDED_OUTPUT,
+    HIDDEN_STATES,
+    INPUT_SCALE,
+    LATENTS,
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
+)
+from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, SOLVER, GraphRecord, history_name, variant_name
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.solver import SolverTable
+from tc_deploy.plan import Plan, token_index_name
+from tc_deploy.samples import Feed, GraphSamples, Trajectory, chosen_steps
+from tc_deploy.schedule import FULL
+from tc_deploy.tokencache.forward import run_full
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.types import FloatArray, IntArray
+
+LIMIT_BYTES = 128 * 2**20
+"""Of one graph's samples; caches of large models would fill gigabytes."""
+
+
+class _Run:
+    """A sampling run under the plan that keeps what every step of the sampler read, and wanted steps of the model."""
+
+    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, StepGraph]) -> None:
+        self.steps, self.wanted = steps, wanted
+        self.inputs: dict[int, Feed] = {}
+        self.outputs: dict[int, Feed] = {}
+        self.model_outputs: list[FloatArray] = []
+        self.latents: list[FloatArray] = []
+        self.hidden_states: list[FloatArray] = []
+
+    def step(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        graph = self.wanted.get(step)
+        if graph is not None:
+            example = step_inputs(self.steps, step, inputs)
+            self.inputs[step] = {name: _array(example[name]) for name in graph.input_names}
+        output = self.steps(step, inputs)
+        if graph is not None:
+            noted = self.steps.history[0] if graph.variant == FULL else {}
+            tensors = {SAMPLE: output} | {name: noted[name] for name in graph.output_names if name != SAMPLE}
+            self.outputs[step] = {name: _array(tensor) for name, tensor in tensors.items()}
+        self.model_outputs.append(_array(output))
+        return output
+
+    def note(self, step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG002 - denoise's
+        self.hidden_states.append(_array(inputs["hidden_states"]))
+        self.latents.append(_array(latents))
+
+
+def samples_of(
+    graphs: Mapping[int, StepGraph],
+    records: Mapping[str, GraphRecord],
+    plan: Plan,
+    token_index: Mapping[int, IntArray],
+    sampling: Sampling,
+    solver: SolverTable,
+    batch: int,
+) -> tuple[dict[str, GraphSamples], Trajectory]:
+    """Sample under the plan and in full.
+
+    Args:
+        graphs: the variants, as they were exported.
+        records: how the manifest names the graphs.
+        plan: the plan.
+        token_index: its index tables by phase.
+        sampling: its sampler.
+        solver: the sampler as a table.
+        batch: samples in a batch.
+
+    Returns:
+        By graph name its samples, and the trajectory.
+    """
+    model = next(iter(graphs.values())).model
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn((batch, *model.geometry.latent_shape), generator=generator)
+    conditions = model.random_conditions(batch, generator)
+    schedule = plan.tprr()
+    wanted: dict[int, StepGraph] = {}
+    for variant, graph in graphs.items():
+        steps = [step for step, ran in enumerate(schedule.variants) if ran == variant]
+        rows = batch * (1 if sampling.guidance_scale is None else 2)
+        wanted |= dict.fromkeys(
+            chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
+        )
+    run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
+    denoise(model, sampling, noise, conditions, run.step, run.note)
+    samples = {}
+    for graph in graphs.values():
+        steps_of = tuple(step for step, made in wanted.items() if made is graph)
+        samples[variant_name(graph.variant)] = GraphSamples(
+            steps=steps_of,
+            inputs=tuple(run.inputs[step] for step in steps_of),
+            outputs=tuple(run.outputs[step] for step in steps_of),
+        )
+    first = _array(noise) * np.float32(solver.init_noise_sigma)
+    samples[SOLVER] = _solver_samples(run, records[SOLVER], solver, sampling, first)
+    tables = {
+        "timestep": solver.timesteps,
+        COEFFICIENTS: solver.coefficients,
+        INPUT_SCALE: solver.input_scale,
+        FORECAST_WEIGHTS: schedule.forecast_weights(plan.cache.forecast_order),
+        **{token_index_name(phase): table for phase, table in token_index.items()},
+    }
+    return samples, Trajectory(
+        noise=_array(noise),
+        conditions={name: _array(tensor) for name, tensor in conditions.items()},
+        unconditional={} if sampling.guidance_scale is None else _unconditional(model, conditions),
+        full=full_latents(model, plan, sampling, noise, conditions),
+        cached=np.stack(run.latents),
+        variants=schedule.variants,
+        tables=tables,
+    )
+
+
+def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]) -> Feed:
+    return {name: _array(both[len(both) // 2 :]) for name, both in model.with_unconditional(conditions).items()}
+
+
+def full_latents(
+    model: DiffusionTransformer, plan: Plan, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]
+) -> FloatArray:
+    """The latents after each step with every step full, (T, B, C, H, W)."""
+    latents: list[FloatArray] = []
+    denoise(
+        model,
+        sampling,
+        noise,
+        conditions,
+        lambda step, inputs: run_full(model, plan.cache, inputs)[0],
+        lambda step, inputs, after: latents.append(_array(after)),
+    )
+    return np.stack(latents)
+
+
+def _solver_samples(
+    run: _Run, record: GraphRecord, solver: SolverTable, sampling: Sampling, first: FloatArray
+) -> GraphSamples:
+    """What the solver's graph reads and writes at an early, a middle and a late step, as diffusers' scheduler does."""
+    batch, channels = first.shape[:2]
+    latents = [first, *run.latents]
+    guided = [_guided(output, sampling.guidance_scale)[:, :channels] for output in run.model_outputs]
+    # After the last step there is no next input to compare with.
+    steps = chosen_steps(range(max(solver.steps - 1, 1)), 0, 1)
+    inputs, outputs = [], []
+    for step in steps:
+        scale = solver.input_scale[step + 1] if step + 1 < solver.steps else np.float32(1)
+        feed: Feed = {
+            MODEL_OUTPUT: run.model_outputs[step],
+            COEFFICIENTS: np.tile(solver.coefficients[step], (batch, 1)),
+            INPUT_SCALE: np.full(batch, scale, np.float32),
+            GUIDANCE_SCALE: np.full(batch, sampling.guidance_scale or 0.0, np.float32),
+        }
+        for age in range(solver.history + 1):
+            feed[history_name(LATENTS, age)] = latents[max(step - age, 0)]
+            feed[history_name(GUIDED_OUTPUT, age)] = guided[step - age] if step >= age else np.zeros_like(guided[0])
+        last = step + 1 == solver.steps
+        made: Feed = {
+            NEXT_LATENTS: latents[step + 1],
+            HIDDEN_STATES: latents[step + 1] if last else run.hidden_states[step + 1],
+            GUIDED_OUTPUT: guided[step],
+        }
+        if last and sampling.guidance_scale is not None:
+            made[HIDDEN_STATES] = np.concatenate([made[HIDDEN_STATES]] * 2)
+        inputs.append({tensor.name: feed[tensor.name] for tensor in record.inputs})
+        outputs.append({tensor.name: made[tensor.name] for tensor in record.outputs})
+    return GraphSamples(steps=steps, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _guided(output: FloatArray, scale: float | None) -> FloatArray:
+    if scale is None:
+        return output
+    conditional, unconditional = np.split(output, 2)
+    return unconditional + np.float32(scale) * (conditional - unconditional)
+
+
+def _bytes_per_row(record: GraphRecord) -> int:
+    """Of all inputs and outputs, for one row of a batch."""
+    tensors = (*record.inputs, *record.outputs)
+    return sum(
+        np.dtype(tensor.dtype).itemsize * int(np.prod([size for size in tensor.shape[1:] if isinstance(size, int)]))
+        for tensor in tensors
+    )
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().numpy().copy()

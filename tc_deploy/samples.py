@@ -1,0 +1,203 @@
+"""What an export leaves behind to validate engines by: inputs and outputs of every graph, and trajectories.
+
+In: arrays of a sampling run in PyTorch. Out: the folder ``polygraphy/`` of a bundle, whose files open in polygraphy as
+they are, and back. The bundle's manifest holds their checksums. Never: imports torch, or runs anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from tc_deploy.errors import BundleError
+from tc_deploy.manifest import Manifest
+from tc_deploy.types import FloatArray
+
+POLYGRAPHY = "polygraphy"
+"""The folder, inside the bundle."""
+SCRIPT = f"{POLYGRAPHY}/inputs.py"
+TRAJECTORY = f"{POLYGRAPHY}/trajectory.safetensors"
+RUNNER = "pytorch"
+"""What made the saved outputs, as polygraphy names it."""
+
+Feed: TypeAlias = dict[str, NDArray[Any]]
+"""Arrays by tensor name."""
+
+_CONDITION, _UNCONDITIONAL, _TABLE, _STEPS = "condition.", "unconditional.", "table.", "steps."
+_FULL, _CACHED, _NOISE, _VARIANTS = "latents.full", "latents.cached", "noise", "variants"
+
+_SCRIPT_HEAD = '''"""Inputs of the graphs as they occur while sampling, for polygraphy's --data-loader-script."""
+
+from pathlib import Path
+
+from polygraphy.json import load_json
+
+
+def _load(graph):
+    return load_json(str(Path(__file__).with_name(f"{graph}.inputs.json")))
+'''
+_SCRIPT_PART = """
+
+def {function}():
+    return _load("{graph}")
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSamples:
+    """Inputs and outputs of one graph at a few steps."""
+
+    steps: tuple[int, ...]
+    """The steps they are of."""
+    inputs: tuple[Feed, ...]
+    outputs: tuple[Feed, ...]
+    """As PyTorch computed them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One sampling run in PyTorch, under the plan and with every step full, and the tables that it used."""
+
+    noise: FloatArray
+    """(B, C, H, W) standard normal."""
+    conditions: Feed
+    """By name, (B, ...)."""
+    unconditional: Feed
+    """The same for the unconditional half of a guided batch; empty where there is none."""
+    full: FloatArray
+    """(T, B, C, H, W) latents after each step with every step full."""
+    cached: FloatArray
+    """(T, B, C, H, W) latents after each step under the plan."""
+    variants: tuple[int, ...]
+    """Which variant each step ran."""
+    tables: Feed
+    """What the steps took from tables, by the tables' names."""
+
+
+def function_name(graph: str) -> str:
+    """The function of the data-loader script that loads a graph's inputs: ``cached-1`` is ``cached_1``."""
+    return graph.replace("-", "_")
+
+
+def inputs_file(graph: str) -> str:
+    """A graph's saved inputs, by their path inside the bundle."""
+    return f"{POLYGRAPHY}/{graph}.inputs.json"
+
+
+def outputs_file(graph: str) -> str:
+    """A graph's saved outputs, likewise."""
+    return f"{POLYGRAPHY}/{graph}.outputs.json"
+
+
+def write_samples(samples: Mapping[str, GraphSamples], trajectory: Trajectory, bundle: Path) -> list[str]:
+    """Write the folder into a bundle that is being made.
+
+    Returns:
+        The files, by their paths inside the bundle.
+    """
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+
+    (bundle / POLYGRAPHY).mkdir()
+    names = []
+    for graph, sample in samples.items():
+        results = RunResults()
+        results.add(list(sample.outputs), runner_name=RUNNER)
+        with quiet_polygraphy():
+            save_json(list(sample.inputs), str(bundle / inputs_file(graph)))
+            results.save(str(bundle / outputs_file(graph)))
+        names += [inputs_file(graph), outputs_file(graph)]
+    parts = (_SCRIPT_PART.format(function=function_name(graph), graph=graph) for graph in samples)
+    (bundle / SCRIPT).write_text(_SCRIPT_HEAD + "".join(parts), encoding="utf-8")
+    arrays: Feed = {
+        _NOISE: trajectory.noise,
+        _FULL: trajectory.full,
+        _CACHED: trajectory.cached,
+        _VARIANTS: np.asarray(trajectory.variants, np.int32),
+        **{_CONDITION + name: array for name, array in trajectory.conditions.items()},
+        **{_UNCONDITIONAL + name: array for name, array in trajectory.unconditional.items()},
+        **{_TABLE + name: array for name, array in trajectory.tables.items()},
+        **{_STEPS + graph: np.asarray(sample.steps, np.int32) for graph, sample in samples.items()},
+    }
+    (bundle / TRAJECTORY).write_bytes(
+        safetensors.numpy.save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)})
+    )
+    return [*names, SCRIPT, TRAJECTORY]
+
+
+def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSamples], Trajectory]:
+    """Read the folder of a bundle whose files have been checked.
+
+    Raises:
+        BundleError: the export left none, or a file is not what it should be.
+    """
+    wanted = [TRAJECTORY, *(file for graph in manifest.graphs for file in (inputs_file(graph), outputs_file(graph)))]
+    missing = [name for name in wanted if name not in manifest.files]
+    if missing:
+        raise BundleError(
+            f"{bundle}: no samples to validate by ({missing[0]} is missing, or without a checksum); export again,"
+            " without --no-check"
+        )
+    from polygraphy.comparator import RunResults
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.json import load_json
+
+    samples = {}
+    try:
+        with quiet_polygraphy():
+            loaded = {
+                graph: (
+                    load_json(str(bundle / inputs_file(graph))),
+                    RunResults.load(str(bundle / outputs_file(graph)))[RUNNER],
+                )
+                for graph in manifest.graphs
+            }
+        arrays = safetensors.numpy.load_file(bundle / TRAJECTORY)
+        for graph, (inputs, outputs) in loaded.items():
+            samples[graph] = GraphSamples(
+                steps=tuple(arrays[_STEPS + graph].tolist()),
+                inputs=tuple(inputs),
+                outputs=tuple({name: np.asarray(array) for name, array in output.items()} for output in outputs),
+            )
+        trajectory = Trajectory(
+            noise=arrays[_NOISE],
+            conditions=_named(arrays, _CONDITION),
+            unconditional=_named(arrays, _UNCONDITIONAL),
+            full=arrays[_FULL],
+            cached=arrays[_CACHED],
+            variants=tuple(arrays[_VARIANTS].tolist()),
+            tables=_named(arrays, _TABLE),
+        )
+    except (SafetensorError, PolygraphyException, KeyError, ValueError, TypeError) as error:
+        raise BundleError(f"{bundle / POLYGRAPHY}: the samples cannot be read: {error}; export again") from None
+    return samples, trajectory
+
+
+@contextlib.contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """Keep polygraphy from printing; its results are read, not watched."""
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield
+
+
+def chosen_steps(steps: Sequence[int], bytes_each: int, limit_bytes: int) -> tuple[int, ...]:
+    """An early, a middle and a late one of ``steps``; the middle one alone where three would take too much room."""
+    if not steps:
+        return ()
+    if 3 * bytes_each > limit_bytes:
+        return (steps[len(steps) // 2],)
+    return tuple(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
+
+
+def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Feed:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

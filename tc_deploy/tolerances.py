@@ -1,0 +1,77 @@
+"""How far a result may lie from its reference: the one table that validation and every test take their tolerance from.
+
+Keyed by backend, precision and metric. The metrics of tests:
+
+``max_abs``
+    Largest absolute difference of one forward pass, for values of order 1.
+``extrapolated_max_abs``
+    The same, where the pass read caches extrapolated with weights of up to 3, which multiply their rounding.
+``trajectory_max_abs``
+    Largest absolute difference of the final latents after all denoising steps, where the differences of single passes
+    are fed back and grow.
+``trajectory_max_rel``
+    The same, relative to the largest of the latents: a random model may drive them to any size.
+``psnr_db``
+    A PSNR in dB, against one computed by hand.
+``metric``
+    Any other metric of order 1, against its definition: computed in fp64 from fp32 values.
+
+The metrics of ``tc-deploy validate``, against PyTorch in fp32 or another engine:
+
+``output_max_rel``
+    Largest absolute difference of an output, in units of its standard deviation.
+``output_sqnr_db``, ``output_cosine``
+    Least signal-to-quantisation-noise ratio and least cosine of an output.
+``drift_rel_l2``
+    Largest relative L2 difference of the latents after any step of a sampling run.
+``picture_psnr_db``
+    Least PSNR of the final pictures or latents.
+"""
+
+from __future__ import annotations
+
+ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+"""The engine kinds that validation judges; TensorRT's figures are expectations, it has not run on a GPU."""
+
+_VALIDATION = {
+    # Rounding in another order of summation reaches 1e-6 to 2e-5 a pass; a wrong sign, gate, index or cache shows as
+    # 1e-2 and more.
+    "fp32": {"output_max_rel": 1e-4, "output_sqnr_db": 90.0, "output_cosine": 0.999999},
+    # 11 bits of mantissa.
+    "fp16": {"output_max_rel": 0.05, "output_sqnr_db": 45.0, "output_cosine": 0.9999},
+    # 8 bits.
+    "bf16": {"output_max_rel": 0.4, "output_sqnr_db": 25.0, "output_cosine": 0.997},
+}
+_TRAJECTORIES = {
+    "fp32": {"drift_rel_l2": 1e-4, "picture_psnr_db": 80.0},
+    "fp16": {"drift_rel_l2": 0.02, "picture_psnr_db": 40.0},
+    "bf16": {"drift_rel_l2": 0.1, "picture_psnr_db": 25.0},
+}
+
+TOLERANCES = {
+    # Same kernels, other shapes: a matrix product over some of the rows may sum in another order.
+    ("torch", "fp32", "max_abs"): 1e-5,
+    ("torch", "fp32", "extrapolated_max_abs"): 1e-4,
+    ("torch", "fp32", "psnr_db"): 1e-4,
+    ("torch", "fp32", "metric"): 1e-6,
+    # Other kernels, fused differently.
+    ("onnxruntime", "fp32", "max_abs"): 2e-5,
+    ("onnxruntime", "fp32", "trajectory_max_abs"): 1e-3,
+    ("onnxruntime", "fp32", "trajectory_max_rel"): 5e-5,
+    # Against ONNX Runtime.
+    ("openvino", "fp32", "max_abs"): 2e-5,
+    ("openvino", "fp32", "trajectory_max_rel"): 5e-5,
+    ("openvino", "bf16", "trajectory_max_rel"): 0.2,
+    **{
+        (engine, precision, metric): value
+        for engine in ENGINES
+        for table in (_VALIDATION, _TRAJECTORIES)
+        for precision, metrics in table.items()
+        for metric, value in metrics.items()
+    },
+}
+
+
+def tolerance(backend: str, precision: str, metric: str) -> float:
+    """The table's entry; a KeyError means that the table lacks a line."""
+    return TOLERANCES[backend, precision, metric]

@@ -1,0 +1,140 @@
+"""The checkpoint as a reference: its steps in PyTorch, what its modules read and make, its sampling run.
+
+In: a bundle's plan and the checkpoint it was made for. Out: arrays. This is the one part of validation that needs
+PyTorch and the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.samples import full_latents
+from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.loading import load_model
+from tc_deploy.plan import Plan, load_plan
+from tc_deploy.samples import Feed, Trajectory
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.types import FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleValues:
+    """What a module read and made in one step: all its floating-point tensors."""
+
+    read: tuple[NDArray[Any], ...]
+    made: tuple[NDArray[Any], ...]
+
+
+class Checkpoint:
+    """A bundle's plan and checkpoint.
+
+    Args:
+        bundle: ``engines/NAME``.
+        model_path: the checkpoint, where it is not where the plan says.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
+        PlanError: it is another than the plan was made for.
+    """
+
+    def __init__(self, bundle: Path, model_path: Path | None = None) -> None:
+        self.plan: Plan
+        self.plan, tables = load_plan(bundle)
+        self.model: DiffusionTransformer = load_model(
+            model_path or Path(self.plan.model.source), ModelOptions.of(self.plan.model)
+        )
+        check_model(self.plan, self.model, str(bundle))
+        self._token_index: dict[int, IntArray] = token_index_tables(self.plan, tables)
+
+    @cached_property
+    def _sampling(self) -> Sampling:
+        return sampling_from_plan(self.plan)
+
+    def step_graph(self, variant: int) -> StepGraph:
+        """A variant of a step."""
+        return StepGraph(self.model, self.plan.cache, variant, self.plan.phases_used())
+
+    def outputs(self, variant: int, feed: Mapping[str, NDArray[Any]]) -> Feed:
+        """Run a step once; returns its outputs by name."""
+        graph = self.step_graph(variant)
+        with torch.no_grad():
+            made = graph(*(torch.from_numpy(np.array(feed[name])) for name in graph.input_names))
+        return {name: tensor.numpy() for name, tensor in zip(graph.output_names, made, strict=True)}
+
+    def module_values(
+        self, variant: int, feed: Mapping[str, NDArray[Any]], modules: Collection[str]
+    ) -> dict[str, ModuleValues]:
+        """Run a step once and look at some of its modules.
+
+        Args:
+            variant: which step.
+            feed: its inputs.
+            modules: names in the model; one that the step does not call is left out of the result.
+        """
+        seen: dict[str, tuple[list[NDArray[Any]], list[NDArray[Any]]]] = {}
+        hooks = []
+        for name, module in self.model.module.named_modules():
+            if name in modules:
+
+                def note(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                    read, made = seen.setdefault(name, ([], []))
+                    read += _arrays([*args, *kwargs.values()])
+                    made += _arrays(output)
+
+                hooks.append(module.register_forward_hook(note, with_kwargs=True))
+        try:
+            self.outputs(variant, feed)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: ModuleValues(read=tuple(read), made=tuple(made)) for name, (read, made) in seen.items()}
+
+    def trajectory(self, saved: Trajectory) -> Trajectory:
+        """The saved run made again, under the bundle's plan as it is now."""
+        steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
+        noise = torch.from_numpy(saved.noise)
+        conditions = {name: torch.from_numpy(array) for name, array in saved.conditions.items()}
+        cached: list[FloatArray] = []
+        denoise(
+            self.model,
+            self._sampling,
+            noise,
+            conditions,
+            steps,
+            lambda step, inputs, latents: cached.append(latents.numpy().copy()),
+        )
+        full = full_latents(self.model, self.plan, self._sampling, noise, conditions)
+        return replace(saved, cached=np.stack(cached), full=full)
+
+    def is_other_weight(self, name: str, found: NDArray[Any]) -> bool:
+        """Whether an initializer that is named after a parameter holds something else."""
+        parameters: Mapping[str, Tensor] = dict(self.model.module.named_parameters())
+        parameter = parameters.get(name.removesuffix(".T"))
+        if parameter is None:
+            return False
+        expected = parameter.detach().numpy()
+        expected = expected.T if name.endswith(".T") else expected
+        return expected.shape != found.shape or not np.array_equal(expected.astype(found.dtype), found)
+
+
+def _arrays(values: Any) -> list[NDArray[Any]]:
+    """All floating-point tensors in nested tuples, lists and dictionaries."""
+    if isinstance(values, Tensor):
+        return [values.detach().numpy().copy()] if values.is_floating_point() else []
+    if isinstance(values, Mapping):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        return []
+    return [array for value in values for array in _arrays(value)]

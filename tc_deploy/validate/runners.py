@@ -1,0 +1,123 @@
+"""Polygraphy's runners over what polygraphy does not know: our own backends, and a step in PyTorch.
+
+In: a graph that is loaded on a device, or a :class:`~tc_deploy.export.graphs.StepGraph`. Out: a runner for polygraphy's
+Comparator. An engine under test always runs through the backend code that serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from tc_deploy.backends.base import Buffer, Device, Graph
+from tc_deploy.manifest import GraphRecord, TensorRecord
+from tc_deploy.samples import Feed
+
+if TYPE_CHECKING:
+    from tc_deploy.export.graphs import StepGraph
+
+
+class BackendRunner(BaseRunner):  # type: ignore[misc]  # polygraphy comes without types
+    """A graph on a device of one of our backends.
+
+    Args:
+        load: gives the device and the graph when the runner is activated.
+        record: names the graph's tensors.
+        name: what results are called by.
+    """
+
+    def __init__(self, load: Callable[[], tuple[Device, Graph]], record: GraphRecord, name: str) -> None:
+        super().__init__(name=name)
+        self._load, self._record = load, record
+
+    def activate_impl(self) -> None:
+        """Load the graph."""
+        self._device, self._graph = self._load()
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Names, types and shapes of the inputs; a batch axis is open."""
+        return _metadata(self._record.inputs)
+
+    def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+        """Run it on buffers of the inputs' shapes."""
+        start_s = time.perf_counter()
+        outputs = OrderedDict(run_graph(self._device, self._graph, self._record, feed_dict))
+        self.inference_time = time.perf_counter() - start_s
+        return outputs
+
+    def deactivate_impl(self) -> None:
+        """Let the graph go."""
+        del self._device, self._graph
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]  # as above
+    """A step of the model in PyTorch.
+
+    Args:
+        graph: the variant.
+        record: names the exported graph's tensors.
+    """
+
+    def __init__(self, graph: StepGraph, record: GraphRecord) -> None:
+        super().__init__(name="torch")
+        self._graph, self._record = graph, record
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Names, types and shapes of the inputs; a batch axis is open."""
+        return _metadata(self._record.inputs)
+
+    def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+        """Run it."""
+        import torch
+
+        start_s = time.perf_counter()
+        with torch.no_grad():
+            outputs = self._graph(*(torch.from_numpy(np.array(feed_dict[name])) for name in self._graph.input_names))
+        self.inference_time = time.perf_counter() - start_s
+        return OrderedDict(zip(self._graph.output_names, (output.numpy() for output in outputs), strict=True))
+
+
+def run_graph(device: Device, graph: Graph, record: GraphRecord, feed: Mapping[str, Any]) -> Feed:
+    """Run a loaded graph once on buffers made for it.
+
+    Args:
+        device: where it was loaded.
+        graph: the graph.
+        record: names its tensors.
+        feed: its inputs.
+
+    Returns:
+        Its outputs by name.
+
+    Raises:
+        BackendError: the engine refuses the shapes, or fails.
+    """
+    axes: dict[str, int] = {}
+    inputs: dict[str, Buffer] = {}
+    for tensor in record.inputs:
+        array = np.asarray(feed[tensor.name])
+        axes |= {axis: size for axis, size in zip(tensor.shape, array.shape, strict=True) if isinstance(axis, str)}
+        inputs[tensor.name] = device.buffer(np.dtype(tensor.dtype), array.shape)
+        inputs[tensor.name].write(array)
+    outputs = {
+        tensor.name: device.buffer(
+            np.dtype(tensor.dtype), tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        )
+        for tensor in record.outputs
+    }
+    graph.bind(inputs, outputs).run()
+    return {name: buffer.read() for name, buffer in outputs.items()}
+
+
+def _metadata(tensors: tuple[TensorRecord, ...]) -> TensorMetadata:
+    metadata = TensorMetadata()
+    for tensor in tensors:
+        shape = [-1 if isinstance(size, str) else size for size in tensor.shape]
+        metadata.add(tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
+    return metadata
