@@ -99,12 +99,12 @@ class UViT(nn.Module):
         for block in self.out_blocks:
             x = block(x, skips.pop())
         x = self.head(self.norm(x[:, PREFIX:]))
-        x = x.reshape(len(x), *self.grid, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
+        x = x.reshape(x.shape[0], *self.grid, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.flatten(4, 5).flatten(2, 3)
 
 
 # ------------------------------------------------------------------------------------------- what the method must know
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def build(config: Mapping[str, Any]) -> nn.Module:
     return UViT(**{key: value for key, value in config.items() if not key.startswith("_")})
 
 
@@ -148,7 +148,7 @@ FAMILY = Family(
     blocks=(_blocks("in_blocks"), _blocks("mid_blocks"), _blocks("out_blocks", per_token=("skip",))),
     geometry=_geometry,
     call=_call,
-    build=_build,
+    build=build,
 )
 register_family(FAMILY)
 
@@ -180,7 +180,7 @@ def main(folder: Path) -> None:
     from tc_deploy.calibrate.stage import calibrate
     from tc_deploy.export.stage import export_bundle
 
-    model = save(folder / "model", _build(CONFIG))
+    model = save(folder / "model", build(CONFIG))
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(model / "scheduler")
     settings = {
         "sampling": {"steps": 10},

@@ -1,12 +1,13 @@
 """Tiny models of every family, random weights, odd shapes: made from configurations, so nothing is downloaded.
 
-Each is a real diffusers class behind the package's own loader. Two blocks of a kind, a few dozen tokens, latents that
+Each is a real class behind the package's own loader. Two blocks of a kind, a few dozen tokens, latents that
 are not square where the class knows such.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,12 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
         ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
     ),
 }
-NAMES = tuple(MODELS)
+DIFFUSERS = tuple(MODELS)
+"""Of diffusers' own classes."""
+NAMES = (*DIFFUSERS, "uvit")
+"""And the documented example of a class that is not."""
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "uvit.py"
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -106,7 +112,22 @@ def save(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 def model(name: str) -> DiffusionTransformer:
     """A loaded model; tests leave it as it is."""
     with tempfile.TemporaryDirectory() as folder:
-        return load_model(save(name, Path(folder) / name), MODELS[name][2])
+        if name in MODELS:
+            return load_model(save(name, Path(folder) / name), MODELS[name][2])
+        module = uvit().build(uvit().CONFIG)
+        randomise(module, seed=0)
+        return load_model(uvit().save(Path(folder) / name, module))
+
+
+@functools.cache
+def uvit() -> Any:
+    """The example's code; to load it makes its family known."""
+    spec = importlib.util.spec_from_file_location("uvit", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code)
+    return code
 
 
 def inputs_of(model: DiffusionTransformer, batch: int, seed: int) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
         outputs in order and named, without the exporter's notes on local files.
 
     Raises:
-        ExportError: PyTorch's exporter refuses the graph.
+        ExportError: PyTorch's exporter refuses the graph, or fixes the batch that was to be left open.
     """
     batch = {0: torch.export.Dim(MODEL_BATCH, min=1)}
     shared = graph.model.family.shares_index
@@ -118,9 +118,24 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
     if program is None:
         raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
     model: ir.Model = program.model
+    if dynamic_batch:
+        _check_dynamic(model, graph)
     optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
     _strip_notes(model)
     return model
+
+
+def _check_dynamic(model: ir.Model, graph: StepGraph) -> None:
+    """See that the batch axis is open: the exporter fixes it without a word where a forward asks for its number."""
+    shapes = {str(value.name): value.shape for value in model.graph.inputs}
+    for name in graph.input_names:
+        shape = shapes[name]
+        if shape is not None and isinstance(shape[0], int) and not (name == TOKEN_INDEX and len(shape) == 1):
+            raise ExportError(
+                f"variant {graph.variant}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
+                " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
+                " export with --static-batch"
+            )
 
 
 def _strip_notes(model: ir.Model) -> None:

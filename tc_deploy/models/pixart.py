@@ -52,7 +52,7 @@ def _call(module: Any, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if module.use_additional_conditions:
         # Constants of the token grid, so no inputs.
-        batch = len(inputs["hidden_states"])
+        batch = inputs["hidden_states"].shape[0]
         height, width = (AUTOENCODER_SCALE * axis for axis in geometry.latent_shape[1:])
         sizes = {
             "resolution": torch.tensor([[height, width]], dtype=torch.float32).expand(batch, -1),

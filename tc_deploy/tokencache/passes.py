@@ -128,7 +128,7 @@ class CachedPass(CachePoints):
             return tokens[:, :1]
         if block not in self.index:
             return tokens
-        index, width = self.index[block].expand(len(tokens), -1), tokens.shape[2]
+        index, width = self.index[block].expand(tokens.shape[0], -1), tokens.shape[2]
         rows = tokens.reshape(-1, width).index_select(0, _flat_rows(index, tokens.shape[1]))
         return rows.reshape(*index.shape, width)
 
@@ -138,7 +138,7 @@ class CachedPass(CachePoints):
             return table
         index = self.index[block]
         if axis == 0:
-            assert len(index) == 1, "a family whose tables have no batch axis has one index for all samples"
+            assert index.shape[0] == 1, "a family whose tables have no batch axis has one index for all samples"
             return table.index_select(0, index[0])
         return table[0].index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[2:])
 
@@ -176,7 +176,7 @@ class CachedPass(CachePoints):
 
     def _put(self, block: int, part: str, rows: Tensor) -> Tensor:
         """The cached values with the computed ``rows`` (B, M, D) over them, (B, N, D)."""
-        return _put_rows(self._forecast(block, part), self.index[block].expand(len(rows), -1), rows)
+        return _put_rows(self._forecast(block, part), self.index[block].expand(rows.shape[0], -1), rows)
 
     def _with_cached(self, block: int, part: str, rows: Tensor) -> Tensor:
         return _heads_split(self._put(block, part, _heads_joined(rows)), rows.shape[1])

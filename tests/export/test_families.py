@@ -1,5 +1,6 @@
 """The graphs of every family against PyTorch: full and cached steps, any batch and a fixed one."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import zoo
 from tolerances import tolerance
 from torch import Tensor
 
+from tc_deploy.errors import ExportError
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
 from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX
 from tc_deploy.models.family import DiffusionTransformer
@@ -23,7 +25,7 @@ from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.types import Attention, Reuse
 
-KEEP = {"sd35": (0, 5, None), "flux": (5, 0, 0, None), "flux-schnell": (5,)}
+KEEP = {"uvit": (5, 0, None), "sd35": (0, 5, None), "flux": (5, 0, 0, None), "flux-schnell": (5,)}
 """Image tokens that blocks keep: some, none, or all (None)."""
 BATCH = 2
 
@@ -107,7 +109,9 @@ def test_a_graph_computes_what_pytorch_does_at_any_batch(name: str, variant: int
         assert index == ([5] if model.family.shares_index else [MODEL_BATCH, 5])
 
 
-@pytest.mark.parametrize(("name", "keep"), [("sd35", (5, 0, 5)), ("flux", (0, 5, 5, 0)), ("wan", (5, 0))])
+@pytest.mark.parametrize(
+    ("name", "keep"), [("sd35", (5, 0, 5)), ("flux", (0, 5, 5, 0)), ("wan", (5, 0)), ("uvit", (0, 5, 5))]
+)
 def test_a_graph_with_residuals_computes_what_pytorch_does_at_its_fixed_batch(
     name: str, keep: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -139,3 +143,15 @@ def test_what_follows_from_the_token_grid_is_a_constant_at_real_sizes_too(
     for node in made.graph.all_nodes():
         varies = [value for value in node.inputs if value is not None and not value.is_initializer()]
         assert varies or not node.inputs, f"{node.op_type} of constants, at every step"
+
+
+def test_a_batch_that_a_forward_fixes_is_found() -> None:
+    model = zoo.model("uvit")
+    call = model.family.call
+    fixing = dataclasses.replace(
+        model.family, call=lambda module, inputs, geometry: call(module, inputs, geometry) * len(inputs["label"])
+    )
+    model = dataclasses.replace(model, family=fixing)
+    graph = StepGraph(model, settings(model, (None,) * 3, Reuse.BRANCH, Attention.KEPT, order=0), FULL, phases=())
+    with pytest.raises(ExportError, match=r"variant 0: the batch axis of hidden_states came out fixed at 2"):
+        onnx_from_graph(graph, draw(graph, BATCH), dynamic_batch=True)

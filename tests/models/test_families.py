@@ -1,21 +1,22 @@
 """Every family against its untouched class, called as its pipelines call it; and what a family refuses."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import zoo
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import FAMILIES, load_model
+from tc_deploy.models.loading import FAMILIES, known_families, load_model, register_family
 from tc_deploy.models.rows import Rows, Streams
 
 Inputs = Mapping[str, Tensor]
@@ -50,11 +51,11 @@ PIPELINES: Mapping[str, Callable[[DiffusionTransformer, Inputs], dict[str, Any]]
 
 
 def test_every_family_is_in_the_zoo() -> None:
-    assert {zoo.MODELS[name][0] for name in zoo.NAMES} == set(FAMILIES) == set(PIPELINES)
+    assert {zoo.MODELS[name][0] for name in zoo.DIFFUSERS} == set(FAMILIES) == set(PIPELINES)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.DIFFUSERS)
 def test_the_forward_is_the_pipelines_own(name: str) -> None:
     model = zoo.model(name)
     inputs = zoo.inputs_of(model, batch=3, seed=1)
@@ -94,8 +95,7 @@ def test_guidance_doubles_every_condition_and_the_forward_takes_it(name: str) ->
     both = {key: torch.cat([inputs[key]] * 2) for key in ("hidden_states", "timestep")}
     output = model.forward({**both, **doubled})
     assert output.isfinite().all()
-    changes = not torch.equal(output[:2], output[2:])
-    assert changes
+    assert not torch.equal(output[:2], output[2:])
 
 
 # -------------------------------------------------------------------------------------------------------- not covered
@@ -189,6 +189,71 @@ def test_rows_are_taken_apart_and_put_together(rows: Rows, axis: int) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_families_are_diffusers_own_classes() -> None:
-    for name in FAMILIES:
-        assert isinstance(getattr(diffusers, name), type)
+# -------------------------------------------------------------------------------------- classes that are not diffusers'
+@torch.no_grad()
+def test_the_example_s_forward_is_the_class_s_own() -> None:
+    model = zoo.model("uvit")
+    inputs = zoo.inputs_of(model, batch=3, seed=1)
+    output = model.forward(inputs)
+    assert torch.equal(output, model.module(inputs["hidden_states"], inputs["timestep"], inputs["label"].long()))
+    assert output.shape == (3, *model.geometry.latent_shape)
+    assert output.std() > 0.1
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """A checkpoint of the example's class."""
+    code = zoo.uvit()
+    return Path(code.save(tmp_path / "model", code.build(code.CONFIG)))
+
+
+def test_half_precision_weights_of_a_class_of_one_s_own_load_as_fp32(example: Path) -> None:
+    (weights,) = example.glob("*.safetensors")
+    halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(halves, weights)
+    module = load_model(example).module
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert torch.equal(module.head.weight, halves["head.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda weights: weights.pop("head.weight"), r"1 missing keys, first head\.weight"),
+        (lambda weights: weights.update(surplus=torch.zeros(2)), "1 unexpected keys, first surplus"),
+        (lambda weights: weights.update({"head.weight": torch.zeros(3, 3)}), "do not make a UViT"),
+    ],
+    ids=["missing", "unexpected", "another shape"],
+)
+def test_weights_that_do_not_fit_a_class_of_one_s_own(
+    example: Path, edit: Callable[[dict[str, Tensor]], Any], reason: str
+) -> None:
+    (path,) = example.glob("*.safetensors")
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path)
+    with pytest.raises(ModelError, match=reason) as raised:
+        load_model(example)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_of_the_package_keeps_its_family() -> None:
+    with pytest.raises(ModelError, match="'DiTTransformer2DModel' has a family already"):
+        register_family(dataclasses.replace(zoo.uvit().FAMILY, model_class="DiTTransformer2DModel"))
+    assert known_families()["DiTTransformer2DModel"] is FAMILIES["DiTTransformer2DModel"]
+
+
+def test_an_installed_package_makes_its_families_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import dataclasses\nfrom tc_deploy.models.dit import FAMILY as DIT\n"
+        "FAMILY = dataclasses.replace(DIT, model_class='MyDiT')\n"
+    )
+    metadata = tmp_path / "my_models-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my_models\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[tc_deploy.families]\nmine = my_models:FAMILY\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert known_families()["MyDiT"].model_class == "MyDiT"
+    (metadata / "entry_points.txt").write_text("[tc_deploy.families]\nmine = my_models:MISSING\n")
+    with pytest.raises(ModelError, match=r"entry point 'mine' of tc_deploy\.families: .*MISSING"):
+        known_families()
