@@ -39,7 +39,7 @@ def sampling(tiny_dit_folder) -> Sampling:
 
 
 @pytest.fixture
-def drawn(model) -> tuple[Tensor, dict[str, Tensor]]:
+def drawn(model, sampling) -> tuple[Tensor, dict[str, Tensor]]:
     return draw_batch(model, sampling, range(3))
 
 
