@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import picture_psnr_db
@@ -87,7 +87,7 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
     sampling = Sampling(
         scheduler=load_scheduler(model_path), steps=steps, guidance_scale=guidance_scale, set_timesteps_kwargs={}
     )
-    noise, conditions = draw_batch(model, range(FIRST_SEED, FIRST_SEED + samples))
+    noise, conditions = draw_batch(model, sampling, range(FIRST_SEED, FIRST_SEED + samples))
     blocks, tokens = len(model.blocks), model.geometry.tokens
 
     def full(count: int) -> torch.Tensor:

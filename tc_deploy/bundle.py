@@ -241,6 +241,12 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
 
 
+def portable_path(path: Path) -> str:
+    """A path as a document names it: below the working directory relative to it, so that it can be committed."""
+    absolute, here = path.resolve(), Path.cwd().resolve()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
+
+
 def check_writable(path: Path) -> None:
     """Check that a file can be written, before the work whose result it is to hold; its folder is made.
 

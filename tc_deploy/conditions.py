@@ -119,18 +119,10 @@ def labelled_conditions(needed: Sequence[Condition], class_labels: Sequence[int]
     return checked_conditions(needed, {label.name: np.asarray(numbers, label.dtype)}, None, guided=guided)
 
 
-def drawn_conditions(needed: Sequence[Condition], count: int, seed: int) -> Conditions:
-    """Random ones: labels from all classes, anything else normal; the unconditional half is "no class" or 0."""
-    generator = np.random.default_rng(seed)
-    given: dict[str, NDArray[Any]] = {}
-    for item in needed:
-        shape = (count, *item.shape)
-        if item.classes is None:
-            given[item.name] = generator.standard_normal(shape, np.float32).astype(item.dtype)
-        else:
-            given[item.name] = generator.integers(item.classes, size=shape, dtype=np.dtype(item.dtype))
-    empty = {item.name: np.full_like(given[item.name], item.classes or 0) for item in needed}
-    return Conditions(count=count, given=given, unconditional=empty)
+def placeholder_conditions(needed: Sequence[Condition], count: int) -> Conditions:
+    """Conditions whose values do not matter, for runs that are timed: class 0, anything else 1."""
+    values = {item.name: np.full((count, *item.shape), 1 if item.classes is None else 0, item.dtype) for item in needed}
+    return Conditions(count=count, given=values, unconditional=values)
 
 
 def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

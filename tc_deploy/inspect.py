@@ -62,6 +62,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "full_gflops": round(plan.cost.full_flops / 1e9, 4),
         "origin": plan.origin.method,
         "seed": plan.origin.seed,
+        "conditions": plan.origin.model_dump(mode="json").get("conditions"),
         "measured": None if plan.measured is None else plan.measured.model_dump(mode="json", exclude={"seeds"}),
     }
 

@@ -31,6 +31,8 @@ from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 FORMAT_VERSION: Final = 1
 PLAN = "plan.json"
 TABLES = "tables.safetensors"
+RANDOM: Final = "random"
+"""Conditions that are drawn although the model takes prompts: for trials and for models with random weights."""
 
 
 class ModelRecord(Document):
@@ -117,12 +119,29 @@ class MeasuredRecord(Document):
     fewer_steps_psnr_db: float
 
 
+class PromptsRecord(Document):
+    """The file of prompt embeddings that a plan was made with."""
+
+    file: str
+    """A path, relative to the working directory where it lies below it. A hint, not identity."""
+    sha256: str
+    prompts: PositiveInt
+
+
 class OriginRecord(Document):
     """How the plan came to be."""
 
     method: Literal["predictor", "manual", "search", "baseline"]
     seed: int
     settings: dict[str, Any]
+    conditions: PromptsRecord | Literal["random"] | None = None
+    """What samples were conditioned on; None for labels, which are drawn."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the conditions out where they are labels, so that such a plan has the bytes that it always had."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "conditions" or value is not None}
 
 
 class Plan(Document):

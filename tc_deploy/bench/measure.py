@@ -41,7 +41,8 @@ class _Contender:
         self.model_batch = self.pipeline.batch_size * (2 if self.pipeline.manifest.guided else 1)
 
     def run(self, kind: str) -> Run:
-        request = functools.partial(self.pipeline, class_labels=[0] * self.pipeline.batch_size, full=kind == FULL_RUN)
+        asked = self.pipeline.placeholders(self.pipeline.batch_size)
+        request = functools.partial(self.pipeline, **asked, full=kind == FULL_RUN)
         return self.clock.timed(request, graphs=kind == _WATCHED_RUN)
 
     def facts(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ start_s = time.perf_counter()
 import tc_deploy
 pipeline = tc_deploy.load(sys.argv[1], sys.argv[2], batch_size=int(sys.argv[3]))
 loaded_s = time.perf_counter()
-steps = iter(pipeline.steps(class_labels=[0] * pipeline.batch_size))
+steps = iter(pipeline.steps(**pipeline.placeholders(pipeline.batch_size)))
 next(steps).read_latents()
 done_s = time.perf_counter()
 for step in steps:

@@ -10,6 +10,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, CostRecord, pruned_blocks
 from tc_deploy.schedule import PHASES
 from tc_deploy.tokencache.forward import run_cached, run_full
+from tc_deploy.tokencache.sampler import device_of
 
 
 @torch.no_grad()
@@ -25,6 +26,8 @@ def count_flops(model: DiffusionTransformer, cache: CacheRecord) -> CostRecord:
         "timestep": torch.zeros(1),
         **model.random_conditions(1, generator),
     }
+    device = device_of(model)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     # The math kernel is made of the products that the counter knows; fused CPU kernels are not in its tables.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
@@ -34,10 +37,12 @@ def count_flops(model: DiffusionTransformer, cache: CacheRecord) -> CostRecord:
         for phase in PHASES:
             keep_counts = cache.keep_counts[phase - 1]
             pruned = pruned_blocks(keep_counts, model.geometry.tokens)
-            rows = [torch.arange(keep_counts[block]) for block in pruned]
+            rows = [torch.arange(keep_counts[block], device=device) for block in pruned]
             index = torch.cat(rows)[None] if rows else None
             depth = cache.forecast_order + 1
             with FlopCounterMode(display=False) as counter:
-                run_cached(model, cache, phase, inputs, [noted] * depth, torch.ones(1, depth) / depth, index)
+                run_cached(
+                    model, cache, phase, inputs, [noted] * depth, torch.ones(1, depth, device=device) / depth, index
+                )
             cached.append(counter.get_total_flops())
     return CostRecord(full_flops=full, cached_flops=(cached[0], cached[1]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ModelError, PlanError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
@@ -50,7 +51,7 @@ def measure(
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
     full, planned, shortened = [], [], []
     for start in range(0, samples, BATCH):
-        noise, conditions = draw_batch(model, seeds[start : start + BATCH])
+        noise, conditions = draw_batch(model, sampling, seeds[start : start + BATCH])
 
         def run(sampling: Sampling, steps: TokenCachedSteps | None) -> torch.Tensor:
             function = steps or (lambda _, inputs: model.forward(inputs))
@@ -86,17 +87,3 @@ def with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
     }
     arguments = {**sampling.set_timesteps_kwargs, **listed}
     return dataclasses.replace(sampling, steps=steps, set_timesteps_kwargs=arguments)
-
-
-def draw_batch(model: DiffusionTransformer, seeds: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Noise (B, C, H, W) and conditions (B, ...) by name; each sample is a function of its own seed."""
-    draws = [_draw(model, seed) for seed in seeds]
-    conditions = {name: torch.cat([given[name] for _, given in draws]) for name in draws[0][1]}
-    return torch.cat([noise for noise, _ in draws]), conditions
-
-
-def _draw(model: DiffusionTransformer, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Noise (1, C, H, W) and conditions of one sample, a function of its seed."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, *model.geometry.latent_shape), generator=generator)
-    return noise, model.random_conditions(1, generator)

@@ -33,6 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from tc_deploy.bundle import Document
 from tc_deploy.errors import UsageError
+from tc_deploy.plan import RANDOM
 from tc_deploy.types import Attention, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -148,6 +149,13 @@ class Recipe(Document):
     """All of it."""
 
     model: str
+    latent_size: tuple[PositiveInt, ...] | None = None
+    """(H, W) of the latents, or (F, H, W) of video; None means the model's own."""
+    text_tokens: PositiveInt | None = None
+    """Tokens that every prompt is padded or cut to; None means the family's default."""
+    conditions: str | None = None
+    """What a model is conditioned on that takes more than labels: a safetensors file of prompt embeddings (relative to
+    the recipe), or "random"."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     sampling: SamplingRecipe = SamplingRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -178,6 +186,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
             raise UsageError(f"{path}: not a TOML file: {error}") from None
         if isinstance(values.get("model"), str):
             values["model"] = str(path.parent / values["model"])
+        if isinstance(values.get("conditions"), str) and values["conditions"] != RANDOM:
+            values["conditions"] = str(path.parent / values["conditions"])
         quality = values.get("quality")
         if isinstance(quality, dict) and isinstance(quality.get("classifier"), str):
             quality["classifier"] = str(path.parent / quality["classifier"])

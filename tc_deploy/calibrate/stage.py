@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -21,14 +22,18 @@ from torch import Tensor
 from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
+from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
+from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
     PLAN,
+    RANDOM,
     CacheRecord,
     OriginRecord,
     Plan,
@@ -48,6 +53,8 @@ from tc_deploy.types import FloatArray, IntArray
 Report = Callable[[str, int, int], None]
 """(what is being done, done, of how many)."""
 
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
 PHASE_2_STARTS_AT = 0.5
 """Default boundary as a share of the steps; docs/quality.md shows what it was chosen by."""
 
@@ -56,6 +63,8 @@ def calibrate(
     recipe: Recipe,
     destination: Path,
     report: Report = lambda what, done, total: None,
+    *,
+    device: str = CPU,
 ) -> Plan:
     """Make a plan.
 
@@ -63,17 +72,20 @@ def calibrate(
         recipe: what to make.
         destination: ``calibration/NAME``; a plan that exists is replaced.
         report: told how far each part is.
+        device: where PyTorch runs the model, ``cpu`` or ``cuda``.
 
     Raises:
+        UsageError: there is no such device, or the model needs prompts and the recipe names none that fit.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
         StorageError: the destination cannot be written.
         ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
     """
+    check_device(device)
     check_replaceable(destination, marker=PLAN)
     report("loading the checkpoint", 0, 1)
-    model = load_model(Path(recipe.model))
-    sampling = sampling_from_recipe(recipe)
+    model = model_from_recipe(recipe, device)
+    sampling = sampling_from_recipe(recipe, model)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
     read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
     boundary = recipe.schedule.boundary
@@ -110,17 +122,46 @@ def calibrate(
     return plan
 
 
-def sampling_from_recipe(recipe: Recipe) -> Sampling:
-    """The sampler that a recipe asks for.
+def check_device(device: str) -> None:
+    """Check that PyTorch can run a model there.
+
+    Raises:
+        UsageError: it is no device that is known here, or there is no such one.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"device: expected {' or '.join(DEVICES)}, found {device}")
+    if device == CUDA and not torch.cuda.is_available():
+        raise UsageError(
+            f"device cuda: PyTorch {torch.__version__} sees no GPU; run on --device {CPU}, or install PyTorch's CUDA"
+            " build and NVIDIA's driver (tc-deploy doctor shows what is there)"
+        )
+
+
+def model_from_recipe(recipe: Recipe, device: str = CPU) -> DiffusionTransformer:
+    """The model that a recipe asks for, on a device.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or a size does not fit it.
+    """
+    options = ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens)
+    model = load_model(Path(recipe.model), options)
+    model.module.to(device)
+    return model
+
+
+def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Sampling:
+    """The sampler that a recipe asks for, and what it conditions the model on.
 
     Raises:
         ModelError: the checkpoint has no scheduler that can be loaded.
+        UsageError: the model needs prompts and the recipe names none, or the file does not fit the model.
     """
     return Sampling(
         scheduler=load_scheduler(Path(recipe.model)),
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,
         set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
+        prompts=prompts_for(model, recipe.conditions, guided=recipe.sampling.guidance_scale is not None),
     )
 
 
@@ -143,7 +184,7 @@ def assemble_plan(
         cache: keep counts, reuse, attention, forecast order.
         token_index: per phase that prunes a block, the tokens of each of its cached steps.
         importance: (T, L, N) scores that chose them, whose means the plan keeps; None where nothing scored them.
-        origin: how the plan came to be.
+        origin: how the plan came to be, but for what the samples were conditioned on.
 
     Returns:
         The plan and its tables.
@@ -156,6 +197,8 @@ def assemble_plan(
         for phase in token_index:
             tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
     solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    drawn = RANDOM if takes_prompts(model) else None
+    conditions = drawn if sampling.prompts is None else sampling.prompts.record
     plan = Plan(
         format_version=FORMAT_VERSION,
         model=model.record(),
@@ -169,7 +212,7 @@ def assemble_plan(
         schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
         cache=cache,
         cost=count_flops(model, cache),
-        origin=origin,
+        origin=origin.model_copy(update={"conditions": conditions}),
         measured=None,
         tables=tables_record(tables),
     )
@@ -200,6 +243,7 @@ def importance_of(
             "recipe": recipe.model_dump(mode="json", exclude={"measure", "search", "quality"}),
             "model": model.record().model_dump(mode="json"),
             "scheduler": [type(sampling.scheduler).__name__, _plain_config(sampling.scheduler)],
+            "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,
         }
     )
     folder = work / sha256_of_bytes(identity.encode())[:16]

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tc_deploy.bundle import write_bytes
-from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor
-from tc_deploy.tokencache.sampler import Sampling, denoise
+from tc_deploy.tokencache.sampler import Sampling, denoise, device_of
 
 SAVE_EVERY = 20
 
@@ -44,7 +44,7 @@ def record_trajectories(
     Returns:
         ``hidden_states`` (T, model batch, C, H, W), ``timestep`` (T,), and each condition (model batch, ...).
     """
-    noise, conditions = draw_batch(model, seeds)
+    noise, conditions = draw_batch(model, sampling, seeds)
     seen: list[Mapping[str, Tensor]] = []
 
     def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG001
@@ -53,9 +53,9 @@ def record_trajectories(
 
     denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs), note)
     return {
-        "hidden_states": torch.stack([inputs["hidden_states"] for inputs in seen]),
-        "timestep": torch.stack([inputs["timestep"][0] for inputs in seen]),
-        **{name: seen[0][name] for name in conditions},
+        "hidden_states": torch.stack([inputs["hidden_states"].cpu() for inputs in seen]),
+        "timestep": torch.stack([inputs["timestep"][0].cpu() for inputs in seen]),
+        **{item.name: seen[0][item.name].cpu() for item in model.geometry.conditions},
     }
 
 
@@ -89,13 +89,13 @@ def train_predictor(
     Returns:
         (T, L, N) importance in (0, 1), for every step.
     """
-    tokens, blocks = model.geometry.tokens, len(model.blocks)
-    timesteps = trajectories["timestep"]
+    tokens, blocks, device = model.geometry.tokens, len(model.blocks), device_of(model)
+    timesteps = trajectories["timestep"].to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2)
+        predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2).to(device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=recipe.learning_rate)
-    weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order))
+    weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order)).to(device)
     cached_steps = [step for step, variant in enumerate(schedule.variants) if variant != FULL]
     done = _load(state, predictor, optimizer)
     on_iteration(done, float("nan"))
@@ -116,8 +116,10 @@ def train_predictor(
             return _last_tokens(model, lambda: run_superposed(model, cache, inputs, history, combine, importance))
 
         with torch.no_grad():
-            wanted = last_tokens(torch.ones(blocks, tokens))
-            all_cached_error = (last_tokens(torch.zeros(blocks, tokens)) - wanted).pow(2).mean().clamp_min(1e-12)
+            wanted = last_tokens(torch.ones(blocks, tokens, device=device))
+            all_cached_error = (
+                (last_tokens(torch.zeros(blocks, tokens, device=device)) - wanted).pow(2).mean().clamp_min(1e-12)
+            )
         importance = predictor(timesteps[step])
         error = (last_tokens(importance) - wanted).pow(2).mean() / all_cached_error
         budget = (importance.mean() - keep_ratio[schedule.variants[step] - 1]) ** 2
@@ -129,7 +131,7 @@ def train_predictor(
             _save(state, predictor, optimizer, iteration + 1)
         on_iteration(iteration + 1, float(loss.detach()))
     with torch.no_grad():
-        return torch.stack([predictor(timestep) for timestep in timesteps])
+        return torch.stack([predictor(timestep) for timestep in timesteps]).cpu()
 
 
 def _history(
@@ -153,7 +155,8 @@ def _inputs(
 ) -> dict[str, Tensor]:
     conditions = {item.name: trajectories[item.name][rows] for item in model.geometry.conditions}
     timestep = trajectories["timestep"][step].expand(len(rows))
-    return {"hidden_states": trajectories["hidden_states"][step, rows], "timestep": timestep, **conditions}
+    inputs = {"hidden_states": trajectories["hidden_states"][step, rows], "timestep": timestep, **conditions}
+    return {name: value.to(device_of(model)) for name, value in inputs.items()}
 
 
 def _last_tokens(model: DiffusionTransformer, run: Callable[[], Tensor]) -> Tensor:

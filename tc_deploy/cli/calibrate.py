@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tc_deploy.cli.options import conditions_option, device_option, size_option, text_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -25,6 +26,10 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@size_option
+@text_option
+@conditions_option
+@device_option
 @click.option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
 @click.option("--k1", "schedule__k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")
 @click.option("--k2", "schedule__k2", type=int, help="Phase 2, likewise.")
@@ -65,7 +70,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")
 @click.option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
 @click.option("--seed", "seed", type=int)
-def command(source: Path, output: Path, **overrides: Any) -> None:
+def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 
     RECIPE is a TOML file (calibration/recipes/), MODEL a diffusers folder; options override the recipe. A run that
@@ -76,7 +81,7 @@ def command(source: Path, output: Path, **overrides: Any) -> None:
 
     recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
     with progress_bar() as report:
-        plan = calibrate(recipe, output, report)
+        plan = calibrate(recipe, output, report, device=device)
     schedule = plan.tprr()
     click.echo(
         f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False

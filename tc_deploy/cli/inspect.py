@@ -9,6 +9,7 @@ import click
 
 from tc_deploy.bundle import canonical_json
 from tc_deploy.inspect import inspect_path
+from tc_deploy.plan import RANDOM
 
 
 @click.command()
@@ -69,6 +70,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
     _line("weights", f"{model['source']}, sha256 {model['weights_sha256'][:16]}")
     guidance = "no guidance" if plan["guidance_scale"] is None else f"guidance {plan['guidance_scale']:g}"
     _line("sampler", f"{plan['scheduler']}, {plan['steps']} steps, {guidance}")
+    if plan["conditions"] is not None:
+        _line("prompts", _prompts(plan["conditions"]))
     _line("schedule", plan["schedule"])
     _line("", f"boundary {plan['boundary']}, K = ({plan['k1']}, {plan['k2']}), {plan['steps_full']} full", nl=False)
     click.echo(f" + {plan['steps_cached']} cached steps")
@@ -81,6 +84,12 @@ def _show_plan(plan: dict[str, Any]) -> None:
         found = plan["measured"]
         fewer = f"{found['fewer_steps']} full steps, which cost as much: {found['fewer_steps_psnr_db']:.1f} dB"
         _line("measured", f"{found['psnr_db']:.1f} dB to the full run in PyTorch; {fewer}")
+
+
+def _prompts(conditions: Any) -> str:
+    if conditions == RANDOM:
+        return "random conditions, so what was measured says nothing about real prompts"
+    return f"{conditions['prompts']} of {conditions['file']}, sha256 {conditions['sha256'][:16]}"
 
 
 def _line(name: str, text: str, *, nl: bool = True) -> None:

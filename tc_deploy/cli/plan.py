@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tc_deploy.cli.options import conditions_option, device_option, size_option, text_option
 from tc_deploy.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 @click.option("--trials", "search__trials", type=int, help="Candidates to sample with.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@size_option
+@text_option
+@conditions_option
+@device_option
 @click.option("--seed", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the search's record.")
 def command(
@@ -40,6 +45,10 @@ def command(
     search__trials: int | None,
     sampling__steps: int | None,
     sampling__guidance_scale: float | None,
+    latent_size: list[int] | None,
+    text_tokens: int | None,
+    conditions: str | None,
+    device: str,
     seed: int | None,
 ) -> None:
     """Search for the best plan at a latency or a quality; without either, at half of the full run's latency.
@@ -62,7 +71,8 @@ def command(
     if (source / SEARCH).is_file():
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
-        settings = (backend, search__trials, sampling__steps, sampling__guidance_scale, seed)
+        sizes = (latent_size, text_tokens, conditions)
+        settings = (backend, search__trials, sampling__steps, sampling__guidance_scale, seed, *sizes)
         if from_flops or any(value is not None for value in settings):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
@@ -74,6 +84,9 @@ def command(
             "search.trials": search__trials,
             "sampling.steps": sampling__steps,
             "sampling.guidance_scale": sampling__guidance_scale,
+            "latent_size": latent_size,
+            "text_tokens": text_tokens,
+            "conditions": conditions,
             "seed": seed,
         }
         recipe = read_recipe(source, overrides)
@@ -85,6 +98,7 @@ def command(
                 backend=backend or DEFAULT,
                 batch_size=batch_size,
                 from_flops=from_flops,
+                device=device,
                 report=report,
             )
     if as_json:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import BackendError, ExportError
 from tc_deploy.export.graphs import StepGraph
 from tc_deploy.manifest import FORECAST_WEIGHTS, TOKEN_INDEX, history_name
@@ -46,8 +47,7 @@ def example_inputs(
 
     A variant's inputs are those of its last step before every variant was seen and every history was full.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((batch, *model.geometry.latent_shape), generator=generator)
+    noise, conditions = draw_batch(model, sampling, range(batch))
     schedule = plan.tprr()
     steps = TokenCachedSteps(model, plan.cache, schedule, token_index)
     wanted = {FULL, *plan.phases_used()}
@@ -62,7 +62,7 @@ def example_inputs(
         return steps(step, inputs)
 
     with contextlib.suppress(_Enough):
-        denoise(model, sampling, noise, model.random_conditions(batch, generator), step_function)
+        denoise(model, sampling, noise, conditions, step_function)
     return examples
 
 

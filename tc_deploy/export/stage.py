@@ -7,6 +7,7 @@ validate engines by, and ``manifest.json`` last.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tc_deploy import __version__
 from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
+from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
@@ -89,7 +91,9 @@ def export_bundle(
     progress("loading the checkpoint")
     model = load_model(model_path or Path(plan.model.source), ModelOptions.of(plan.model))
     check_model(plan, model, str(plan_folder))
-    sampling = sampling_from_plan(plan)
+    guided = plan.sampling.guidance_scale is not None
+    prompts = prompts_of_plan(model, plan.origin, guided=guided, progress=progress)
+    sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
     if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
@@ -116,7 +120,6 @@ def export_bundle(
                     onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
                     weights.pack(onnx_model)
                     records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
-        guided = sampling.guidance_scale is not None
         geometry = model.geometry
         onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
         records[SOLVER] = _saved(onnx_model, onnx / f"{SOLVER}.onnx")

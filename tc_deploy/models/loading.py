@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from tc_deploy.bundle import sha256_of_file
+from tc_deploy.bundle import portable_path, sha256_of_file
 from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
@@ -86,7 +86,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
             f"{folder}: text tokens: {family.model_class} takes no text, found {options.text_tokens}; leave them out"
         )
     return DiffusionTransformer(
-        source=_portable(path),
+        source=portable_path(path),
         module=module,
         family=family,
         geometry=geometry,
@@ -268,12 +268,6 @@ def _refuse_pickles(files: Iterable[Path]) -> None:
             f"{pickles[0]}: a pickle can run code when it is read, so it is refused; convert it on a machine that may,"
             " with model.save_pretrained(folder, safe_serialization=True)"
         )
-
-
-def _portable(path: Path) -> str:
-    """The path as a plan names it: below the working directory relative to it, so that a plan can be committed."""
-    absolute, here = path.resolve(), Path.cwd().resolve()
-    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
 
 
 def _weights_sha256(files: tuple[Path, ...]) -> str:

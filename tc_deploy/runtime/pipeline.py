@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
-from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions
+from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, Manifest, variant_name
 from tc_deploy.runtime.binding import Binder, Watch, read_bundle
@@ -267,6 +267,12 @@ class Pipeline:
                 full=step.variant == FULL,
                 read_latents=functools.partial(_first_samples, step.latents, request.conditions.rows(part).count),
             )
+
+    def placeholders(self, count: int) -> dict[str, Any]:
+        """Arguments for ``count`` pictures whose looks do not matter, for runs that are timed."""
+        values = placeholder_conditions(self.manifest.conditions, count)
+        asked: dict[str, Any] = {"conditions": values.given, "unconditional": values.unconditional}
+        return asked if self.manifest.guided else {"conditions": values.given}
 
     def noise(self, seed: int, count: int) -> FloatArray:
         """The noise that seeds ``seed`` .. ``seed + count - 1`` stand for: (count, *latent shape), normal.

@@ -105,7 +105,7 @@ def time_graphs(
             requests = {
                 path: functools.partial(
                     clocks[path].timed,
-                    functools.partial(pipeline, class_labels=[0] * batch_size),
+                    functools.partial(pipeline, **pipeline.placeholders(batch_size)),
                     graphs=True,
                 )
                 for path, pipeline in ((reference, plain), (bundle, cached))

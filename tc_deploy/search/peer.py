@@ -31,9 +31,8 @@ from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
-from tc_deploy.calibrate.measure import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.tokencache.sampler import Sampling, denoise
+from tc_deploy.tokencache.sampler import Sampling, denoise, device_of
 
 FIRST_BLOCKS = 1
 """Blocks that DBCache computes in every step, and judges by whether to compute the others."""
@@ -304,8 +303,10 @@ def _cached_step_cost(model: DiffusionTransformer) -> float:
     """FLOPs of a cached step over those of a full step."""
     always = PeerSetting(threshold=1.0, warmup=1, in_a_row=-1, order=0)
     peer = _patched(model, always, steps=2)
-    noise, conditions = draw_batch(model, [0])
-    inputs = {"hidden_states": noise, "timestep": torch.zeros(1), **conditions}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, *model.geometry.latent_shape), generator=generator)
+    inputs = {"hidden_states": noise, "timestep": torch.zeros(1), **model.random_conditions(1, generator)}
+    inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
     flops: list[int] = []
     # The math kernel is made of the products that the counter knows; fused CPU kernels are not in its tables.
     with sdpa_kernel(SDPBackend.MATH):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import MANIFEST, canonical_json, sha256_of_bytes, write_bytes
-from tc_deploy.errors import ModelError
+from tc_deploy.calibrate.prompts import conditions_of, takes_prompts
+from tc_deploy.conditions import Conditions, labelled_conditions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan, plan_sha256, save_plan
 from tc_deploy.runtime.pipeline import Pipeline, Step
 from tc_deploy.search.record import Kind
+from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
 PICTURE_BATCH = 8
@@ -112,16 +114,21 @@ class PointMaker:
         return bundle
 
     def pictures(
-        self, bundle: Path, count: int, seed: int, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        bundle: Path,
+        asked: Conditions,
+        seed: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Pictures:
-        """Make pictures of seeds ``seed`` .. ``seed + count - 1`` and of labels that these seeds stand for.
+        """Make pictures.
 
         Args:
             bundle: engines.
-            count: how many.
-            seed: the first one.
+            asked: what the pictures are conditioned on; kept pictures are of the same.
+            seed: the first picture's; the next one has the next.
             progress: told how many steps are done, and of how many.
         """
+        count = asked.count
         path = self.work / "pictures" / f"{bundle.name}-{count}-{seed}.safetensors"
         try:
             stored = safetensors.numpy.load_file(path)
@@ -137,10 +144,8 @@ class PointMaker:
                     trajectory.append(step.read_latents())
                 progress(start // pipeline.batch_size * step.total + step.index + 1, total)
 
-            classes = pipeline.manifest.conditions[0].classes
-            assert classes is not None, "a model without classes is refused before anything is built"
-            labels = labels_of(count, seed, classes)
-            latents = pipeline(class_labels=labels.tolist(), seed=seed, on_step=on_step).latents
+            other = asked.unconditional if pipeline.manifest.guided else None
+            latents = pipeline(conditions=asked.given, unconditional=other, seed=seed, on_step=on_step).latents
         made = {"latents": latents, "trajectory": np.stack(trajectory)}
         write_bytes(path, safetensors.numpy.save(made))
         return Pictures(**made)
@@ -165,7 +170,7 @@ class PointMaker:
         ):
             requests = {
                 name: functools.partial(
-                    clock.timed, functools.partial(pipeline, class_labels=[0] * self.batch_size), graphs=False
+                    clock.timed, functools.partial(pipeline, **pipeline.placeholders(self.batch_size)), graphs=False
                 )
                 for name, pipeline in (("full", full), ("point", point))
             }
@@ -178,19 +183,13 @@ class PointMaker:
         return latency
 
 
-def classes_of(model: DiffusionTransformer) -> int:
-    """How many classes a model knows.
-
-    Raises:
-        ModelError: it is not asked by class, so that there are no pictures to ask its engines for.
-    """
-    condition = model.geometry.conditions[0]
-    if condition.classes is None:
-        raise ModelError(
-            f"{model.source}: search asks for pictures by class label, and this model is conditioned on"
-            f" {condition.name}; use tc-deploy calibrate"
-        )
-    return condition.classes
+def asked_conditions(model: DiffusionTransformer, sampling: Sampling, seeds: Sequence[int]) -> Conditions:
+    """What pictures of some seeds are conditioned on: labels, prompts in turn, or random draws."""
+    if sampling.prompts is not None or takes_prompts(model):
+        return conditions_of(model, sampling.prompts, seeds)
+    needed = model.geometry.conditions
+    labels = labels_of(len(seeds), seeds[0], needed[0].classes or 1)
+    return labelled_conditions(needed, labels.tolist(), guided=sampling.guidance_scale is not None)
 
 
 def labels_of(count: int, seed: int, classes: int) -> IntArray:

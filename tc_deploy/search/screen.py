@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
@@ -59,7 +59,7 @@ class Screen:
     ) -> None:
         self.model, self.sampling, self.importance, self.multiple = model, sampling, importance, multiple
         self.costs, self.folder, self.on_judged = costs, folder, on_judged
-        self.noise, self.conditions = draw_batch(model, range(FIRST_SEED, FIRST_SEED + samples))
+        self.noise, self.conditions = draw_batch(model, sampling, range(FIRST_SEED, FIRST_SEED + samples))
         self.reference = denoise(model, sampling, self.noise, self.conditions, lambda _, inputs: model.forward(inputs))
         if not self.reference.isfinite().all():
             raise ModelError(

@@ -31,12 +31,20 @@ from tc_deploy.bundle import (
     sha256_of_bytes,
     write_bytes,
 )
+from tc_deploy.calibrate.prompts import tensors_of
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import assemble_plan, importance_of, sampling_from_recipe
+from tc_deploy.calibrate.stage import (
+    CPU,
+    assemble_plan,
+    check_device,
+    importance_of,
+    model_from_recipe,
+    sampling_from_recipe,
+)
+from tc_deploy.conditions import Conditions
 from tc_deploy.errors import BackendError, PlanError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, CacheRecord, OriginRecord, plan_sha256
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
@@ -47,7 +55,7 @@ from tc_deploy.search.baselines import Baselines, settings_name
 from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.cost import CostModel, Setting, cost_model, time_graphs, variant_cost
 from tc_deploy.search.peer import PeerRun, cache_dit_runs, why_no_peer
-from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, classes_of, labels_of
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
@@ -62,7 +70,7 @@ from tc_deploy.search.record import (
 from tc_deploy.search.remarks import front_names, remarks_of
 from tc_deploy.search.screen import Screen
 from tc_deploy.search.space import Judged, candidates, chosen_for_engines, judge_candidates, settings_of
-from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.tokencache.sampler import Sampling, device_of
 from tc_deploy.types import FloatArray, Skip
 
 Report = Callable[[str, int, int], None]
@@ -85,6 +93,7 @@ def search_plan(
     backend: str = registry.DEFAULT,
     batch_size: int = 1,
     from_flops: bool = False,
+    device: str = CPU,
     report: Report = lambda what, done, total: None,
 ) -> SearchRecord:
     """Search, and write the plan that fits the wish best.
@@ -96,10 +105,11 @@ def search_plan(
         backend: on whose engines latency is measured.
         batch_size: pictures per run when latency is measured.
         from_flops: predict and quote latencies by FLOPs, without timing anything; the record says so.
+        device: where PyTorch runs the model, ``cpu`` or ``cuda``; engines run where their backend does.
         report: told how far each part is.
 
     Raises:
-        ModelError: the checkpoint, its scheduler or the classifier cannot be loaded, or the model knows no classes.
+        ModelError: the checkpoint, its scheduler or the classifier cannot be loaded.
         PlanError: there are too few steps, or no candidate has a cached step.
         ExportError: the scheduler's steps are not a deterministic linear update, or a graph cannot be exported.
         BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
@@ -108,6 +118,7 @@ def search_plan(
         StorageError: the destination cannot be written.
     """
     check_wish(wish, "flops" if from_flops else "measured")
+    check_device(device)
     check_replaceable(destination, marker=PLAN)
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
@@ -117,7 +128,7 @@ def search_plan(
             f" {recipe.sampling.steps}; raise --steps"
         )
     report("loading the checkpoint", 0, 1)
-    model = load_model(Path(recipe.model))
+    model = model_from_recipe(recipe, device)
     if judge is not None:
         judge.check_fits(model.geometry.latent_shape)
     search = _Search(recipe, model, destination, backend, batch_size, from_flops=from_flops, report=report)
@@ -143,7 +154,7 @@ class _Search:
     ) -> None:
         self.recipe, self.model, self.report = recipe, model, report
         self.backend, self.batch_size, self.from_flops = backend, batch_size, from_flops
-        self.sampling: Sampling = sampling_from_recipe(recipe)
+        self.sampling: Sampling = sampling_from_recipe(recipe, model)
         self.space = candidates(recipe.search, self.sampling.steps)
         self.baselines = Baselines(model, self.sampling, recipe.seed)
         self.full = self.baselines.full()
@@ -152,12 +163,11 @@ class _Search:
             "full": plan_sha256(self.full.plan),
             "recipe": recipe.model_dump(mode="json"),
             "backend": [backend, registry.backend(backend).version(), batch_size, from_flops],
-            "made_by": [__version__, torch.__version__, hardware_line()],
+            "made_by": [__version__, torch.__version__, hardware_line(), device_of(model).type],
         }
         self.work = destination.parent / f".{destination.name}.work"
         self.folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
         self.maker = PointMaker(self.folder, Path(recipe.model), backend, batch_size)
-        self.classes = classes_of(model)
 
     def run(self, judge: Classifier | None) -> tuple[SearchRecord, dict[str, PlannedPoint], dict[str, FloatArray]]:
         baselines = tuple(self.baselines.all())
@@ -337,6 +347,7 @@ class _Search:
             Points, the full run first; the names of those whose pictures are not finite; samples by name.
         """
         count = self.recipe.search.confirmation_samples
+        asked = self._asked(count)
         bundles = []
         for done, point in enumerate(planned):
             self.report("building points and baselines", done, len(planned))
@@ -347,14 +358,14 @@ class _Search:
             self.report("making the converged run's pictures", 0, 1)
             exact = self.maker.pictures(
                 self.maker.bundle(converged.plan, converged.tables),
-                count,
+                asked,
                 CONFIRMATION_SEED,
                 lambda done, total: self.report("making the converged run's pictures", done, total),
             )
         pictures: list[Pictures] = []
         for done, bundle in enumerate(bundles):
             self.report("making pictures", done, len(planned))
-            pictures.append(self.maker.pictures(bundle, count, CONFIRMATION_SEED))
+            pictures.append(self.maker.pictures(bundle, asked, CONFIRMATION_SEED))
         if not np.isfinite(pictures[0].latents).all():
             raise BackendError(f"{bundles[0]}: the full run's pictures are not finite on {self.backend}; use another")
         if exact is not None and not np.isfinite(exact.latents).all():
@@ -395,15 +406,20 @@ class _Search:
         lost = [name for name in samples if name not in names]
         return tuple(ordered), lost, {name: latents for name, latents in samples.items() if name in names}
 
+    def _asked(self, count: int) -> Conditions:
+        """What the confirmation's pictures are conditioned on."""
+        seeds = range(CONFIRMATION_SEED, CONFIRMATION_SEED + count)
+        return asked_conditions(self.model, self.sampling, seeds)
+
     def _peers(self, count: int) -> tuple[PeerRun, ...]:
         """cache-dit in PyTorch on the same noise and labels; nothing where it is not installed."""
-        labels = torch.from_numpy(labels_of(count, CONFIRMATION_SEED, self.classes))
+        asked = self._asked(count)
         noise = torch.from_numpy(noise_of(self.model.geometry.latent_shape, CONFIRMATION_SEED, count))
         return cache_dit_runs(
             self.model,
             self.sampling,
             noise,
-            {self.model.geometry.conditions[0].name: labels},
+            tensors_of(asked),
             batch_size=self.batch_size,
             rounds=0 if self.from_flops else self.recipe.search.latency_rounds,
             kept=self.folder / "peers",
@@ -474,7 +490,8 @@ class _Search:
     ) -> dict[str, Any]:
         """A point's quality, to the full run and to the converged one."""
         geometry = self.model.geometry
-        labels = torch.from_numpy(labels_of(len(latents), CONFIRMATION_SEED, self.classes))
+        given = self._asked(len(latents)).given
+        labels = next((torch.from_numpy(given[item.name]) for item in geometry.conditions if item.classes), None)
         quality = compare(latents, torch.from_numpy(full.latents), labels, pixels=geometry.pixels, judge=judge)
         converged = None
         if exact is not None:

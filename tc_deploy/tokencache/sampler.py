@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tc_deploy.conditions import UNCONDITIONAL, Conditions
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import started_scheduler
-from tc_deploy.plan import CacheRecord, index_row
+from tc_deploy.plan import CacheRecord, PromptsRecord, index_row
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.types import IntArray
 
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompt embeddings that samples take in turn."""
+
+    conditions: Conditions
+    record: PromptsRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,8 @@ class Sampling:
     guidance_scale: float | None
     """None: one model call per sample, without guidance."""
     set_timesteps_kwargs: Mapping[str, Any]
+    prompts: Prompts | None = None
+    """None: conditions are drawn."""
 
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
@@ -56,8 +67,9 @@ class TokenCachedSteps:
         token_index: Mapping[int, IntArray],
     ) -> None:
         self.model, self.cache, self.schedule = model, cache, schedule
-        self.token_index = {phase: torch.from_numpy(table) for phase, table in token_index.items()}
-        self.weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order))
+        device = device_of(model)
+        self.token_index = {phase: torch.from_numpy(table).to(device) for phase, table in token_index.items()}
+        self.weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order)).to(device)
         self.history: list[dict[str, Tensor]] = []
 
     def __call__(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -78,6 +90,11 @@ class TokenCachedSteps:
         return self.history + [self.history[0]] * missing, self.weights[step].expand(batch, -1), rows
 
 
+def device_of(model: DiffusionTransformer) -> torch.device:
+    """Where a model's weights lie, and so where it runs."""
+    return next(model.module.parameters()).device
+
+
 @torch.no_grad()
 def denoise(
     model: DiffusionTransformer,
@@ -87,28 +104,32 @@ def denoise(
     step_function: StepFunction,
     on_step: Callable[[int, Mapping[str, Tensor], Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample.
+    """Sample, on the model's device.
 
     Args:
         model: names the inputs and the output's channels.
         sampling: scheduler, steps, guidance.
-        noise: (B, latent shape) standard normal.
-        conditions: by name, (B, ...).
+        noise: (B, *latent shape) standard normal.
+        conditions: by name, (B, ...); those of the unconditional half as ``unconditional.NAME``, where they are left
+            out it is "no condition" as the family has it.
         step_function: runs the model at one step.
         on_step: called after each step with the step, the model's inputs and the new latents.
 
     Returns:
-        The final latents, (B, latent shape).
+        The final latents, (B, *latent shape), on the CPU.
     """
     scheduler = sampling.fresh_scheduler()
     guided = sampling.guidance_scale is not None
-    given = model.with_unconditional(conditions) if guided else dict(conditions)
-    latents = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    given = _model_batch(model, conditions, guided=guided)
+    device = device_of(model)
+    latents = noise.to(device)
+    if hasattr(scheduler, "init_noise_sigma"):
+        latents = latents * scheduler.init_noise_sigma
     channels = latents.shape[1]
     for step, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
         hidden_states = torch.cat([scaled, scaled]) if guided else scaled
-        timestep = t.to(torch.float32).expand(len(hidden_states))
+        timestep = t.to(device, torch.float32).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep, **given}
         output = step_function(step, inputs)[:, :channels]
         if sampling.guidance_scale is not None:
@@ -117,4 +138,16 @@ def denoise(
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(step, inputs, latents)
-    return latents
+    return latents.cpu()
+
+
+def _model_batch(model: DiffusionTransformer, conditions: Mapping[str, Tensor], *, guided: bool) -> dict[str, Tensor]:
+    """The conditions of all rows of the model's batch."""
+    device = device_of(model)
+    conditions = {name: value.to(device) for name, value in conditions.items()}
+    given = {item.name: conditions[item.name] for item in model.geometry.conditions}
+    if not guided:
+        return given
+    chosen = {name: conditions[UNCONDITIONAL + name] for name in given if UNCONDITIONAL + name in conditions}
+    halves = {name: torch.cat([given[name], other]) for name, other in chosen.items()}
+    return model.with_unconditional(given) | halves

@@ -9,7 +9,8 @@ import diffusers
 import pytest
 import torch
 
-from tc_deploy.calibrate.measure import BATCH, FIRST_SEED, draw_batch, measure
+from tc_deploy.calibrate.measure import BATCH, FIRST_SEED, measure
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
@@ -71,7 +72,7 @@ def test_fewer_steps_cost_what_the_plan_costs_rounded_up(
 
 def test_fewer_steps_are_the_plain_run_with_that_step_count(tiny_dit: DiffusionTransformer, sampling: Sampling) -> None:
     measured = run(tiny_dit, sampling, full_schedule(STEPS), keep=0, cost=2.0, samples=3)
-    noise, conditions = draw_batch(tiny_dit, measured.seeds)
+    noise, conditions = draw_batch(tiny_dit, sampling, measured.seeds)
 
     def denoised(steps: int) -> torch.Tensor:
         plain = dataclasses.replace(sampling, steps=steps)
@@ -89,7 +90,7 @@ def test_timesteps_that_are_listed_one_by_one_become_fewer_too(tiny_dit: Diffusi
     )
     half = dataclasses.replace(listed, steps=3, set_timesteps_kwargs={"timesteps": [900, 500, 100]})
     measured = run(tiny_dit, listed, full_schedule(STEPS), keep=0, cost=3.0, samples=1)
-    noise, conditions = draw_batch(tiny_dit, [FIRST_SEED])
+    noise, conditions = draw_batch(tiny_dit, listed, [FIRST_SEED])
     full, fewer = (
         denoise(tiny_dit, sampling, noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
         for sampling in (listed, half)
@@ -104,10 +105,10 @@ def test_every_sample_has_a_seed_of_its_own_in_batches_or_not(
     schedule = Schedule(steps=STEPS, boundary=STEPS, k1=STEPS, k2=1)
     samples = BATCH + 1
     assert run(tiny_dit, sampling, schedule, 0, 1.0, samples).seeds == tuple(range(FIRST_SEED, FIRST_SEED + samples))
-    both, again = (draw_batch(tiny_dit, [FIRST_SEED, FIRST_SEED + 1])[0] for _ in range(2))
+    both, again = (draw_batch(tiny_dit, sampling, [FIRST_SEED, FIRST_SEED + 1])[0] for _ in range(2))
     assert torch.equal(both, again)
     assert not torch.equal(both[0], both[1])
-    assert torch.equal(both[1:], draw_batch(tiny_dit, [FIRST_SEED + 1])[0])
+    assert torch.equal(both[1:], draw_batch(tiny_dit, sampling, [FIRST_SEED + 1])[0])
 
 
 def test_a_model_that_gives_no_numbers_is_refused(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tc_deploy.bench.interleave import interleaved
-from tc_deploy.calibrate.measure import draw_batch
+from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.search.peer import PeerSetting, cache_dit_runs, why_no_peer
@@ -39,8 +39,8 @@ def sampling(tiny_dit_folder) -> Sampling:
 
 
 @pytest.fixture
-def drawn(model) -> tuple[Tensor, dict[str, Tensor]]:
-    return draw_batch(model, range(3))
+def drawn(model, sampling) -> tuple[Tensor, dict[str, Tensor]]:
+    return draw_batch(model, sampling, range(3))
 
 
 def full_run(

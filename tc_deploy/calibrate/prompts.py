@@ -1,0 +1,111 @@
+"""What a plan's samples are conditioned on: labels, a file of prompt embeddings, or random draws by explicit wish.
+
+In: a recipe's or a plan's ``conditions`` and a model. Out: :class:`tc_deploy.tokencache.sampler.Prompts`, checked
+against the model; None where conditions are drawn. Never: encodes a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tc_deploy.bundle import portable_path, sha256_of_file
+from tc_deploy.conditions import HOW_TO_ENCODE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
+from tc_deploy.errors import UsageError
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import RANDOM, OriginRecord, PromptsRecord
+from tc_deploy.tokencache.sampler import Prompts, Sampling
+
+
+def takes_prompts(model: DiffusionTransformer) -> bool:
+    """Whether a model is conditioned on more than labels."""
+    return any(condition.classes is None for condition in model.geometry.conditions)
+
+
+def prompts_for(model: DiffusionTransformer, conditions: str | None, *, guided: bool) -> Prompts | None:
+    """What a recipe's ``conditions`` stand for.
+
+    Args:
+        model: the model.
+        conditions: a safetensors file, ``random``, or None, which will do for labels alone.
+        guided: whether the file must hold an unconditional half.
+
+    Returns:
+        The file's prompts; None where conditions are drawn.
+
+    Raises:
+        UsageError: the model needs prompts and nothing was said, the file cannot be read, or it does not fit the model.
+    """
+    if conditions is None and takes_prompts(model):
+        names = " and ".join(item.name for item in model.geometry.conditions if item.classes is None)
+        raise UsageError(
+            f"{model.source}: the model is conditioned on {names}, and a plan is only as good as the prompts that it is"
+            f" made with; name a file with --conditions ({HOW_TO_ENCODE}), or say --conditions {RANDOM} for a trial"
+        )
+    if conditions in (None, RANDOM):
+        return None
+    path = Path(str(conditions))
+    given, unconditional = read_conditions(path)
+    checked = checked_conditions(model.geometry.conditions, given, unconditional, guided=guided, where=str(path))
+    record = PromptsRecord(file=portable_path(path), sha256=sha256_of_file(path), prompts=checked.count)
+    return Prompts(conditions=checked, record=record)
+
+
+def prompts_of_plan(
+    model: DiffusionTransformer, origin: OriginRecord, *, guided: bool, progress: Callable[[str], None]
+) -> Prompts | None:
+    """The prompts that a plan was made with, to compare graphs on; None, and a word of it, where they are gone.
+
+    A comparison of two programs on the same inputs is as good on random embeddings.
+    """
+    record = origin.conditions
+    if not isinstance(record, PromptsRecord):
+        return None
+    path = Path(record.file)
+    if not path.is_file() or sha256_of_file(path) != record.sha256:
+        progress(f"{record.file} is gone or was changed since the plan was made: random conditions stand in for it")
+        return None
+    return prompts_for(model, record.file, guided=guided)
+
+
+def draw_batch(
+    model: DiffusionTransformer, sampling: Sampling, seeds: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noise and conditions of samples, each a function of its own seed.
+
+    The sample of seed i takes prompt i modulo their number; without prompts its conditions are drawn.
+
+    Returns:
+        Noise (B, *latent shape), and what :func:`tc_deploy.tokencache.sampler.denoise` takes as conditions.
+    """
+    noise, drawn = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn((1, *model.geometry.latent_shape), generator=generator))
+        drawn.append(model.random_conditions(1, generator))
+    if sampling.prompts is not None:
+        return torch.cat(noise), tensors_of(conditions_of(model, sampling.prompts, seeds))
+    return torch.cat(noise), {name: torch.cat([given[name] for given in drawn]) for name in drawn[0]}
+
+
+def conditions_of(model: DiffusionTransformer, prompts: Prompts | None, seeds: Sequence[int]) -> Conditions:
+    """Conditions of samples as arrays: of each seed its prompt, or draws of the first seed where there are none."""
+    if prompts is not None:
+        return prompts.conditions.rows(np.array(seeds) % prompts.conditions.count)
+    given = model.random_conditions(len(seeds), torch.Generator().manual_seed(seeds[0]))
+    absent = {item.name: item.absent(given[item.name]) for item in model.geometry.conditions}
+    return Conditions(
+        count=len(seeds),
+        given={name: tensor.numpy() for name, tensor in given.items()},
+        unconditional={name: tensor.numpy() for name, tensor in absent.items()},
+    )
+
+
+def tensors_of(conditions: Conditions) -> dict[str, Tensor]:
+    """Conditions as tensors, named as in a file."""
+    named = {**conditions.given, **{UNCONDITIONAL + name: array for name, array in conditions.unconditional.items()}}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in named.items()}

@@ -1,0 +1,40 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tc_deploy.plan import RANDOM
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+    if value is None:
+        return None
+    try:
+        return [int(number) for number in value.split("x")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers with x between them, like 128x96, found {value}") from None
+
+
+size_option = click.option(
+    "--latent-size",
+    metavar="HxW|FxHxW",
+    callback=_size,
+    help="Of the latents, for video with frames; without it the model's own.",
+)
+text_option = click.option("--text-tokens", type=int, help="Tokens per prompt; without it the family's default.")
+conditions_option = click.option(
+    "--conditions",
+    metavar=f"FILE|{RANDOM}",
+    help="What a model with prompts is sampled on: embeddings, as examples/encode_prompts.py writes them, or"
+    f" {RANDOM} draws for a trial.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where PyTorch runs the model.",
+)
