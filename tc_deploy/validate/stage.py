@@ -311,7 +311,7 @@ class _Validation:
 
 def precision_of(target: TargetManifest) -> str:
     """What a target computes in, by the manifest's names."""
-    option = target.options.get("precision", target.precision)
+    option = str(target.options.get("precision", target.precision))
     return _PRECISIONS.get(option, option)
 
 
