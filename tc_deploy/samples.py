@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import Manifest
+from tc_deploy.manifest import GraphRecord, Manifest
 from tc_deploy.types import FloatArray
 
 POLYGRAPHY = "polygraphy"
@@ -167,6 +167,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
                 inputs=tuple(inputs),
                 outputs=tuple({name: np.asarray(array) for name, array in output.items()} for output in outputs),
             )
+            _check_samples(samples[graph], manifest.graphs[graph])
         trajectory = Trajectory(
             noise=arrays[_NOISE],
             conditions=_named(arrays, _CONDITION),
@@ -176,7 +177,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
             variants=tuple(arrays[_VARIANTS].tolist()),
             tables=_named(arrays, _TABLE),
         )
-    except (SafetensorError, PolygraphyException, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, PolygraphyException, AttributeError, KeyError, ValueError, TypeError) as error:
         raise BundleError(f"{bundle / POLYGRAPHY}: the samples cannot be read: {error}; export again") from None
     return samples, trajectory
 
@@ -197,6 +198,21 @@ def chosen_steps(steps: Sequence[int], bytes_each: int, limit_bytes: int) -> tup
     if 3 * bytes_each > limit_bytes:
         return (steps[len(steps) // 2],)
     return tuple(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
+
+
+def _check_samples(samples: GraphSamples, record: GraphRecord) -> None:
+    """Check that there are as many inputs and outputs as steps, of the tensors that the graph has.
+
+    Raises:
+        ValueError: there are not.
+    """
+    if not samples.steps or {len(samples.inputs), len(samples.outputs)} != {len(samples.steps)}:
+        raise ValueError(f"{record.file}: expected inputs and outputs of {len(samples.steps)} steps")
+    for feeds, tensors in ((samples.inputs, record.inputs), (samples.outputs, record.outputs)):
+        expected = {tensor.name: (np.dtype(tensor.dtype), len(tensor.shape)) for tensor in tensors}
+        for feed in feeds:
+            if {name: (np.asarray(array).dtype, np.ndim(array)) for name, array in feed.items()} != expected:
+                raise ValueError(f"{record.file}: expected the tensors {', '.join(expected)}")
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Feed:

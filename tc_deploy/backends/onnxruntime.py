@@ -75,13 +75,17 @@ class OrtDevice:
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (the physical cores).
+        unfused: run every operator of the graph as it stands there, none fused, folded or moved: slow, and a fault that
+            it cures is a fusion's.
     """
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, unfused: bool = False) -> None:
         self._module = _onnxruntime()
         self._options = self._module.SessionOptions()
         self._options.intra_op_num_threads = threads
         self._options.log_severity_level = _ERRORS_ONLY
+        if unfused:
+            self._options.graph_optimization_level = self._module.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The graphs of a bundle run in turn, each with threads of its own: those that wait must not spin, or they
         # take the cores from those that work.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -111,9 +115,12 @@ class OnnxRuntime(CompiledAtLoad):
 
     def open(self, options: Mapping[str, Any]) -> OrtDevice:
         """Open the CPU; see :class:`OrtDevice` for the options."""
-        unknown = sorted(options.keys() - {"threads"})
-        threads = options.get("threads", 0)
-        if unknown or not isinstance(threads, int) or threads < 0:
-            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}"
-            raise BackendError(f"{self.name} takes the option threads, a number from 0 on; found {found}; build again")
-        return OrtDevice(threads=threads)
+        unknown = sorted(options.keys() - {"threads", "unfused"})
+        threads, unfused = options.get("threads", 0), options.get("unfused", False)
+        if unknown or not isinstance(threads, int) or threads < 0 or not isinstance(unfused, bool):
+            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}, unfused {unfused!r}"
+            raise BackendError(
+                f"{self.name} takes the options threads, a number from 0 on, and unfused, true or false; found {found};"
+                " build again"
+            )
+        return OrtDevice(threads=threads, unfused=unfused)

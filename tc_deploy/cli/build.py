@@ -21,6 +21,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option(
     "--threads", type=click.IntRange(min=0), help="onnxruntime, openvino: CPU threads; 0, the default: all cores."
 )
+@click.option(
+    "--unfused",
+    is_flag=True,
+    default=None,
+    help="onnxruntime: fuse no operators, to tell a fusion's fault from an operator's; slow.",
+)
 @click.option("--precision", help="openvino: f32, bf16 or f16 to compute in; the graphs' own if not given.")
 @click.option(
     "--compute-capability",

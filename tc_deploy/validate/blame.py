@@ -193,7 +193,9 @@ def blame(name: str, step: int, search: _Search, checkpoint: Checkpoint | None =
     suspects: tuple[int, ...] = ()
     if place is not None:
         feeding = graph.feeding(place.values)
-        suspects = tuple(sorted(feeding - graph.feeding(right)))
+        made_here = map(graph.position, place.values)
+        # Where errors pile up slowly, what is right may depend on what is not.
+        suspects = tuple(sorted(feeding - graph.feeding(right) or made_here))
     nodes = [graph.nodes[number] for number in suspects]
     weights = []
     for node in nodes:

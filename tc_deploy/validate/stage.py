@@ -57,6 +57,8 @@ _PRECISIONS = {"f32": "fp32", "f16": "fp16"}
 """Where an engine's name for a precision is not the manifest's."""
 _OWN_PRECISION = {"openvino": {"precision": "f32"}}
 """Options by which an engine kind computes as precisely as the graphs say."""
+_ISOLATING = {"onnxruntime": "--unfused", "openvino": "--precision f32"}
+"""Options of a build without what an engine kind adds to the graphs."""
 _SAME_BITS = ("onnxruntime", "openvino")
 """Engine kinds of which the same bits are expected each time, on one machine with as many threads."""
 _VARIANTS = {variant_name(variant): variant for variant in (FULL, *PHASES)}
@@ -284,7 +286,11 @@ class _Validation:
                 return unknown(
                     "the engine departs from its graph; it is built ahead, so no block was looked for", "engine"
                 )
-            return blame(name, failure.step, EngineSearch(graph, feed, self.backend, self.precision, device))
+            found_blame = blame(name, failure.step, EngineSearch(graph, feed, self.backend, self.precision, device))
+            rebuild = (
+                f"tc-deploy build {self.path} --backend {self.backend} {_ISOLATING.get(self.backend, '')}".rstrip()
+            )
+            return found_blame.model_copy(update={"text": f"{found_blame.text}; to isolate it: {rebuild}"})
 
     def _excess_words(self, excess: Excess, blamed: tuple[BlameRecord, ...]) -> str:
         blocks = dict.fromkeys(record.block for record in blamed if record.block is not None)
@@ -311,7 +317,7 @@ class _Validation:
 
 def precision_of(target: TargetManifest) -> str:
     """What a target computes in, by the manifest's names."""
-    option = target.options.get("precision", target.precision)
+    option = str(target.options.get("precision", target.precision))
     return _PRECISIONS.get(option, option)
 
 

@@ -124,7 +124,8 @@ def run_trajectory(
         for _ in range(times):
             latents: list[FloatArray] = []
             pipeline(
-                class_labels=trajectory.conditions["class_labels"].tolist(),
+                conditions=trajectory.conditions,
+                unconditional=trajectory.unconditional or None,
                 latents=trajectory.noise,
                 on_step=lambda first, step, latents=latents: latents.append(step.read_latents()),  # type: ignore[misc]
             )

@@ -54,8 +54,8 @@ ENGINES = (
     Engine(
         backend="onnxruntime",
         title="ONNX Runtime",
-        options="takes the option threads",
-        wrong_options=WRONG_THREADS,
+        options="takes the options threads.*unfused",
+        wrong_options=(*WRONG_THREADS, {"unfused": 1}),
         spoil=a_label_that_no_model_has,
         seen=lambda value: value.numpy(),
     ),

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,6 +20,7 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, UsageError
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest, read_target
+from tc_deploy.samples import POLYGRAPHY
 
 ROWS = 2
 
@@ -42,10 +44,10 @@ def test_a_target_holds_what_it_was_built_with(mixed: Made, tmp_path: Path) -> N
     assert [path.name for path in (bundle / "onnxruntime").iterdir()] == [MANIFEST]
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-def test_threads_change_no_picture(mixed: Made, tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 2}, {"threads": 1, "unfused": True}])
+def test_options_change_no_picture(mixed: Made, tmp_path: Path, options: dict[str, Any]) -> None:
     bundle = mixed.copy(tmp_path / "bundle")
-    build_target(bundle, options={"threads": threads})
+    build_target(bundle, options=options)
     made = []
     for folder in (mixed.bundle, bundle):
         with tc_deploy.load(folder, batch_size=ROWS) as pipeline:
@@ -66,7 +68,7 @@ def test_an_engine_that_computes_nonsense_is_refused_and_leaves_no_target(mixed:
     with pytest.raises(BackendError, match=r"\.onnx: output \S+ is not finite on a first run with zeros"):
         build_target(bundle)
     assert snapshot(bundle) == before
-    assert sorted(path.name for path in bundle.iterdir() if path.is_dir()) == [ONNX_FOLDER]
+    assert sorted(path.name for path in bundle.iterdir() if path.is_dir()) == [ONNX_FOLDER, POLYGRAPHY]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,10 @@ def test_an_unknown_backend_names_the_known_ones(mixed: Made) -> None:
         build_target(mixed.bundle, "abacus")
 
 
-def test_a_build_from_the_command_line_records_the_threads(mixed: Made, tmp_path: Path) -> None:
+def test_a_build_from_the_command_line_records_its_options(mixed: Made, tmp_path: Path) -> None:
     bundle = mixed.copy(tmp_path / "bundle")
-    assert run_cli("build", bundle, "--threads", 3).code == 0
-    assert json.loads((bundle / "onnxruntime" / MANIFEST).read_text())["options"] == {"threads": 3}
+    assert run_cli("build", bundle, "--threads", 3, "--unfused").code == 0
+    assert json.loads((bundle / "onnxruntime" / MANIFEST).read_text())["options"] == {
+        "threads": 3,
+        "unfused": True,
+    }

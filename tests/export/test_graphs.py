@@ -41,6 +41,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan, pruned_blocks
+from tc_deploy.samples import POLYGRAPHY
 from tc_deploy.schedule import FULL
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
@@ -314,7 +315,10 @@ def test_an_export_of_the_same_model_elsewhere_unchecked_gives_the_same_graphs(m
     assert snapshot(tmp_path / "bundle" / ONNX_FOLDER) == snapshot(multistep.bundle / ONNX_FOLDER)
     checked = read_manifest(multistep.bundle)
     assert all(record.max_abs_error is not None for record in checked.graphs.values())
-    assert manifest.files == checked.files
+    # Unchecked, it leaves no samples to validate by either.
+    assert manifest.files == {
+        name: record for name, record in checked.files.items() if not name.startswith(f"{POLYGRAPHY}/")
+    }
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from bundles import Made, edit_manifest, run_cli, snapshot
+from bundles import Made, edit_manifest, reseal, run_cli, snapshot
+from validate import faults
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
@@ -86,7 +87,6 @@ def test_precision_has_a_column_of_its_own(bundle: Path, tmp_path: Path) -> None
 
 def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Path) -> None:
     """A right graph on an engine that computes a block wrongly: one that loads a faulty copy of every graph."""
-    from validate import faults
 
     class Faulty:
         def __init__(self, device: object) -> None:
@@ -125,8 +125,6 @@ def test_command_line(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_failure_is_exit_code_1(mixed: Made, tmp_path: Path) -> None:
-    from validate import faults
-
     copy = mixed.copy(tmp_path / "bundle")
     faults.swap_index_rows(copy, phase=2)
     build_target(copy, options={"threads": 1})
@@ -151,8 +149,6 @@ def test_unreadable_samples(mixed: Made, tmp_path: Path) -> None:
     copy = mixed.copy(tmp_path / "bundle")
     (copy / POLYGRAPHY / "full.inputs.json").write_text("{}", encoding="utf-8")
     assert "expected" in run_cli("validate", copy).error
-    from bundles import reseal
-
     reseal(copy)
     build_target(copy, options={"threads": 1})
     assert "the samples cannot be read" in run_cli("validate", copy).error
