@@ -113,6 +113,7 @@ def _bundle(path: Path) -> dict[str, Any]:
                 "inputs": len(graph.inputs),
                 "outputs": len(graph.outputs),
                 "max_abs_error": graph.max_abs_error,
+                "snr_to_fp32_db": graph.snr_to_fp32_db,
             }
             for name, graph in manifest.graphs.items()
         },

@@ -10,12 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
-from tc_deploy.errors import BundleError
+from tc_deploy.errors import BackendError, BundleError
 from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
+from tc_deploy.types import Precision
 
 FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
@@ -65,6 +67,22 @@ class TensorRecord(Document):
     dtype: str
     shape: tuple[int | str, ...]
 
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The type of an array that holds it.
+
+        Raises:
+            BackendError: it is bfloat16, which numpy has from ml_dtypes, and that is not installed.
+        """
+        if self.dtype == "bfloat16":
+            try:
+                from ml_dtypes import bfloat16
+            except ImportError:
+                raise BackendError(f"{self.name} is bfloat16, for which ml_dtypes is needed; install it") from None
+            found: np.dtype[Any] = np.dtype(bfloat16)
+            return found
+        return np.dtype(self.dtype)
+
 
 class GraphRecord(Document):
     """One ONNX graph of a bundle."""
@@ -74,6 +92,9 @@ class GraphRecord(Document):
     outputs: tuple[TensorRecord, ...]
     max_abs_error: float | None
     """Largest departure from PyTorch found right after export; None where the check was turned off."""
+    snr_to_fp32_db: float | None = None
+    """The fp32 output's power over that of the error that half precision makes in one pass; None where nothing is half
+    or the check was turned off."""
 
 
 class ConditionRecord(Document):
@@ -101,7 +122,7 @@ class Manifest(Document):
     kind: Literal["bundle"]
     format_version: Literal[1]
     made_by: str
-    precision: Literal["fp32"]
+    precision: Precision
     batch_size: PositiveInt | None
     """Samples per batch where the graphs fix it; None where they take any."""
     latent_shape: tuple[PositiveInt, ...]

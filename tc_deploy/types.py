@@ -37,3 +37,11 @@ class Skip(StrEnum):
     """It does not run the model: the output is forecast from those of the last full steps."""
     BLOCKS = "blocks"
     """It runs embeddings, adaLN and head; what the blocks add is forecast, as ``Reuse`` says."""
+
+
+class Precision(StrEnum):
+    """What a graph's matrix products, their weights and the caches are in; everything else is fp32."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"

@@ -1,4 +1,4 @@
-"""Bundles that several rooms' tests share: three exports for the whole run, as every graph takes seconds.
+"""Bundles that several rooms' tests share: five exports for the whole run, as every graph takes seconds.
 
 Tests leave the folders as they are; one that damages a bundle takes a copy.
 """
@@ -25,6 +25,7 @@ from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_manifest
+from tc_deploy.types import Precision
 
 SaveDit = Callable[..., Path]
 
@@ -39,6 +40,12 @@ MULTISTEP = {
     "sampling": {"steps": 8, "guidance_scale": 1.5},
     "schedule": {"boundary": 4, "k1": 3, "k2": 2},
     "cache": {"keep_counts": ((8,), (0,)), "reuse": "branch", "forecast_order": 0, "skip": "model"},
+}
+HALF = {
+    # F c1 F c1 F c1; each cached step skips, prunes and keeps blocks.
+    "sampling": {"steps": 6, "guidance_scale": 1.5},
+    "schedule": {"boundary": 6, "k1": 2, "k2": 1},
+    "cache": {"keep_counts": ((0, 8, 16), (0,)), "attention": "all", "reuse": "branch", "forecast_order": 1},
 }
 PIXEL_BATCH = 2
 
@@ -140,6 +147,24 @@ def multistep(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Ma
     export_bundle(plan, folder / "bundle")
     build_target(folder / "bundle", options={"threads": 1})
     return Made(model=model, plan=plan, bundle=folder / "bundle")
+
+
+def _half(precision: Precision, folder: Path, model: Path) -> Made:
+    plan = make_plan(model, folder / "plan", **HALF)
+    export_bundle(plan, folder / "bundle", precision=precision)
+    return Made(model=model, plan=plan, bundle=folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def fp16(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+    """Guided, any batch, first-order forecast, keys and values cached, products in fp16; not built."""
+    return _half(Precision.FP16, tmp_path_factory.mktemp("fp16"), tiny_dit_folder)
+
+
+@pytest.fixture(scope="session")
+def bf16(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+    """The same in bf16."""
+    return _half(Precision.BF16, tmp_path_factory.mktemp("bf16"), tiny_dit_folder)
 
 
 @dataclass(frozen=True, kw_only=True)

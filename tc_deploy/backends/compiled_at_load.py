@@ -61,7 +61,7 @@ def _run_once(device: Device, path: Path, record: GraphRecord, batch: int, *, gu
                 size if isinstance(size, int) else batch * (1 if size == BATCH or not guided else 2)
                 for size in tensor.shape
             )
-            made[tensor.name] = device.buffer(np.dtype(tensor.dtype), shape)
+            made[tensor.name] = device.buffer(tensor.numpy_dtype, shape)
         return made
 
     outputs = buffers(record.outputs)

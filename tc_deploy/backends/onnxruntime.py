@@ -12,10 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.backends.base import Buffer, Graph, Progress
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import HostBuffer
 from tc_deploy.errors import BackendError, first_line
+from tc_deploy.manifest import Manifest
+from tc_deploy.types import Precision
 
 _ERRORS_ONLY = 3
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -112,6 +114,17 @@ class OnnxRuntime(CompiledAtLoad):
     def version(self) -> str:
         """ONNX Runtime's version."""
         return str(_onnxruntime().__version__)
+
+    def build(
+        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
+    ) -> None:
+        """Run every graph once. fp16 graphs run, by casts to fp32 and back around what ONNX Runtime lacks on a CPU."""
+        if manifest.precision is Precision.BF16:
+            raise BackendError(
+                f"{bundle}: its graphs are in bf16, which ONNX Runtime does not compute on a CPU; build with --backend"
+                " openvino or tensorrt-rtx, or export with --precision fp16 or fp32"
+            )
+        super().build(bundle, manifest, folder, options, progress)
 
     def open(self, options: Mapping[str, Any]) -> OrtDevice:
         """Open the CPU; see :class:`OrtDevice` for the options."""

@@ -127,8 +127,10 @@ class OpenVinoDevice:
     def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
         """Allocate, filled with zeros."""
         module = _openvino()
-        tensor = module.Tensor(module.Type(dtype), module.Shape(shape))
-        return HostBuffer(tensor.data, tensor)
+        # OpenVINO knows numpy's own types only, and shows a bf16 tensor's memory as fp16.
+        kind = module.Type.bf16 if dtype.name == "bfloat16" else module.Type(dtype)
+        tensor = module.Tensor(kind, module.Shape(shape))
+        return HostBuffer(tensor.data.view(dtype), tensor)
 
     def load(self, path: Path) -> Graph:
         """Read an ONNX file; its external data lies beside it."""

@@ -14,21 +14,21 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, StringConstraints, ValidationError, field_validator
 
 from tc_deploy.backends.base import Buffer, Progress
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt_build import EngineJob, build_engine
-from tc_deploy.bundle import MANIFEST, Document, check_files, read_document
+from tc_deploy.backends.tensorrt_options import TensorRtOptions, batch_axes, check_turing, checked_options
+from tc_deploy.backends.tensorrt_rtx import RtxExtras
+from tc_deploy.bundle import MANIFEST, check_files, read_document
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
 from tc_deploy.manifest import (
     BATCH,
     ENGINE_SUFFIX,
-    MODEL_BATCH,
     ONNX_FOLDER,
     WEIGHTS,
     EngineIdentity,
@@ -44,30 +44,10 @@ from tc_deploy.manifest import (
 TIMING_CACHE = "timing.cache"
 ALIGNMENT = 256
 """Bytes; TensorRT wants every address to be a multiple of it."""
-DEFAULT_BATCH_PROFILE = (1, 1, 8)
-"""For a bundle of any batch size."""
+AMPERE = 8
+"""Major compute capability."""
 BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 400, 3.5
 """A build's peak of memory: measured with TensorRT-RTX 1.7 on random DiTs from 1 MiB to 2.7 GiB of weights."""
-
-
-class TensorRtOptions(Document):
-    """What a target can be built with."""
-
-    compute_capability: tuple[Annotated[str, StringConstraints(pattern=r"^\d+\.\d$")], ...] = ()
-    """TensorRT-RTX: the GPUs to build for; none means Ampere and later."""
-    batch_profile: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    """Least, best and largest number of samples, for a bundle of any batch size."""
-    workspace_mib: PositiveInt | None = None
-    """Limit of an engine's scratch memory; none leaves it at the GPU's memory."""
-    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
-    """0 builds fastest, 5 searches longest; none leaves it to the builder."""
-
-    @field_validator("batch_profile")
-    @classmethod
-    def _check_order(cls, profile: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-        if profile is not None and list(profile) != sorted(profile):
-            raise ValueError("expected the least, the best and the largest number of samples, in this order")
-        return profile
 
 
 class TrtBuffer:
@@ -125,7 +105,7 @@ class TrtGraph:
                     f"{self._path}: {tensor.name}: {size} is {found}, but the engine was built for {least} to"
                     f" {largest}; load with another batch size, or build again with another --batch-profile"
                 )
-        if buffer.dtype != tensor.dtype or buffer.address % ALIGNMENT:
+        if buffer.dtype != tensor.numpy_dtype or buffer.address % ALIGNMENT:
             raise ValueError(f"{tensor.name}: expected {tensor.dtype} at a multiple of {ALIGNMENT}")
 
     def run(self, bound: TrtBoundGraph) -> None:
@@ -165,10 +145,22 @@ class TrtDevice:
         runtime: what deserialises engines: a ``Runtime`` of the Python module.
         cuda: the GPU's memory and stream.
         errors: what the runtime has complained of, for messages.
+        rtx: what TensorRT-RTX has beyond TensorRT; None for TensorRT.
+        refit: puts the weights of an ONNX file into an engine that was stripped of them; says whether it could.
     """
 
-    def __init__(self, name: str, runtime: Any, cuda: Cuda, errors: list[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        runtime: Any,
+        cuda: Cuda,
+        errors: list[str],
+        *,
+        rtx: RtxExtras | None = None,
+        refit: Callable[[Any, Path], bool] = lambda engine, onnx: False,
+    ) -> None:
         self._name, self._runtime, self._cuda, self._errors = name, runtime, cuda, errors
+        self._rtx, self._refit = rtx, refit
         runtime.engine_host_code_allowed = False
 
     def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TrtBuffer:
@@ -179,13 +171,18 @@ class TrtDevice:
         """Deserialise an engine whose checksum and identity have been checked."""
         record = read_engine_record(path)
         self._errors.clear()
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = path.read_bytes()
+        if self._rtx is not None:
+            self._rtx.check(path, self._runtime, plan)
+        engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{path}: {self._name} refuses the engine: {self._reason()}")
+        if record.options.get("strip_weights") and not self._refit(engine, onnx_of(path)):
+            raise BackendError(f"{path}: {self._name} cannot put the weights back: {self._reason()}")
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {tensor.name for tensor in (*record.inputs, *record.outputs)}:
             raise BundleError(f"{path}: its tensors are not those of {path.with_suffix('.json').name}; build again")
-        context = engine.create_execution_context()
+        context = engine.create_execution_context() if self._rtx is None else self._rtx.context(path, engine)
         if context is None:
             raise BackendError(f"{path}: {self._name} has no memory to run the engine: {self._reason()}")
         return TrtGraph(path, context, record, self._cuda.stream)
@@ -218,7 +215,12 @@ class TensorRt:
         """Build one engine after another, each in a process of its own."""
         chosen = self._options(options)
         capabilities = self._capability_names(chosen)
-        axes = _axes(manifest, chosen)
+        check_turing(self.name, chosen, manifest)
+        axes = batch_axes(chosen, manifest)
+        if axes:
+            # However it was written, it is one profile: an engine that has it is not built again.
+            none = {"min_shapes": None, "opt_shapes": None, "max_shapes": None}
+            chosen = chosen.model_copy(update={**none, "batch_profile": axes[BATCH]})
         gpu = None if self._ahead_of_time else self._cuda().gpu()
         weights = manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"]
         expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20
@@ -250,6 +252,8 @@ class TensorRt:
                 compute_capabilities=capabilities,
                 workspace_mib=chosen.workspace_mib,
                 optimization_level=chosen.optimization_level,
+                hardware_compatibility=chosen.hardware_compatibility,
+                flags=chosen.builder_flags(),
             )
             build_engine(job, functools.partial(progress, f"building {name}"))
         return gpu
@@ -263,7 +267,7 @@ class TensorRt:
         options = self._options(target.options)
         command = f"tc-deploy build {bundle} --backend {self.name}"
         where = bundle / self.name
-        if self.version() != target.backend_version:
+        if not _is_version_fit(self.version(), target.backend_version, options):
             raise BackendError(
                 f"{where}: built with {self.name} {target.backend_version}, found {self.version()} here;"
                 f" install that version or build again with: {command}"
@@ -274,7 +278,15 @@ class TensorRt:
         """Open the GPU."""
         trt = self._import()
         errors: list[str] = []
-        return TrtDevice(self.name, trt.Runtime(_logger(trt, errors)), self._cuda(), errors)
+        logger = _logger(trt, errors)
+        return TrtDevice(
+            self.name,
+            trt.Runtime(logger),
+            self._cuda(),
+            errors,
+            rtx=RtxExtras(trt) if self._ahead_of_time else None,
+            refit=functools.partial(_refit, trt, logger),
+        )
 
     def _import(self) -> Any:
         try:
@@ -285,20 +297,12 @@ class TensorRt:
             raise BackendError(f"{self.name} {why}; install tc-deploy[{self._extra}]") from None
 
     def _options(self, options: Mapping[str, Any]) -> TensorRtOptions:
-        try:
-            return TensorRtOptions.model_validate(options)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            known = ", ".join(TensorRtOptions.model_fields)
-            raise UsageError(f"{self.name}: {where}: {first['msg']}; its options are {known}") from None
+        return checked_options(self.name, options, ahead_of_time=self._ahead_of_time)
 
     def _capability_names(self, options: TensorRtOptions) -> tuple[str, ...]:
         """Compute capabilities as the module names them."""
         if not options.compute_capability:
             return ()
-        if not self._ahead_of_time:
-            raise UsageError(f"{self.name} builds for this machine's GPU; --compute-capability is for tensorrt-rtx")
         members = self._import().ComputeCapability.__members__
         known = {f"{name[2:-1]}.{name[-1]}": name for name in members if name.startswith("SM")}
         for capability in options.compute_capability:
@@ -319,19 +323,6 @@ class TensorRt:
         return target
 
 
-def _axes(manifest: Manifest, options: TensorRtOptions) -> dict[str, tuple[int, int, int]]:
-    """The sizes of the open batch axes."""
-    if manifest.batch_size is not None:
-        if options.batch_profile is not None:
-            raise UsageError(
-                f"this bundle was exported for a batch of exactly {manifest.batch_size}; leave --batch-profile out"
-            )
-        return {}
-    least, best, largest = options.batch_profile or DEFAULT_BATCH_PROFILE
-    rows = 2 if manifest.guided else 1
-    return {BATCH: (least, best, largest), MODEL_BATCH: (rows * least, rows * best, rows * largest)}
-
-
 def _is_built(engine: Path, identity: EngineIdentity) -> bool:
     try:
         record = read_engine_record(engine)
@@ -340,12 +331,22 @@ def _is_built(engine: Path, identity: EngineIdentity) -> bool:
     return EngineIdentity(**record.model_dump(include=set(EngineIdentity.model_fields))) == identity
 
 
+def _is_version_fit(found: str, built: str, options: TensorRtOptions) -> bool:
+    """Whether this version may load an engine; of its own major version a later one may, if it was built for that."""
+    if not options.version_compatible:
+        return found == built
+    numbers = [tuple(int(part) for part in version.split(".") if part.isdigit()) for version in (found, built)]
+    return numbers[0][:1] == numbers[1][:1] and numbers[0] >= numbers[1]
+
+
 def _check_gpu(where: Path, found: GpuRecord, built: GpuRecord | None, options: TensorRtOptions, command: str) -> None:
     """Check that an engine may run on a GPU.
 
     Raises:
         BackendError: it was built for others.
     """
+    if options.hardware_compatibility == "ampere-plus" and int(found.compute_capability.split(".")[0]) >= AMPERE:
+        return
     if built is not None:
         capabilities: tuple[str, ...] = (built.compute_capability,)
     elif options.compute_capability:
@@ -358,6 +359,16 @@ def _check_gpu(where: Path, found: GpuRecord, built: GpuRecord | None, options: 
             f"{where}: built for compute capability {', '.join(capabilities)}, but this machine's {found.name} has"
             f" {found.compute_capability}; build again with: {command}"
         )
+
+
+def onnx_of(engine: Path) -> Path:
+    """The graph that an engine was built from, in the bundle whose files have been checked."""
+    return engine.parent.parent / ONNX_FOLDER / f"{engine.stem}.onnx"
+
+
+def _refit(trt: Any, logger: Any, engine: Any, onnx: Path) -> bool:
+    refitter = trt.Refitter(engine, logger)
+    return bool(trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(onnx)) and refitter.refit_cuda_engine())
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:

@@ -42,6 +42,10 @@ class EngineJob(Document):
     """As the module names them: ``SM89``; none leaves the choice to it."""
     workspace_mib: int | None
     optimization_level: int | None
+    hardware_compatibility: str | None
+    """A member of the module's ``HardwareCompatibilityLevel``, in our spelling."""
+    flags: tuple[str, ...]
+    """Members of the module's ``BuilderFlag``."""
 
 
 def build_engine(job: EngineJob, progress: Callable[[int, int], None]) -> None:
@@ -178,6 +182,11 @@ def _configure(trt: Any, config: Any, job: EngineJob) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mib * 2**20)
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level
+    if job.hardware_compatibility is not None:
+        level = job.hardware_compatibility.upper().replace("-", "_")
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    for flag in job.flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
     if job.compute_capabilities:
         config.num_compute_capabilities = len(job.compute_capabilities)
         for index, name in enumerate(job.compute_capabilities):

@@ -40,8 +40,26 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     metavar="LEAST BEST MOST",
     help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1 1 8.",
 )
+@click.option(
+    "--min-shapes", metavar="SHAPES", help="The same by inputs' shapes: NAME:1x4x8x8,... or NAME:[1,4,8,8] ..., with"
+)
+@click.option("--opt-shapes", metavar="SHAPES", help="these, and")
+@click.option("--max-shapes", metavar="SHAPES", help="these.")
 @click.option("--workspace-mib", type=int, help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.")
 @click.option("--optimization-level", type=int, help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.")
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice(["ampere-plus", "same-compute-capability"]),
+    help="tensorrt: other GPUs that the engines must run on; without it those like this machine's.",
+)
+@click.option("--version-compatible", is_flag=True, default=None, help="tensorrt: for its later versions too.")
+@click.option("--refit", type=click.Choice(["identical"]), help="tensorrt: engines that take the same weights again.")
+@click.option(
+    "--strip-weights",
+    is_flag=True,
+    default=None,
+    help="tensorrt: engines without weights, which loading takes from the bundle.",
+)
 def command(bundle: Path, backend: str, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target

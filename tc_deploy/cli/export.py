@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tc_deploy.cli.progress import log_step
+from tc_deploy.types import Precision
 
 
 @click.command()
@@ -14,15 +15,34 @@ from tc_deploy.cli.progress import log_step
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder, engines/NAME.")
 @click.option("--model", type=click.Path(path_type=Path), help="The checkpoint, if it is not where the plan says.")
 @click.option("--static-batch", type=int, metavar="N", help="Fix N samples per batch; without it the batch is dynamic.")
+@click.option(
+    "--precision",
+    type=click.Choice([precision.value for precision in Precision]),
+    default=Precision.FP32.value,
+    show_default=True,
+    help="What matrix products, their weights and the caches are in; everything else is fp32.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
-def command(plan: Path, output: Path, model: Path | None, static_batch: int | None, check: bool) -> None:
+def command(
+    plan: Path, output: Path, model: Path | None, static_batch: int | None, precision: str, check: bool
+) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
 
     PLAN is a folder calibration/NAME. An existing bundle is replaced, with the engines built from it.
     """
     from tc_deploy.export.stage import export_bundle
 
-    manifest = export_bundle(plan, output, model_path=model, batch_size=static_batch, check=check, progress=log_step)
+    manifest = export_bundle(
+        plan,
+        output,
+        model_path=model,
+        batch_size=static_batch,
+        precision=Precision(precision),
+        check=check,
+        progress=log_step,
+    )
     for name, graph in manifest.graphs.items():
         error = "not compared" if graph.max_abs_error is None else f"PyTorch ± {graph.max_abs_error:.1e}"
+        if graph.snr_to_fp32_db is not None:
+            error += f", {graph.snr_to_fp32_db:.1f} dB above its error to fp32"
         click.echo(f"{output / graph.file}: {name}, {len(graph.inputs)} inputs, {len(graph.outputs)} outputs, {error}")

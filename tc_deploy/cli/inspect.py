@@ -32,6 +32,8 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
         error = "not compared" if graph["max_abs_error"] is None else f"PyTorch ± {graph['max_abs_error']:.1e}"
+        if graph["snr_to_fp32_db"] is not None:
+            error += f", {graph['snr_to_fp32_db']:.1f} dB above its error to fp32"
         _line(name, f"{graph['inputs']} inputs, {graph['outputs']} outputs, {_size(size)}, {error}")
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")

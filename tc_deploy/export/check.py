@@ -1,13 +1,14 @@
 """Real inputs for every graph, and the comparison of an exported graph with PyTorch.
 
-Inputs come from a sampling run under the plan: latents, caches and indices as they occur, not noise alone.
+Inputs come from a sampling run under the plan: latents, caches and indices as they occur, not noise alone. Graphs run
+in ONNX Runtime; those in bf16, which it does not have on a CPU, in OpenVINO.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.calibrate.prompts import draw_batch
-from tc_deploy.errors import BackendError, ExportError
+from tc_deploy.errors import BackendError, ExportError, first_line
 from tc_deploy.export.graphs import StepGraph
-from tc_deploy.manifest import FORECAST_WEIGHTS, TOKEN_INDEX, history_name
+from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.types import IntArray
+from tc_deploy.types import IntArray, Precision
 
-RELATIVE_TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 2e-2, Precision.BF16: 2e-1}
 """Largest error allowed, in units of the output's standard deviation. fp32 graphs reach 1e-6 to 2e-5 (rounding in
-another order of summation); a wrong sign, gate, index or cache shows as 1e-2 and more."""
+another order of summation); a wrong sign, gate, index or cache shows as 1e-2 and more. Half a unit in the last place is
+5e-4 of a value in fp16 and 4e-3 in bf16, and an engine rounds at other places than PyTorch."""
 
 
 class _Enough(Exception):  # noqa: N818 - ends the sampling run, no error
@@ -83,25 +85,47 @@ def step_inputs(steps: TokenCachedSteps, step: int, inputs: Mapping[str, Tensor]
     return example
 
 
-def check_graph(graph: StepGraph, example: Mapping[str, Tensor], path: Path) -> float:
-    """Run an exported graph in ONNX Runtime and in PyTorch on the same inputs.
+def check_graph(
+    graph: StepGraph, example: Mapping[str, Tensor], path: Path, precision: Precision = Precision.FP32
+) -> tuple[float, Tensor]:
+    """Run an exported graph in an engine and in PyTorch, whose products are in ``precision`` now, on the same inputs.
 
     Returns:
-        The largest absolute difference over all outputs.
+        The largest absolute difference over all outputs, and the engine's ``sample``.
 
     Raises:
         ExportError: an output departs by more than the tolerance, or is not finite; names the output.
-        BackendError: ONNX Runtime is not installed.
+        BackendError: the engine is not installed.
     """
-    session = _session(path)
-    feed = {name: example[name].numpy() for name in graph.input_names}
-    found = session.run(list(graph.output_names), feed)
+    feed = {name: example[name] for name in graph.input_names}
+    run = _run_in_openvino if precision is Precision.BF16 else _run_in_onnxruntime
+    found = run(path, feed, graph.output_names)
     with torch.no_grad():
-        expected = graph(*(example[name] for name in graph.input_names))
+        expected = graph(*feed.values())
     worst = 0.0
     for name, mine, theirs in zip(graph.output_names, found, expected, strict=True):
-        worst = max(worst, _checked_error(mine, theirs.numpy(), f"{path.name}: output {name}"))
-    return worst
+        where = f"{path.name}: output {name}"
+        worst = max(worst, _checked_error(mine.float().numpy(), theirs.float().numpy(), where, precision))
+    return worst, found[graph.output_names.index(SAMPLE)]
+
+
+def snr_to_fp32_db(graph: StepGraph, example: Mapping[str, Tensor], sample: Tensor) -> float | None:
+    """What half precision costs one pass.
+
+    Args:
+        graph: the variant, whose module is in fp32 again.
+        example: what the half graph was given.
+        sample: what it made of it.
+
+    Returns:
+        The power of the model's fp32 output over that of the error, in dB; None where there is no error, as in a graph
+        without matrix products.
+    """
+    with torch.no_grad():
+        feed = (example[name] for name in graph.input_names)
+        expected = graph(*(given.float() if given.is_floating_point() else given for given in feed))
+    error, signal = (float(values.double().square().mean()) for values in (sample - expected[0], expected[0]))
+    return 10 * math.log10(signal / error) if error and signal else None
 
 
 def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tuple[int, ...], path: Path) -> float:
@@ -154,6 +178,43 @@ def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tup
     return worst
 
 
+def _run_in_onnxruntime(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    found = _session(path).run(list(outputs), {name: given.numpy() for name, given in feed.items()})
+    return [torch.from_numpy(array) for array in found]
+
+
+def _run_in_openvino(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    try:
+        import openvino
+    except ImportError:
+        raise BackendError(
+            "the check of a bf16 export needs OpenVINO; install tc-deploy[openvino], or pass --no-check"
+        ) from None
+    try:
+        core = openvino.Core()
+        # The hint leaves bf16 operators alone; OpenVINO's own default would make the others bf16 too.
+        request = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        for name, given in feed.items():
+            kind = request.get_tensor(name).element_type
+            tensor = openvino.Tensor(kind, openvino.Shape(given.shape))
+            tensor.data[...] = _bits(given).numpy()
+            request.set_tensor(name, tensor)
+        request.infer()
+    except RuntimeError as error:
+        raise ExportError(f"{path.name}: OpenVINO refuses the graph: {first_line(error)}") from error
+    return [_from_openvino(request.get_tensor(name)) for name in outputs]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What numpy sees of a tensor: it has no bf16, and OpenVINO shows it such a tensor's memory as fp16."""
+    return tensor.view(torch.float16) if tensor.dtype is torch.bfloat16 else tensor
+
+
+def _from_openvino(tensor: Any) -> Tensor:
+    found = torch.from_numpy(tensor.data.copy())
+    return found.view(torch.bfloat16) if tensor.element_type.get_type_name() == "bf16" else found
+
+
 def _session(path: Path) -> Any:
     try:
         import onnxruntime
@@ -171,9 +232,11 @@ def _session(path: Path) -> Any:
         raise ExportError(f"{path.name}: ONNX Runtime refuses the graph: {str(error).strip()}") from error
 
 
-def _checked_error(found: NDArray[Any], expected: NDArray[Any], what: str) -> float:
+def _checked_error(
+    found: NDArray[Any], expected: NDArray[Any], what: str, precision: Precision = Precision.FP32
+) -> float:
     error = float(np.abs(found - expected).max())
-    allowed = RELATIVE_TOLERANCE * max(float(expected.std()), 1e-3)
+    allowed = RELATIVE_TOLERANCE[precision] * max(float(expected.std()), 1e-3)
     if not math.isfinite(error) or error > allowed:
         raise ExportError(
             f"{what} departs from PyTorch by {error:.2e}, allowed {allowed:.2e}; the bundle was not written"

@@ -26,8 +26,10 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.forward import cached_tensors, run_cached, run_full
+from tc_deploy.types import Precision
 
-OPSET = 20
+OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
+"""The lowest that knows every operator for the type: Conv takes bf16 from 22 on."""
 FOLDED_ELEMENTS = 2**26
 """Largest constant that export computes once, so that no step does: rotary tables and sine-cosine positions follow from
 the token grid alone. PyTorch's exporter stops at 2**18, which FLUX's 4608 x 128 exceeds."""
@@ -78,13 +80,20 @@ class StepGraph(nn.Module):
         return (sample,)
 
 
-def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_batch: bool) -> ir.Model:
+def onnx_from_graph(
+    graph: StepGraph,
+    example: Mapping[str, Tensor],
+    *,
+    dynamic_batch: bool,
+    precision: Precision = Precision.FP32,
+) -> ir.Model:
     """Export one variant.
 
     Args:
         graph: the variant.
         example: a tensor for each of ``graph.input_names``; at least 2 samples where the batch is dynamic.
         dynamic_batch: leave the batch axis open; otherwise it is fixed to the example's. Token counts are static.
+        precision: what the model's products are in now (``half_products``); nothing is converted here.
 
     Returns:
         The model with its weights still in memory (they are the module's own tensors, not copies), inputs and
@@ -103,7 +112,7 @@ def onnx_from_graph(graph: StepGraph, example: Mapping[str, Tensor], *, dynamic_
                 graph.eval(),
                 arguments,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=OPSETS[precision],
                 input_names=list(graph.input_names),
                 output_names=list(graph.output_names),
                 dynamic_shapes=(axes,) if dynamic_batch else None,

@@ -21,8 +21,9 @@ from tc_deploy import __version__
 from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
 from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
-from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
+from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
+from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
@@ -48,7 +49,7 @@ from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
 from tc_deploy.samples import write_samples
 from tc_deploy.tokencache.sampler import Sampling
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.types import FloatArray, IntArray, Precision
 
 EXAMPLE_BATCH = 2
 
@@ -59,6 +60,7 @@ def export_bundle(
     *,
     model_path: Path | None = None,
     batch_size: int | None = None,
+    precision: Precision = Precision.FP32,
     check: bool = True,
     graphs_from: Path | None = None,
     samples: bool = True,
@@ -71,7 +73,9 @@ def export_bundle(
         destination: ``engines/NAME``; one that exists is replaced, with the engines that were built from it.
         model_path: the checkpoint, where it is not where the plan says.
         batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
-        check: compare every graph with PyTorch.
+        precision: what matrix products, their weights and the caches are in (``precision.py``); inputs and outputs of
+            the model stay fp32.
+        check: compare every graph with PyTorch, under the same precision.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
             they are: of two plans that differ in schedule or sampler, the second costs no export.
         samples: also write what engines are validated by, unless ``graphs_from`` is given or ``check`` is off.
@@ -81,6 +85,7 @@ def export_bundle(
         PlanError: the plan is malformed, or was made for another checkpoint.
         ModelError: the checkpoint cannot be loaded.
         ExportError: a graph or the scheduler cannot be exported, or a graph departs from PyTorch.
+        BackendError: the engine that the check runs in is not installed.
         StorageError: the destination cannot be written.
         UsageError: ``batch_size`` is below 1, or ``graphs_from`` holds other graphs.
     """
@@ -106,35 +111,26 @@ def export_bundle(
     examples: dict[int, dict[str, Tensor]] = {}
     if graphs_from is None:
         progress("sampling with the plan in PyTorch, for inputs as they occur")
-        examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
+        with half_products(model, precision):
+            examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
         graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
     with new_folder(destination) as folder:
         onnx = folder / ONNX_FOLDER
         onnx.mkdir()
-        records = {} if graphs_from is None else _taken_graphs(graphs_from, plan, batch_size, onnx)
-        if graphs:
-            with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
-                for variant, graph in graphs.items():
-                    name = variant_name(variant)
-                    progress(f"exporting {name}")
-                    onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=batch_size is None)
-                    weights.pack(onnx_model)
-                    records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
+        if graphs_from is None:
+            records = _exported(
+                model, graphs, examples, onnx, precision, dynamic=batch_size is None, check=check, progress=progress
+            )
+        else:
+            records = _taken_graphs(graphs_from, plan, batch_size, precision, onnx)
         geometry = model.geometry
         onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
         records[SOLVER] = _saved(onnx_model, onnx / f"{SOLVER}.onnx")
         if check:
-            errors = {}
-            for variant, graph in graphs.items():
-                name = variant_name(variant)
-                progress(f"comparing {name} with PyTorch")
-                errors[name] = check_graph(graph, examples[variant], onnx / f"{name}.onnx")
             progress(f"comparing {SOLVER} with the scheduler")
             half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
-            errors[SOLVER] = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
-            records |= {
-                name: records[name].model_copy(update={"max_abs_error": error}) for name, error in errors.items()
-            }
+            error = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
+            records[SOLVER] = records[SOLVER].model_copy(update={"max_abs_error": error})
         sample_files: list[str] = []
         if samples and check and graphs:
             progress("sampling with the plan and in full, to validate engines by")
@@ -155,7 +151,7 @@ def export_bundle(
             kind="bundle",
             format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
-            precision="fp32",
+            precision=precision,
             batch_size=batch_size,
             latent_shape=geometry.latent_shape,
             pixels=geometry.pixels,
@@ -215,15 +211,53 @@ def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) 
     return {phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables}
 
 
-def _taken_graphs(bundle: Path, plan: Plan, batch_size: int | None, onnx: Path) -> dict[str, GraphRecord]:
+def _exported(
+    model: DiffusionTransformer,
+    graphs: Mapping[int, StepGraph],
+    examples: Mapping[int, Mapping[str, Tensor]],
+    onnx: Path,
+    precision: Precision,
+    *,
+    dynamic: bool,
+    check: bool,
+    progress: Callable[[str], None],
+) -> dict[str, GraphRecord]:
+    """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them."""
+    records: dict[str, GraphRecord] = {}
+    samples: dict[int, Tensor] = {}
+    with half_products(model, precision):
+        with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
+            for variant, graph in graphs.items():
+                name = variant_name(variant)
+                progress(f"exporting {name}")
+                onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=dynamic, precision=precision)
+                weights.pack(onnx_model)
+                records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
+        for variant, graph in graphs.items() if check else ():
+            name = variant_name(variant)
+            progress(f"comparing {name} with PyTorch")
+            error, samples[variant] = check_graph(graph, examples[variant], onnx / f"{name}.onnx", precision)
+            records[name] = records[name].model_copy(update={"max_abs_error": error})
+    if precision is not Precision.FP32:
+        for variant, sample in samples.items():
+            name = variant_name(variant)
+            snr_db = snr_to_fp32_db(graphs[variant], examples[variant], sample)
+            records[name] = records[name].model_copy(update={"snr_to_fp32_db": snr_db})
+    return records
+
+
+def _taken_graphs(
+    bundle: Path, plan: Plan, batch_size: int | None, precision: Precision, onnx: Path
+) -> dict[str, GraphRecord]:
     """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
     other, _ = load_plan(bundle)
-    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided)
-    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, plan.sampling.guidance_scale is not None):
+    guided = plan.sampling.guidance_scale is not None
+    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, manifest.precision)
+    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, precision):
         raise UsageError(
-            f"{bundle}: its graphs are of another model, other cache settings or another batch; export anew"
+            f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
         )
     records = {name: record for name, record in manifest.graphs.items() if name != SOLVER}
     for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *(record.file for record in records.values())):

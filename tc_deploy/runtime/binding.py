@@ -128,9 +128,9 @@ class Binder:
         """The buffer of that name; a table's row is filled when it is made and never again."""
         if name not in self.buffers:
             shape = tuple(self._axes[size] if isinstance(size, str) else size for size in tensor.shape)
-            buffer = self.buffers[name] = self._device.buffer(np.dtype(tensor.dtype), shape)
+            buffer = self.buffers[name] = self._device.buffer(tensor.numpy_dtype, shape)
             if name == table_row(tensor.name, step):
-                buffer.write(np.broadcast_to(self._bundle.row(tensor.name, step), shape).astype(tensor.dtype))
+                buffer.write(np.broadcast_to(self._bundle.row(tensor.name, step), shape).astype(tensor.numpy_dtype))
         return self.buffers[name]
 
 

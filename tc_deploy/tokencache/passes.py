@@ -42,8 +42,11 @@ def forecast(history: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Combine what the last full steps cached.
 
     Args:
-        history: tensors (B, ...) of one kind, latest first.
+        history: tensors (B, ...) of one kind, latest first; fp32 or half.
         weights: (B, len(history)) float32; unused and not read where there is one tensor, which is taken as it is.
+
+    Returns:
+        (B, ...) of the history's type; added up in fp32.
     """
     if len(history) == 1:
         return history[0]
@@ -51,7 +54,7 @@ def forecast(history: Sequence[Tensor], weights: Tensor) -> Tensor:
     total = history[0] * weights[:, 0].reshape(shape)
     for column, earlier in enumerate(history[1:], start=1):
         total = total + earlier * weights[:, column].reshape(shape)
-    return total
+    return total.to(history[0].dtype)
 
 
 class FullPass(CachePoints):

@@ -128,15 +128,15 @@ def cache_points(model: DiffusionTransformer, reuse: Reuse, points: CachePoints)
         for number, (module, block) in enumerate(model.described_blocks):
             wrap = _Wrappers(number, block, points, mode, model.geometry.tokens)
             for attention in block.attentions:
-                stack.callback(_replace(module.get_submodule(attention.module), wrap.self_attention(attention)))
+                stack.callback(replace_forward(module.get_submodule(attention.module), wrap.self_attention(attention)))
             if reuse is Reuse.RESIDUAL:
-                stack.callback(_replace(module, wrap.whole))
+                stack.callback(replace_forward(module, wrap.whole))
                 continue
-            stack.callback(_replace(module, wrap.begin))
+            stack.callback(replace_forward(module, wrap.begin))
             for entry in block.entries:
-                stack.callback(_replace(module.get_submodule(entry), wrap.entry))
+                stack.callback(replace_forward(module.get_submodule(entry), wrap.entry))
             for branch in block.branches:
-                stack.callback(_replace(module.get_submodule(branch.exit), wrap.leave(branch)))
+                stack.callback(replace_forward(module.get_submodule(branch.exit), wrap.leave(branch)))
         with mode:
             yield
 
@@ -228,7 +228,7 @@ class _Wrappers:
         return self.block.takes.split(values if len(values) > 1 else values[0], self.tokens)
 
 
-def _replace(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], None]:
+def replace_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], None]:
     """Let ``wrapper(original_forward, *args, **kwargs)`` stand in for a module's forward; returns how to undo it."""
     original = module.forward
     patched_before = "forward" in vars(module)

@@ -78,7 +78,9 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # as above
 
         start_s = time.perf_counter()
         with torch.no_grad():
-            outputs = self._graph(*(torch.from_numpy(np.array(feed_dict[name])) for name in self._graph.input_names))
+            given = (torch.from_numpy(np.array(feed_dict[name])) for name in self._graph.input_names)
+            # The module is in fp32; half caches are not.
+            outputs = self._graph(*(item.float() if item.is_floating_point() else item for item in given))
         self.inference_time = time.perf_counter() - start_s
         return OrderedDict(zip(self._graph.output_names, (output.numpy() for output in outputs), strict=True))
 
@@ -101,13 +103,14 @@ def run_graph(device: Device, graph: Graph, record: GraphRecord, feed: Mapping[s
     axes: dict[str, int] = {}
     inputs: dict[str, Buffer] = {}
     for tensor in record.inputs:
-        array = np.asarray(feed[tensor.name])
+        # A file of samples holds bf16 as fp32.
+        array = np.asarray(feed[tensor.name]).astype(tensor.numpy_dtype, copy=False)
         axes |= {axis: size for axis, size in zip(tensor.shape, array.shape, strict=True) if isinstance(axis, str)}
-        inputs[tensor.name] = device.buffer(np.dtype(tensor.dtype), array.shape)
+        inputs[tensor.name] = device.buffer(array.dtype, array.shape)
         inputs[tensor.name].write(array)
     outputs = {
         tensor.name: device.buffer(
-            np.dtype(tensor.dtype), tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+            tensor.numpy_dtype, tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
         )
         for tensor in record.outputs
     }
@@ -119,5 +122,5 @@ def _metadata(tensors: tuple[TensorRecord, ...]) -> TensorMetadata:
     metadata = TensorMetadata()
     for tensor in tensors:
         shape = [-1 if isinstance(size, str) else size for size in tensor.shape]
-        metadata.add(tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
+        metadata.add(tensor.name, dtype=tensor.numpy_dtype, shape=shape)
     return metadata

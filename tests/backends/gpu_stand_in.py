@@ -134,13 +134,34 @@ class StandInRuntime:
     Args:
         gpu: where engines run.
         engines: an engine's bytes to its name and its ONNX file.
+        verdict: what :meth:`get_engine_validity` gives.
     """
 
     engine_host_code_allowed = True
+    engine_header_size = 64
 
-    def __init__(self, gpu: StandInCudaRuntime, engines: dict[bytes, tuple[str, str]]) -> None:
-        self._gpu, self._engines = gpu, engines
+    def __init__(
+        self, gpu: StandInCudaRuntime, engines: dict[bytes, tuple[str, str]], verdict: tuple[Any, int] = (None, 0)
+    ) -> None:
+        self._gpu, self._engines, self._verdict = gpu, engines, verdict
         self.deserialised: list[str] = []
+        self.kernels: list[StandInKernels] = []
+        """Of every engine with a runtime configuration, in the order of loading."""
+        self.wants_weights: set[str] = set()
+        """Names of engines that do not run until they are given weights."""
+
+    def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
+        assert len(header) == self.engine_header_size
+        return self._verdict
+
+    def refit(self, engine: StandInEngine, onnx: Any) -> bool:
+        """In the place of a refitter: takes the weights of the very graph that the engine was built from."""
+        self.wants_weights.discard(engine.name)
+        return str(onnx) == self._files[engine.name]
+
+    @property
+    def _files(self) -> dict[str, str]:
+        return dict(self._engines.values())
 
     def deserialize_cuda_engine(self, engine: bytes) -> StandInEngine | None:
         assert not self.engine_host_code_allowed
@@ -148,14 +169,44 @@ class StandInRuntime:
             return None
         name, onnx = self._engines[engine]
         self.deserialised.append(name)
-        return StandInEngine(self._gpu, name, onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"]))
+        session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        return StandInEngine(self._gpu, name, session, self)
+
+
+class StandInKernels:
+    """In the place of ``tensorrt_rtx.IRuntimeCache``: says what it was given and what it would keep."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.given = name, None
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.given = bytes(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return f"kernels of {self.name}".encode()
+
+
+class StandInConfig:
+    """In the place of ``tensorrt_rtx.IRuntimeConfig``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.kernels: StandInKernels | None = None
+
+    def create_runtime_cache(self) -> StandInKernels:
+        return StandInKernels(self._name)
+
+    def set_runtime_cache(self, kernels: StandInKernels) -> bool:
+        self.kernels = kernels
+        return True
 
 
 class StandInEngine:
     """In the place of ``tensorrt.ICudaEngine``."""
 
-    def __init__(self, gpu: StandInCudaRuntime, name: str, session: Any) -> None:
-        self._gpu, self._name, self._session = gpu, name, session
+    def __init__(self, gpu: StandInCudaRuntime, name: str, session: Any, runtime: StandInRuntime | None = None) -> None:
+        self._gpu, self.name, self._session, self._runtime = gpu, name, session, runtime
         self.names = sorted(tensor.name for tensor in (*session.get_inputs(), *session.get_outputs()))
 
     @property
@@ -165,8 +216,14 @@ class StandInEngine:
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
-    def create_execution_context(self) -> StandInContext:
-        return StandInContext(self._gpu, self._name, self._session)
+    def create_runtime_config(self) -> StandInConfig:
+        return StandInConfig(self.name)
+
+    def create_execution_context(self, config: StandInConfig | None = None) -> StandInContext:
+        if self._runtime is not None:
+            assert self.name not in self._runtime.wants_weights, "an engine without weights"
+            self._runtime.kernels += [] if config is None or config.kernels is None else [config.kernels]
+        return StandInContext(self._gpu, self.name, self._session)
 
 
 class StandInContext:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +23,16 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.tensorrt import TensorRt, TrtBuffer, TrtDevice, _logger
+from tc_deploy.backends.tensorrt import TensorRt, TrtBuffer, TrtDevice, _check_gpu, _is_version_fit, _logger
+from tc_deploy.backends.tensorrt_options import TensorRtOptions
+from tc_deploy.backends.tensorrt_rtx import KERNELS_SUFFIX, RtxExtras
+from tc_deploy.bundle import canonical_json
 from tc_deploy.errors import BackendError, BundleError, TcDeployError
 from tc_deploy.hardware import nvidia_gpus
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, read_manifest
 
 NAME = "tensorrt-rtx"
+SUBOPTIMAL = tensorrt_rtx.EngineValidity.SUBOPTIMAL
 HOPPER = {"name": "Stand-in Hopper", "compute_capability": "9.0"}
 
 without_gpu = pytest.mark.skipif(bool(nvidia_gpus()[0]), reason="needs a machine without an NVIDIA GPU")
@@ -94,17 +101,25 @@ def test_what_does_not_match_is_refused_before_a_gpu_is_looked_for(
     assert "\n" not in str(raised.value)
 
 
-def stand_in(bundle: Path, gpu: StandInCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+def stand_in(
+    bundle: Path,
+    gpu: StandInCudaRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    rtx: RtxExtras | None = None,
+    verdict: tuple[tensorrt_rtx.EngineValidity, int] = (tensorrt_rtx.EngineValidity.VALID, 0),
+) -> StandInRuntime:
     """Let the registry's TensorRT-RTX run on the stand-in."""
     engines = {
         (bundle / NAME / f"{name}.engine").read_bytes(): (name, str(bundle / ONNX_FOLDER / f"{name}.onnx"))
         for name in read_manifest(bundle).graphs
     }
-    runtime = StandInRuntime(gpu, engines)
+    runtime = StandInRuntime(gpu, engines, verdict)
 
     class OnStandIn(TensorRt):
         def open(self, options: object) -> TrtDevice:  # noqa: ARG002 - as the base class does
-            return TrtDevice(self.name, runtime, self._cuda(), ["the stand-in knows no such engine"])
+            errors = ["the stand-in knows no such engine"]
+            return TrtDevice(self.name, runtime, self._cuda(), errors, rtx=rtx, refit=runtime.refit)
 
     monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: Cuda(gpu)))
     return runtime
@@ -157,6 +172,105 @@ def test_the_real_runtime_s_reason_is_in_the_message(built: Made) -> None:
         device.load(built.bundle / NAME / "solver.engine")
     assert "\n" not in str(raised.value)
     assert runtime.engine_host_code_allowed is False
+
+
+@without_gpu
+def test_tensorrt_rtx_is_asked_before_an_engine_is_deserialised(built: Made) -> None:
+    runtime = tensorrt_rtx.Runtime(_logger(tensorrt_rtx, []))
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), [], rtx=RtxExtras(tensorrt_rtx))
+    with pytest.raises(BackendError) as raised:
+        device.load(built.bundle / NAME / "solver.engine")
+    assert "solver.engine: tensorrt-rtx says that the engine cannot run here: " in str(raised.value)
+    assert f"build again with: tc-deploy build {built.bundle} --backend tensorrt-rtx" in str(raised.value)
+
+
+def test_the_verdict_is_told_and_a_suboptimal_engine_runs(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = tensorrt_rtx.EngineInvalidityDiagnostics
+    bad = (
+        tensorrt_rtx.EngineValidity.INVALID,
+        int(reasons.OLD_CUDA_DRIVER) | int(reasons.INSUFFICIENT_GPU_MEMORY),
+    )
+    extras = RtxExtras(tensorrt_rtx)
+    runtime = stand_in(built.bundle, StandInCudaRuntime(), monkeypatch, rtx=extras, verdict=bad)
+    with pytest.raises(BackendError, match=r"cannot run here: old cuda driver, insufficient gpu memory; build again"):
+        load_target(built.bundle, read_manifest(built.bundle), NAME)
+    assert runtime.deserialised == []
+    extras.check(Path("x.engine"), StandInRuntime(StandInCudaRuntime(), {}, (SUBOPTIMAL, 1)), bytes(100))
+
+
+def test_compiled_kernels_are_kept_beside_their_engine(
+    built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    manifest = read_manifest(bundle)
+    extras = RtxExtras(tensorrt_rtx)
+    kept = bundle / NAME / f"full{KERNELS_SUFFIX}"
+
+    def given_kernels() -> dict[str, bytes | None]:
+        runtime = stand_in(bundle, StandInCudaRuntime(), monkeypatch, rtx=extras)
+        device, graphs = load_target(bundle, manifest, NAME)
+        given = {kernels.name: kernels.given for kernels in runtime.kernels}
+        del device, graphs
+        gc.collect()
+        return given
+
+    assert given_kernels() == dict.fromkeys(manifest.graphs)
+    assert given_kernels() == {name: f"kernels of {name}".encode() for name in manifest.graphs}
+    # What was damaged, or is another engine's, is not read, and is made anew.
+    alter(kept)
+    (bundle / NAME / f"solver{KERNELS_SUFFIX}").write_bytes((bundle / NAME / f"cached-1{KERNELS_SUFFIX}").read_bytes())
+    found = given_kernels()
+    assert (found["full"], found["solver"], found["cached-2"]) == (None, None, b"kernels of cached-2")
+    assert given_kernels() == {name: f"kernels of {name}".encode() for name in manifest.graphs}
+    # A folder that is gone, or is not ours to write, has none.
+    kept.unlink()
+    kept.mkdir()
+    assert given_kernels()["full"] is None
+    assert run_cli("inspect", bundle).code == 0
+
+
+def test_stripped_weights_come_back_from_the_bundle(
+    built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    engine = bundle / NAME / "solver.engine"
+    record = json.loads(engine.with_suffix(".json").read_text(encoding="utf-8"))
+    record["options"]["strip_weights"] = True
+    engine.with_suffix(".json").write_text(canonical_json(record), encoding="utf-8")
+    runtime = stand_in(bundle, StandInCudaRuntime(), monkeypatch)
+    runtime.wants_weights = {"solver"}
+    registry.backend(NAME).open({}).load(engine)
+    assert runtime.wants_weights == set()
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), ["no such weights"])
+    with pytest.raises(BackendError, match=r"solver\.engine: tensorrt-rtx cannot put the weights back: it gives no"):
+        device.load(engine)
+
+
+@pytest.mark.parametrize(
+    ("found", "built_with", "options", "fits"),
+    [
+        ("10.8.0.43", "10.8.0.43", {}, True),
+        ("10.9.0.1", "10.8.0.43", {}, False),
+        ("10.9.0.1", "10.8.0.43", {"version_compatible": True}, True),
+        ("10.8.0.43", "10.9.0.1", {"version_compatible": True}, False),
+        ("11.0.0.1", "10.9.0.1", {"version_compatible": True}, False),
+    ],
+)
+def test_which_version_may_load_an_engine(found: str, built_with: str, options: dict[str, bool], fits: bool) -> None:
+    assert _is_version_fit(found, built_with, TensorRtOptions.model_validate(options)) is fits
+
+
+@pytest.mark.parametrize(
+    ("capability", "level", "fits"),
+    [("8.9", None, True), ("9.0", None, False), ("9.0", "ampere-plus", True), ("7.5", "ampere-plus", False)],
+)
+def test_which_gpu_may_run_an_engine(capability: str, level: str | None, fits: bool) -> None:
+    built_on = Cuda(StandInCudaRuntime()).gpu()
+    found = Cuda(StandInCudaRuntime(compute_capability=capability)).gpu()
+    options = TensorRtOptions.model_validate({"hardware_compatibility": level})
+    expected = contextlib.nullcontext() if fits else pytest.raises(BackendError, match="built for compute capability")
+    with expected:
+        _check_gpu(Path("x"), found, built_on, options, "tc-deploy build x")
 
 
 @pytest.mark.parametrize("command", ["build", "generate"])

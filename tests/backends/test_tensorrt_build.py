@@ -126,9 +126,49 @@ def test_an_option_of_tensorrt_is_not_one_of_onnxruntime(mixed: Made) -> None:
     refused(mixed.bundle, BackendError, "found 'workspace_mib'", "--workspace-mib", 64)
 
 
-def test_turing_takes_no_fp32_graph(mixed: Made) -> None:
-    words = ("--backend", NAME, "--compute-capability", "7.5")
-    refused(mixed.bundle, BackendError, "for Turing (SM75): FP32 GEMM is not supported", *words)
+def test_turing_takes_no_fp32_graph(mixed: Made, bf16: Made, tmp_path: Path) -> None:
+    words = ("--backend", NAME, "--compute-capability", "7.5,8.9")
+    for made, precision in ((mixed, "fp32"), (bf16, "bf16")):
+        message = f"takes matrix products in fp16 alone, and this bundle's are in {precision}; leave 7.5 out, or"
+        refused(made.bundle, UsageError, message, *words)
+    # As the builder itself finds.
+    full = mixed.bundle / ONNX_FOLDER / "full.onnx"
+    with pytest.raises(BackendError, match=r"for Turing \(SM75\): FP32 GEMM is not supported"):
+        build_engine(job(tmp_path, mixed.bundle, graph="full", onnx=str(full), compute_capabilities=("SM75",)), ignore)
+
+
+@pytest.mark.parametrize(("precision", "capabilities"), [("fp16", "8.6,8.9"), ("fp16", "7.5"), ("bf16", "8.6,8.9")])
+def test_half_precision_is_built(
+    request: pytest.FixtureRequest, tmp_path: Path, precision: str, capabilities: str
+) -> None:
+    made: Made = request.getfixturevalue(precision)
+    bundle = made.copy(tmp_path / "bundle")
+    words = ("--compute-capability", capabilities, "--batch-profile", 1, 2, 4)
+    answer = run_cli("build", bundle, "--backend", NAME, *words)
+    assert answer.code == 0, answer.err
+    assert read_target(bundle, NAME).precision == precision
+    for name in read_manifest(bundle).graphs:
+        assert read_engine_record(bundle / NAME / f"{name}.engine").warnings == ()
+    kind = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    inputs = read_engine_record(bundle / NAME / "cached-1.engine").inputs
+    assert {tensor.dtype for tensor in inputs if tensor.name.startswith("cache.")} == {kind}
+
+
+def test_shapes_give_the_same_engines_as_a_profile(built: Made, tmp_path: Path) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    capabilities = ("--compute-capability", ",".join(CAPABILITIES))
+    shapes = ("--min-shapes", "timestep:2", "--opt-shapes", "timestep:[4]", "--max-shapes", "hidden_states:8x4x8x8")
+    answer = run_cli("build", bundle, "--backend", NAME, *capabilities, *shapes)
+    assert answer.code == 0, answer.err
+    assert "full is unchanged" in answer.err
+
+
+def test_flags_reach_the_builder(mixed: Made, tmp_path: Path) -> None:
+    # With the runtime left out it builds here; stripped it asks for the GPU that is not there.
+    flags = ("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME")
+    build_engine(job(tmp_path, mixed.bundle, flags=flags, hardware_compatibility="ampere-plus"), ignore)
+    with pytest.raises(BackendError, match="libnvinfer_lean"):
+        build_engine(job(tmp_path, mixed.bundle, flags=flags[:1]), ignore)
 
 
 def test_a_graph_that_does_not_parse_is_refused(mixed: Made, tmp_path: Path) -> None:
@@ -138,29 +178,35 @@ def test_a_graph_that_does_not_parse_is_refused(mixed: Made, tmp_path: Path) -> 
     refused(bundle, BackendError, "cached-1.onnx: tensorrt_rtx builds no engine: ", "--backend", NAME)
 
 
-def job(folder: Path, bundle: Path, **changes: object) -> EngineJob:
-    """A job for the solver's graph."""
+def ignore(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def job(folder: Path, bundle: Path, graph: str = SOLVER, **changes: object) -> EngineJob:
+    """A job for one graph, the solver's if not told."""
     manifest = read_manifest(bundle)
-    graph = manifest.graphs[SOLVER]
+    record = manifest.graphs[graph]
     identity = EngineIdentity(
         backend=NAME,
         backend_version="0",
         options={},
         onnx_sha256="0",
         weights_sha256="0",
-        inputs=graph.inputs,
-        outputs=graph.outputs,
+        inputs=record.inputs,
+        outputs=record.outputs,
         axes={"batch": (1, 1, 1), "model_batch": (2, 2, 2)},
     )
     fields = {
         "module": "tensorrt_rtx",
-        "onnx": str(bundle / graph.file),
+        "onnx": str(bundle / record.file),
         "engine": str(folder / "solver.engine"),
         "timing_cache": None,
         "identity": identity,
         "compute_capabilities": (),
         "workspace_mib": None,
         "optimization_level": None,
+        "hardware_compatibility": None,
+        "flags": (),
     }
     return EngineJob.model_validate(fields | changes)
 

@@ -1,0 +1,293 @@
+"""Half precision: what of a model is half and what is not, in PyTorch and in the graphs; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from bundles import Made, run_cli, snapshot
+from tolerances import tolerance
+from torch import Tensor
+
+import tc_deploy
+from tc_deploy.backends import registry
+from tc_deploy.errors import BackendError, ExportError, UsageError
+from tc_deploy.export.check import check_graph, example_inputs
+from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.precision import half_products
+from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
+from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.loading import load_model
+from tc_deploy.plan import load_plan
+from tc_deploy.samples import read_samples
+from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
+from tc_deploy.types import Precision
+from tc_deploy.validate.runners import run_graph
+
+HALVES = (Precision.FP16, Precision.BF16)
+TORCH_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+ENGINES = {Precision.FP16: "onnxruntime", Precision.BF16: "openvino"}
+LARGEST_WEIGHTS = 0.6
+"""Of the fp32 bundle's: half, and tensors that start at pages."""
+FP16_LARGEST = 65504.0
+PLANTED = 3e4
+"""A gate that a product in fp16 holds, but its multiple does not."""
+
+
+@pytest.fixture(params=HALVES)
+def half(request: pytest.FixtureRequest) -> tuple[Precision, Made]:
+    return request.param, request.getfixturevalue(request.param.value)
+
+
+def inputs_of(model: DiffusionTransformer, rows: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn((rows, *model.geometry.latent_shape), generator=generator),
+        "timestep": torch.rand(rows, generator=generator) * 999,
+        **model.random_conditions(rows, generator),
+    }
+
+
+def snr_db(found: Tensor, expected: Tensor) -> float:
+    return float(10 * torch.log10(expected.square().mean() / (found - expected).square().mean()))
+
+
+# ------------------------------------------------------------------------------------------------------- in PyTorch
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@torch.no_grad()
+def test_the_model_is_left_as_it_was(tiny_dit: DiffusionTransformer, precision: Precision) -> None:
+    given = inputs_of(tiny_dit, 2)
+    before, state = tiny_dit.forward(given), dict(tiny_dit.module.named_parameters())
+    with half_products(tiny_dit, precision):
+        inside = dict(tiny_dit.module.named_parameters())
+        assert list(inside) == list(state)
+        assert snr_db(tiny_dit.forward(given), before) > tolerance(ENGINES[precision], precision, "least_snr_db")
+    with pytest.raises(IndexError), half_products(tiny_dit, precision):
+        tiny_dit.forward({**given, "hidden_states": torch.zeros(1)})
+    after = dict(tiny_dit.module.named_parameters())
+    assert all(after[name] is state[name] for name in state)
+    assert not [module for module in tiny_dit.module.modules() if "forward" in vars(module)]
+    assert torch.equal(tiny_dit.forward(given), before)
+
+
+def test_fp32_changes_nothing(tiny_dit: DiffusionTransformer) -> None:
+    before = dict(tiny_dit.module.named_parameters())
+    with half_products(tiny_dit, Precision.FP32):
+        inside = dict(tiny_dit.module.named_parameters())
+        assert all(inside[name] is before[name] for name in before)
+        assert not [module for module in tiny_dit.module.modules() if "forward" in vars(module)]
+
+
+def test_which_weights_are_half(tiny_dit: DiffusionTransformer) -> None:
+    ends = ("pos_embed.proj.weight", "proj_out_1.weight", "proj_out_2.bias")
+    inside = ("transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.2.norm1.linear.bias")
+    for precision, type_of_ends in ((Precision.FP16, torch.float16), (Precision.BF16, torch.float32)):
+        with half_products(tiny_dit, precision):
+            found = {name: parameter.dtype for name, parameter in tiny_dit.module.named_parameters()}
+        assert {found[name] for name in ends} == {type_of_ends}
+        assert {found[name] for name in inside} == {TORCH_TYPES[precision]}
+
+
+@torch.no_grad()
+def test_what_overflows_in_fp16_is_kept_in_fp32(tiny_dit: DiffusionTransformer) -> None:
+    model = dataclasses.replace(tiny_dit, module=copy.deepcopy(tiny_dit.module))
+    width = model.geometry.width
+    gate = model.module.get_submodule("transformer_blocks.0.norm1.linear").get_parameter("bias")
+    gate[2 * width : 3 * width] = PLANTED
+    given = inputs_of(model, 2)
+    residual: list[Tensor] = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda module, args: residual.append(args[0]))
+    expected = model.forward(given)
+    with half_products(model, Precision.FP16):
+        found = model.forward(given)
+    hook.remove()
+    for stream in residual:
+        assert stream.dtype == torch.float32
+        assert float(stream.abs().max()) > FP16_LARGEST
+    assert snr_db(found, expected) > tolerance("onnxruntime", "fp16", "least_snr_db")
+    everything = model.module.half()
+    given = {name: value.half() if value.is_floating_point() else value.long() for name, value in given.items()}
+    assert not everything(**given, return_dict=False)[0].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------- the graphs
+
+
+def step_graphs(made: Made, edit: Any = None) -> tuple[DiffusionTransformer, dict[int, StepGraph]]:
+    model, plan = load_model(made.model), load_plan(made.plan)[0]
+    if edit is not None:
+        with torch.no_grad():
+            edit(model.module)
+    return model, {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in (0, 1)}
+
+
+def examples_of(made: Made, model: DiffusionTransformer, rows: int) -> dict[int, dict[str, Tensor]]:
+    plan, tables = load_plan(made.plan)
+    return example_inputs(model, plan, token_index_tables(plan, tables), sampling_from_plan(plan), rows)
+
+
+def test_a_graph_computes_what_pytorch_does_in_the_same_precision(half: tuple[Precision, Made]) -> None:
+    precision, made = half
+    model, graphs = step_graphs(made)
+    allowed = tolerance(ENGINES[precision], precision, "max_abs")
+    with half_products(model, precision):
+        examples = examples_of(made, model, rows=3)
+        for variant, graph in graphs.items():
+            path = made.bundle / ONNX_FOLDER / f"{variant_name(variant)}.onnx"
+            error, sample = check_graph(graph, examples[variant], path, precision)
+            assert 0 < error <= allowed
+            assert sample.dtype == torch.float32
+
+
+def test_the_check_finds_a_wrong_graph(half: tuple[Precision, Made]) -> None:
+    precision, made = half
+
+    def swap_gates(module: Any) -> None:
+        bias, width = module.transformer_blocks[1].norm1.linear.bias, module.inner_dim
+        bias[2 * width : 3 * width] += 1.0
+
+    model, graphs = step_graphs(made, swap_gates)
+    with half_products(model, precision):
+        examples = examples_of(made, model, rows=2)
+        for variant, graph in graphs.items():
+            path = made.bundle / ONNX_FOLDER / f"{variant_name(variant)}.onnx"
+            with pytest.raises(ExportError, match=rf"{path.name}: output \S+ departs from PyTorch"):
+                check_graph(graph, examples[variant], path, precision)
+
+
+def test_inputs_and_outputs_are_fp32_and_caches_half(half: tuple[Precision, Made]) -> None:
+    precision, made = half
+    manifest = read_manifest(made.bundle)
+    assert manifest.precision is precision
+    kind = {Precision.FP16: "float16", Precision.BF16: "bfloat16"}[precision]
+    for graph in manifest.graphs.values():
+        for tensor in (*graph.inputs, *graph.outputs):
+            integers = ("class_labels", "token_index")
+            other = "int32" if tensor.name in integers else "float32"
+            assert tensor.dtype == (kind if tensor.name.startswith("cache.") else other), tensor.name
+            assert tensor.numpy_dtype.itemsize == (2 if tensor.name.startswith("cache.") else 4)
+    assert len([tensor for tensor in manifest.graphs["full"].outputs if tensor.dtype == kind]) == 6
+
+
+def test_norms_and_the_residual_stream_are_fp32_in_the_graph(half: tuple[Precision, Made]) -> None:
+    precision, made = half
+    model = onnx.load(made.bundle / ONNX_FOLDER / "full.onnx")
+    model = onnx.shape_inference.infer_shapes(model)
+    assert model.opset_import[0].version == {Precision.FP16: 20, Precision.BF16: 22}[precision]
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    half_type = {Precision.FP16: onnx.TensorProto.FLOAT16, Precision.BF16: onnx.TensorProto.BFLOAT16}[precision]
+    seen = {(node.op_type, types[node.input[0]]) for node in graph.node}
+    assert ("MatMul", half_type) in seen
+    assert ("Softmax", half_type) in seen
+    fp32_only = {"LayerNormalization", "Gelu", "Tanh", "Sigmoid", "Sin", "Cos"}
+    assert not [operator for operator, kind in seen if operator in fp32_only and kind == half_type]
+    products = {kind for operator, kind in seen if operator in ("MatMul", "Gemm", "Conv")}
+    ends_in_fp32 = {onnx.TensorProto.FLOAT} if precision is Precision.BF16 else set()
+    assert products == {half_type} | ends_in_fp32
+
+
+def test_weights_take_half_the_room(half: tuple[Precision, Made], mixed: Made) -> None:
+    assert mixed.model == half[1].model
+    sizes = [(made.bundle / ONNX_FOLDER / WEIGHTS).stat().st_size for made in (half[1], mixed)]
+    assert sizes[0] <= LARGEST_WEIGHTS * sizes[1]
+
+
+def test_the_error_to_fp32_is_written_down_and_shown(half: tuple[Precision, Made], mixed: Made) -> None:
+    precision, made = half
+    graphs = read_manifest(made.bundle).graphs
+    least = tolerance(ENGINES[precision], precision, "least_snr_db")
+    for name in ("full", "cached-1"):
+        assert least < (graphs[name].snr_to_fp32_db or 0) < least + 40
+    assert graphs[SOLVER].snr_to_fp32_db is None
+    assert {record.snr_to_fp32_db for record in read_manifest(mixed.bundle).graphs.values()} == {None}
+    out = run_cli("inspect", made.bundle).out
+    assert f", {precision}, batch any, " in out
+    assert f"{graphs['full'].snr_to_fp32_db:.1f} dB above its error to fp32" in out
+    facts = json.loads(run_cli("inspect", made.bundle, "--json").out)
+    assert facts["graphs"]["full"]["snr_to_fp32_db"] == graphs["full"].snr_to_fp32_db
+
+
+def test_the_samples_are_as_the_graphs_read_them(half: tuple[Precision, Made]) -> None:
+    precision, made = half
+    manifest = read_manifest(made.bundle)
+    samples, _ = read_samples(made.bundle, manifest)
+    device = registry.backend(ENGINES[precision]).open({"threads": 1})
+    least = tolerance(ENGINES[precision], precision, "output_sqnr_db")
+    for name in ("full", "cached-1"):
+        record = manifest.graphs[name]
+        graph = device.load(made.bundle / record.file)
+        for feed, expected in zip(samples[name].inputs, samples[name].outputs, strict=True):
+            found = run_graph(device, graph, record, feed)
+            for tensor in record.outputs:
+                mine, theirs = (torch.from_numpy(value[tensor.name].astype("float32")) for value in (found, expected))
+                assert snr_db(mine, theirs) > least, tensor.name
+
+
+# --------------------------------------------------------------------------------------------------- whole trajectories
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_fp16_run_equals_pytorch_in_the_same_precision(fp16: Made, tmp_path: Path, full: bool) -> None:
+    bundle = fp16.copy(tmp_path / "bundle")
+    assert run_cli("build", bundle, "--threads", 1).code == 0
+    labels = [3, 8]
+    with tc_deploy.load(bundle, batch_size=2) as pipeline:
+        noise = torch.from_numpy(pipeline.noise(40, 2))
+        found = torch.from_numpy(pipeline(class_labels=labels, seed=40, full=full).latents)
+    model, (plan, tables) = load_model(fp16.model), load_plan(fp16.plan)
+    conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
+    schedule = dataclasses.replace(plan.tprr(), k1=1) if full else plan.tprr()
+    with half_products(model, Precision.FP16):
+        steps = TokenCachedSteps(model, plan.cache, schedule, token_index_tables(plan, tables))
+        expected = denoise(model, sampling_from_plan(plan), noise, conditions, steps)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error <= tolerance("onnxruntime", "fp16", "trajectory_max_rel")
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_an_unknown_precision_is_refused(mixed: Made, tmp_path: Path) -> None:
+    answer = run_cli("export", mixed.plan, "-o", tmp_path / "bundle", "--precision", "fp8")
+    assert answer.code == UsageError.exit_code
+    assert "'fp8' is not one of 'fp32', 'fp16', 'bf16'" in answer.error
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_graphs_of_another_precision_are_not_taken(fp16: Made, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="another batch or precision; export anew"):
+        export_bundle(fp16.plan, tmp_path / "bundle", graphs_from=fp16.bundle)
+    assert snapshot(tmp_path) == {}
+
+
+def test_onnxruntime_has_no_bf16_and_says_what_has(bf16: Made) -> None:
+    before = snapshot(bf16.bundle)
+    answer = run_cli("build", bf16.bundle)
+    assert answer.code == BackendError.exit_code
+    assert "does not compute on a CPU; build with --backend openvino or tensorrt-rtx, or export with" in answer.error
+    assert snapshot(bf16.bundle) == before
+
+
+def test_what_bf16_needs_is_named(bf16: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = step_graphs(bf16)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(BackendError, match=r"^cache is bfloat16, for which ml_dtypes is needed; install it$"):
+        _ = TensorRecord(name="cache", dtype="bfloat16", shape=()).numpy_dtype
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    example = {name: torch.zeros(1) for name in graphs[0].input_names}
+    with pytest.raises(BackendError, match=r"bf16 export needs OpenVINO; install tc-deploy\[openvino\], or pass --no"):
+        check_graph(graphs[0], example, bf16.bundle / ONNX_FOLDER / "full.onnx", Precision.BF16)
+    assert SAMPLE in graphs[0].output_names
+    assert model.module is graphs[0].module
