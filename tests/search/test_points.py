@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from tc_deploy.errors import ModelError
-from tc_deploy.models.family import Condition, DiffusionTransformer
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import Condition
 from tc_deploy.search.points import classes_of
 
 
