@@ -94,6 +94,10 @@ class CacheRecord(Document):
         """Whether the cached steps of ``phase`` do not run the model."""
         return self.skip is Skip.MODEL and not any(self.keep_counts[phase - 1])
 
+    def token_phases(self, schedule: Schedule) -> tuple[int, ...]:
+        """The phases whose cached steps compute tokens; what is kept in a phase without cached steps is none."""
+        return tuple(phase for phase in PHASES if any(self.keep_counts[phase - 1]) and schedule.cached_steps(phase))
+
 
 class CostRecord(Document):
     """Multiply-adds of one step for one sample, doubled (FLOPs), counted on the PyTorch modules."""

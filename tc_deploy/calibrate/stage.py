@@ -47,7 +47,7 @@ from tc_deploy.plan import (
 )
 from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tokencache.sampler import Sampling
-from tc_deploy.tokencache.selection import keep_counts_from_importance, spread_importance, token_index_from_importance
+from tc_deploy.tokencache.selection import phase_keep_counts, spread_importance, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
 
 Report = Callable[[str, int, int], None]
@@ -280,16 +280,11 @@ def _trajectories(
 def _keep_counts(
     recipe: Recipe, model: DiffusionTransformer, schedule: Schedule, importance: FloatArray
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    def of_phase(phase: int) -> tuple[int, ...]:
-        if recipe.cache.keep_counts is not None:
-            given = recipe.cache.keep_counts[phase - 1]
-            return given * len(model.blocks) if len(given) == 1 else given
-        steps = schedule.cached_steps(phase)
-        per_block = importance[list(steps) or slice(None)].mean(axis=(0, 2))
-        ratio = recipe.cache.keep_ratio[phase - 1]
-        return keep_counts_from_importance(per_block, ratio, model.geometry.tokens, recipe.cache.multiple)
-
-    return of_phase(1), of_phase(2)
+    given = recipe.cache.keep_counts
+    if given is None:
+        return phase_keep_counts(importance, recipe.cache.keep_ratio, recipe.cache.multiple, schedule)
+    first, second = (counts * len(model.blocks) if len(counts) == 1 else counts for counts in given)
+    return first, second
 
 
 def _cache_record(recipe: Recipe, keep_counts: tuple[tuple[int, ...], tuple[int, ...]]) -> CacheRecord:

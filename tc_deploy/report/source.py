@@ -58,9 +58,7 @@ class Source:
     def chosen(self) -> PointRecord | None:
         """The point of the search that is this plan."""
         plan = self.plan
-        settings = SettingsRecord(
-            scheduler_class=plan.sampling.scheduler_class, schedule=plan.schedule, cache=plan.cache
-        )
+        settings = SettingsRecord.of(plan)
         # Random tokens have the settings of chosen ones; the tables, which differ, are no part of them.
         points = [
             point for point in self._points if point.settings == settings and point.kind is not Kind.RANDOM_TOKENS

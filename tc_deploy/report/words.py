@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from tc_deploy.plan import Plan
 from tc_deploy.report.source import Source
+from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
 from tc_deploy.types import Skip
 
@@ -122,7 +123,7 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
     better = [
         point
         for point in search.points
-        if point.kind is not Kind.FULL and point.runtime == "engines" and is_dominated(chosen, by=point)
+        if point.kind is not Kind.FULL and point.runtime == "engines" and dominates(point, chosen)
     ]
     best = source.best_baseline
     if better:
@@ -149,13 +150,6 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
         sentences.append(f"The plan is itself a baseline's ({chosen.kind}): the search found nothing better.")
     sentences += _judged_by_convergence(source, chosen)
     return standing, headline, sentences
-
-
-def is_dominated(point: PointRecord, *, by: PointRecord) -> bool:
-    """Whether ``by`` is at least as fast and as close to the full run, and better in one of the two."""
-    ours = (-point.latency_ratio, point.quality.psnr_db)
-    theirs = (-by.latency_ratio, by.quality.psnr_db)
-    return theirs != ours and all(their >= our for their, our in zip(theirs, ours, strict=True))
 
 
 def _judged_by_convergence(source: Source, chosen: PointRecord) -> list[str]:

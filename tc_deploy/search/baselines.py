@@ -19,7 +19,7 @@ from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import CacheRecord, OriginRecord, Plan
-from tc_deploy.schedule import PHASES, Schedule, full_schedule
+from tc_deploy.schedule import Schedule, full_schedule
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import Kind
 from tc_deploy.tokencache.sampler import Sampling
@@ -98,13 +98,12 @@ class Baselines:
             importance: (T, L, N) scores.
         """
         schedule, cache, tokens = point.plan.tprr(), point.plan.cache, self.model.geometry.tokens
-        kept = [any(cache.keep_counts[phase - 1]) and bool(schedule.cached_steps(phase)) for phase in PHASES]
-        if not any(kept):
+        if not cache.token_phases(schedule):
             return
         random = np.random.default_rng(self.seed).random(importance.shape, dtype=np.float32)
         yield self.cached(schedule, cache, f"{point.name}, random tokens", Kind.RANDOM_TOKENS, random)
         blocks = len(self.model.blocks)
-        even = tuple(_evenly(sum(counts), blocks, tokens) for counts in cache.keep_counts)
+        even = tuple(evenly(sum(counts), blocks, tokens) for counts in cache.keep_counts)
         uniform = cache.model_copy(update={"keep_counts": even})
         if uniform != cache:
             yield self.cached(schedule, uniform, f"{point.name}, uniform blocks", Kind.UNIFORM_BLOCKS, importance)
@@ -161,13 +160,13 @@ def settings_name(plan: Plan) -> str:
     """What a point of the search's space is called."""
     cache, schedule = plan.cache, plan.schedule
     kept = [sum(counts) / (plan.model.blocks * plan.model.tokens) for counts in cache.keep_counts]
-    used = [phase for phase in PHASES if plan.tprr().cached_steps(phase)]
+    with_tokens = cache.token_phases(plan.tprr())
     parts = [f"K=({schedule.k1}, {schedule.k2}), boundary {schedule.boundary}, order {cache.forecast_order}"]
-    if any(kept):
+    if with_tokens:
         parts.append(f"keep {kept[0]:.3g}/{kept[1]:.3g}, attention {cache.attention}")
-    if not all(cache.skips_model(phase) for phase in used):
+    if not all(cache.skips_model(phase) for phase in plan.phases_used()):
         parts.append(f"reuse {cache.reuse}")
-    if cache.skip is Skip.BLOCKS and not all(kept[phase - 1] for phase in used):
+    if cache.skip is Skip.BLOCKS and with_tokens != plan.phases_used():
         parts.append("blocks skipped")
     return ", ".join(parts)
 
@@ -176,7 +175,7 @@ def _step_counts(shares: tuple[float, ...], steps: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(count for share in shares if 0 < (count := round(share * steps)) < steps))
 
 
-def _evenly(total: int, blocks: int, tokens: int) -> tuple[int, ...]:
+def evenly(total: int, blocks: int, tokens: int) -> tuple[int, ...]:
     """Keep counts that differ by one at most and add up to ``total``."""
     base, left = divmod(min(total, blocks * tokens), blocks)
     return tuple(base + (block < left) for block in range(blocks))

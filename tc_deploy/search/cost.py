@@ -7,21 +7,15 @@ what the grid says for their share: exact if a step's time is a sum over blocks.
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from tc_deploy.bench.clock import Clock
-from tc_deploy.bench.interleave import interleaved
-from tc_deploy.bench.spread import median_of
-from tc_deploy.manifest import SOLVER, variant_name
+from tc_deploy.manifest import SOLVER
 from tc_deploy.plan import CacheRecord
-from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.search.record import VariantCost
 from tc_deploy.types import Attention, Reuse
 
@@ -72,59 +66,6 @@ class CostModel:
         return (total + schedule.steps * self.solver) / (schedule.steps * (1 + self.solver))
 
 
-def time_graphs(
-    reference: Path,
-    bundles: Sequence[Path],
-    backend: str,
-    batch_size: int,
-    rounds: int,
-    progress: Callable[[int, int], None],
-) -> list[dict[str, dict[str, float]]]:
-    """Time the graphs of bundles in turn with those of a bundle of full steps, one bundle at a time.
-
-    Args:
-        reference: the bundle of full steps.
-        bundles: the others.
-        backend: the engine kind.
-        batch_size: pictures per run.
-        rounds: runs of each.
-        progress: told how many bundles are done, and of how many.
-
-    Returns:
-        Per bundle, by graph: ``median`` and ``iqr`` of its mean time in a run over that of the reference's full step in
-        the same round.
-    """
-    found = []
-    for done, bundle in enumerate(bundles):
-        progress(done, len(bundles))
-        clocks = {path: Clock() for path in (reference, bundle)}
-        with (
-            Pipeline(reference, backend, batch_size=batch_size, watch=clocks[reference].watch) as plain,
-            Pipeline(bundle, backend, batch_size=batch_size, watch=clocks[bundle].watch) as cached,
-        ):
-            requests = {
-                path: functools.partial(
-                    clocks[path].timed,
-                    functools.partial(pipeline, **pipeline.placeholders(batch_size)),
-                    graphs=True,
-                )
-                for path, pipeline in ((reference, plain), (bundle, cached))
-            }
-            interleaved(requests, 1)
-            runs = interleaved(requests, rounds)
-        full = [statistics.mean(run.calls_ms[variant_name(FULL)]) for run in runs[reference]]
-        found.append(
-            {
-                name: median_of(
-                    [statistics.mean(run.calls_ms[name]) / base for run, base in zip(runs[bundle], full, strict=True)]
-                )
-                for name in runs[bundle][0].calls_ms
-            }
-        )
-    progress(len(bundles), len(bundles))
-    return found
-
-
 def variant_cost(
     graph: str, figures: Mapping[str, float], setting: Setting | None = None, keep_ratio: float | None = None
 ) -> VariantCost:
@@ -143,27 +84,25 @@ def variant_cost(
 
 def cost_model(tokens: int, variants: Sequence[VariantCost]) -> CostModel:
     """Put the timed graphs together."""
-    grids: dict[Setting, GridCosts] = {}
-    for found in variants:
-        if found.graph == "keep":
-            assert found.reuse is not None, "a cached graph has a setting"
-            assert found.attention is not None, "of three parts"
-            assert found.forecast_order is not None, "all of which are recorded"
-            setting = (Reuse(found.reuse), Attention(found.attention), found.forecast_order)
-            own = [
-                other
-                for other in variants
-                if (other.reuse, other.attention, other.forecast_order) == (found.reuse, found.attention, setting[2])
-            ]
-            grid = sorted((other.keep_ratio or 0.0, other.ratio) for other in own if other.graph == "keep")
-            grids[setting] = GridCosts(
-                full=statistics.median(other.ratio for other in own if other.graph == "full"),
-                keep_ratios=tuple(ratio for ratio, _ in grid),
-                cached=tuple(time for _, time in grid),
-            )
+    settings: dict[Setting, GridCosts] = {}
+    for reuse, attention, order in dict.fromkeys(
+        (item.reuse, item.attention, item.forecast_order) for item in variants if item.graph == "keep"
+    ):
+        assert reuse is not None, "a cached graph has a setting"
+        assert attention is not None, "of three parts"
+        assert order is not None, "all of which are recorded"
+        own = [
+            item for item in variants if (item.reuse, item.attention, item.forecast_order) == (reuse, attention, order)
+        ]
+        grid = sorted((item.keep_ratio or 0.0, item.ratio) for item in own if item.graph == "keep")
+        settings[Reuse(reuse), Attention(attention), order] = GridCosts(
+            full=statistics.median(item.ratio for item in own if item.graph == "full"),
+            keep_ratios=tuple(ratio for ratio, _ in grid),
+            cached=tuple(time for _, time in grid),
+        )
     return CostModel(
         tokens=tokens,
-        skip=max((item.ratio for item in variants if item.graph == "skip"), default=0.0),
+        skip=next(item.ratio for item in variants if item.graph == "skip"),
         solver=statistics.median(item.ratio for item in variants if item.graph == SOLVER),
-        settings=grids,
+        settings=settings,
     )

@@ -100,10 +100,15 @@ class PeerRun:
     """Median over batches, each of which cache-dit decides for anew."""
 
 
-def why_no_peer() -> str | None:
-    """What keeps :func:`cache_dit_runs` from running; None where nothing does."""
+def why_no_peer(model: DiffusionTransformer | None = None) -> str | None:
+    """What keeps :func:`cache_dit_runs` from running, with any model or this one; None where nothing does."""
     if importlib.util.find_spec("cache_dit") is None:
         return "cache-dit is not installed; pip install 'tc-deploy[peers]'"
+    if model is not None:
+        import cache_dit
+
+        if not cache_dit.BlockAdapterRegister.is_supported(model.module):
+            return f"cache-dit {importlib.metadata.version('cache-dit')} does not know {model.family.model_class}"
     return None
 
 
@@ -136,7 +141,7 @@ def cache_dit_runs(
     Returns:
         One per setting; none where :func:`why_no_peer` has a reason.
     """
-    if why_no_peer() is not None:
+    if why_no_peer(model) is not None:
         return ()
     batches = list(_batches(noise, conditions, batch_size))
     untimed = len(settings) * len(batches)

@@ -6,28 +6,33 @@ stood.
 
 from __future__ import annotations
 
-import functools
 import json
+import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.bench.clock import Clock
-from tc_deploy.bench.interleave import interleaved
+from tc_deploy.bench.clock import Run
 from tc_deploy.bench.spread import ratio_of
-from tc_deploy.bundle import MANIFEST, canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
 from tc_deploy.calibrate.prompts import conditions_of, takes_prompts
 from tc_deploy.conditions import Conditions, labelled_conditions
+from tc_deploy.errors import BundleError
 from tc_deploy.export.stage import export_bundle
+from tc_deploy.manifest import read_target, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan, plan_sha256, save_plan
 from tc_deploy.runtime.pipeline import Pipeline, Step
+from tc_deploy.schedule import FULL
 from tc_deploy.search.record import Kind
+from tc_deploy.search.turns import runs_in_turn
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
@@ -69,25 +74,25 @@ class Latency:
 class PointMaker:
     """Builds and runs points.
 
+    Every bundle holds the model's weights, so only the full run's stays on disk; any other is deleted when the next is
+    made. What was made with it stays.
+
     Args:
         work: where bundles and results are kept.
         model_path: the checkpoint.
         backend: the engine kind.
         batch_size: pictures per run when latency is measured.
+        full: the model's own run.
     """
 
-    def __init__(self, work: Path, model_path: Path, backend: str, batch_size: int) -> None:
+    def __init__(self, work: Path, model_path: Path, backend: str, batch_size: int, full: PlannedPoint) -> None:
         self.work, self.model_path, self.backend, self.batch_size = work, model_path, backend, batch_size
+        self.full = full
 
-    def bundle(self, plan: Plan, tables: Mapping[str, FloatArray | IntArray], *, check: bool = True) -> Path:
-        """Export and build a plan, taking the graphs of an earlier bundle where they are the same.
-
-        Args:
-            plan: the plan.
-            tables: its tables.
-            check: compare graphs with PyTorch, or take those of an earlier bundle that were.
-        """
-        sharing = {
+    def graphs_key(self, point: PlannedPoint, *, check: bool = True) -> str:
+        """What a point's graphs depend on: two of the same key share all but the solver, and are best made in a row."""
+        plan = point.plan
+        facts = {
             "model": plan.model.weights_sha256,
             "cache": plan.cache.model_dump(mode="json"),
             "phases": plan.phases_used(),
@@ -95,13 +100,26 @@ class PointMaker:
             # A graph that is only timed is not compared; a point may not take it for one that was.
             "checked": check,
         }
-        graphs = self.work / "bundles" / sha256_of_bytes(canonical_json(sharing).encode())[:16]
-        bundle = graphs / plan_sha256(plan)[:16]
-        if (bundle / self.backend / MANIFEST).is_file():
+        return sha256_of_bytes(canonical_json(facts).encode())[:16]
+
+    def bundle(self, point: PlannedPoint, *, check: bool = True) -> Path:
+        """Export and build a point's plan; graphs and engines that the last bundle or the full run's has are taken.
+
+        Args:
+            point: what to build.
+            check: compare graphs with PyTorch, or take those of an earlier bundle that were.
+
+        Returns:
+            The bundle; it is there until the next one is made.
+        """
+        graphs = self.work / "bundles" / self.graphs_key(point, check=check)
+        bundle = graphs / _plan_key(point)
+        if _is_built(bundle, self.backend):
             return bundle
-        siblings = sorted(path.parent for path in graphs.glob(f"*/{MANIFEST}") if path.parent != bundle)
+        siblings = sorted(path for path in graphs.glob("*") if _is_built(path, self.backend))[:1]
+        self._discard(siblings)
         folder = self.work / "plans" / bundle.name
-        save_plan(plan, tables, folder)
+        save_plan(point.plan, point.tables, folder)
         export_bundle(
             folder,
             bundle,
@@ -110,12 +128,16 @@ class PointMaker:
             graphs_from=siblings[0] if siblings else None,
             samples=False,
         )
-        build_target(bundle, self.backend)
+        if siblings:
+            # A build takes from the target that it replaces what is of the same graphs.
+            shutil.copytree(siblings[0] / self.backend, bundle / self.backend)
+        build_target(bundle, self.backend, self.build_options())
+        self._discard([bundle])
         return bundle
 
     def pictures(
         self,
-        bundle: Path,
+        point: PlannedPoint,
         asked: Conditions,
         seed: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -123,20 +145,20 @@ class PointMaker:
         """Make pictures.
 
         Args:
-            bundle: engines.
+            point: on whose engines.
             asked: what the pictures are conditioned on; kept pictures are of the same.
             seed: the first picture's; the next one has the next.
             progress: told how many steps are done, and of how many.
         """
         count = asked.count
-        path = self.work / "pictures" / f"{bundle.name}-{count}-{seed}.safetensors"
+        path = self.work / "pictures" / f"{_plan_key(point)}-{count}-{seed}.safetensors"
         try:
             stored = safetensors.numpy.load_file(path)
             return Pictures(latents=stored["latents"], trajectory=stored["trajectory"])
         except (OSError, SafetensorError):
             pass
         trajectory = []
-        with Pipeline(bundle, self.backend, batch_size=min(PICTURE_BATCH, count)) as pipeline:
+        with Pipeline(self.bundle(point), self.backend, batch_size=min(PICTURE_BATCH, count)) as pipeline:
             total = -(-count // pipeline.batch_size) * pipeline.plan.schedule.steps
 
             def on_step(start: int, step: Step) -> None:
@@ -150,37 +172,77 @@ class PointMaker:
         write_bytes(path, safetensors.numpy.save(made))
         return Pictures(**made)
 
-    def latency(self, reference: Path, bundle: Path, rounds: int) -> Latency:
-        """Time a bundle's run in turn with the full run.
+    def latency(self, point: PlannedPoint, rounds: int) -> Latency:
+        """Time a point's run in turn with the full run.
 
         Args:
-            reference: engines of the model's own run, without caches.
-            bundle: engines of the point.
+            point: what to time.
             rounds: how often each runs.
         """
-        path = self.work / "latency" / f"{bundle.name}-{self.batch_size}-{rounds}.json"
+        path = self.work / "latency" / f"{_plan_key(point)}-{rounds}.json"
         try:
             return Latency(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             pass
-        clock = Clock()
-        with (
-            Pipeline(reference, self.backend, batch_size=self.batch_size) as full,
-            Pipeline(bundle, self.backend, batch_size=self.batch_size) as point,
-        ):
-            requests = {
-                name: functools.partial(
-                    clock.timed, functools.partial(pipeline, **pipeline.placeholders(self.batch_size)), graphs=False
-                )
-                for name, pipeline in (("full", full), ("point", point))
-            }
-            interleaved(requests, 1)
-            runs = interleaved(requests, rounds)
-        full_ms = [run.wall_ms for run in runs["full"]]
-        found = ratio_of([run.wall_ms for run in runs["point"]], full_ms)
+        full, runs = self._runs(point, rounds, check=True, graphs=False)
+        full_ms = [run.wall_ms for run in full]
+        found = ratio_of([run.wall_ms for run in runs], full_ms)
         latency = Latency(ratio=found["median"], iqr=found["iqr"], full_ms=float(np.median(full_ms)))
         write_bytes(path, canonical_json(vars(latency)).encode())
         return latency
+
+    def graph_times(self, point: PlannedPoint, rounds: int) -> dict[str, dict[str, float]]:
+        """Time the graphs of a point, which need not be compared with PyTorch, in turn with the full run's.
+
+        Args:
+            point: whose graphs.
+            rounds: runs of each.
+
+        Returns:
+            By graph: ``median`` and ``iqr`` of its mean time in a run over the plain full step's in the same round.
+        """
+        path = self.work / "graphs" / f"{_plan_key(point)}-{rounds}.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
+        full, runs = self._runs(point, rounds, check=False, graphs=True)
+        bases_ms = [statistics.mean(run.calls_ms[variant_name(FULL)]) for run in full]
+        times = {
+            name: ratio_of([statistics.mean(run.calls_ms[name]) for run in runs], bases_ms) for name in runs[0].calls_ms
+        }
+        write_bytes(path, canonical_json(times).encode())
+        return times
+
+    def _runs(self, point: PlannedPoint, rounds: int, *, check: bool, graphs: bool) -> tuple[list[Run], list[Run]]:
+        reference, bundle = self.bundle(self.full), self.bundle(point, check=check)
+        return runs_in_turn(reference, bundle, self.backend, self.batch_size, rounds, graphs=graphs)
+
+    def _discard(self, needed: Sequence[Path]) -> None:
+        """Delete all bundles but the full run's and those that are needed."""
+        kept = {*needed, self.work / "bundles" / self.graphs_key(self.full) / _plan_key(self.full)}
+        for path in self.work.glob("bundles/*/*"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def build_options(self) -> dict[str, Any]:
+        """TensorRT's engines run batches of a range that is fixed when they are built, and best at one of them."""
+        if not self.backend.startswith("tensorrt"):
+            return {}
+        return {"batch_profile": (1, self.batch_size, max(self.batch_size, PICTURE_BATCH))}
+
+
+def _plan_key(point: PlannedPoint) -> str:
+    return plan_sha256(point.plan)[:16]
+
+
+def _is_built(bundle: Path, backend: str) -> bool:
+    """Whether a bundle is whole, and its engines are of it and of no bundle that they were copied from."""
+    try:
+        read_target(bundle, backend)
+    except (BundleError, OSError):
+        return False
+    return True
 
 
 def asked_conditions(model: DiffusionTransformer, sampling: Sampling, seeds: Sequence[int]) -> Conditions:

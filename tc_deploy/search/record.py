@@ -12,8 +12,9 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tc_deploy.bundle import Document, FileRecord, read_document
-from tc_deploy.plan import CacheRecord, ModelRecord, ScheduleRecord
+from tc_deploy.plan import CacheRecord, ModelRecord, Plan, ScheduleRecord
 from tc_deploy.quality.record import Quality
+from tc_deploy.schedule import Schedule
 
 SEARCH = "search.json"
 SAMPLES = "samples.safetensors"
@@ -48,6 +49,15 @@ class SettingsRecord(Document):
     schedule: ScheduleRecord
     cache: CacheRecord
 
+    @classmethod
+    def of(cls, plan: Plan) -> SettingsRecord:
+        """A plan's."""
+        return cls(scheduler_class=plan.sampling.scheduler_class, schedule=plan.schedule, cache=plan.cache)
+
+    def token_phases(self) -> tuple[int, ...]:
+        """The phases whose cached steps compute tokens."""
+        return self.cache.token_phases(Schedule(**self.schedule.model_dump()))
+
 
 class PointRecord(Document):
     """One way to make pictures, run on seeds that the search did not see."""
@@ -80,6 +90,11 @@ class PointRecord(Document):
     """No other point on the engines is both faster and closer to the full run; never of one in PyTorch."""
     predicted_latency_ratio: float | None
     """By the cost model that the search used; None for a point that was not searched for."""
+
+    @property
+    def psnr_db(self) -> float:
+        """To the full run."""
+        return self.quality.psnr_db
 
 
 class VariantCost(Document):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tc_deploy.search.pareto import dominates, front
 from tc_deploy.search.record import Kind, LatencySource, PointRecord
 
 SHARES = (0.5, 0.25)
@@ -23,18 +24,12 @@ TWINS = {
 def best_at(points: Sequence[PointRecord], kinds: Sequence[Kind], latency_ratio: float) -> PointRecord | None:
     """The point of these kinds closest to the full run that takes no longer; None where there is none."""
     fits = [point for point in points if point.kind in kinds and point.latency_ratio <= latency_ratio * SLACK]
-    return max(fits, key=lambda point: point.quality.psnr_db, default=None)
+    return max(fits, key=lambda point: point.psnr_db, default=None)
 
 
 def front_names(points: Sequence[PointRecord]) -> set[str]:
-    """The points on the engines that no other there beats in latency or PSNR without losing in the other."""
-    names, best_db = set(), float("-inf")
-    built = [point for point in points if point.runtime == "engines"]
-    for point in sorted(built, key=lambda point: (point.latency_ratio, -point.quality.psnr_db)):
-        if point.quality.psnr_db > best_db:
-            best_db = point.quality.psnr_db
-            names.add(point.name)
-    return names
+    """The front of the points on the engines."""
+    return {point.name for point in front([point for point in points if point.runtime == "engines"])}
 
 
 def remarks_of(points: Sequence[PointRecord], latency_source: LatencySource = "measured") -> tuple[str, ...]:
@@ -70,7 +65,7 @@ def _beaten(point: PointRecord, points: Sequence[PointRecord]) -> list[str]:
             if other.runtime == runtime and other.kind in (Kind.FULL, *BASELINES) and dominates(other, point)
         ]
         if better:
-            other = max(better, key=lambda other: other.quality.psnr_db)
+            other = max(better, key=lambda other: other.psnr_db)
             how, figures = _how(other, point), _figures(other)
             said.append(words.format(name=point.name, kind=other.kind, other=other.name, how=how, figures=figures))
     return said
@@ -80,13 +75,7 @@ def _how(better: PointRecord, point: PointRecord) -> str:
     """In which of the two figures a point is better than one that it dominates."""
     if better.latency_ratio == point.latency_ratio:
         return "as fast and closer"
-    return f"faster and {'closer' if better.quality.psnr_db > point.quality.psnr_db else 'as close'}"
-
-
-def dominates(one: PointRecord, other: PointRecord) -> bool:
-    """Whether ``one`` is as fast and as close to the full run as ``other``, and better in one of the two."""
-    mine, theirs = ((point.latency_ratio, -point.quality.psnr_db) for point in (one, other))
-    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
+    return f"faster and {'closer' if better.psnr_db > point.psnr_db else 'as close'}"
 
 
 def _at(points: Sequence[PointRecord], share: float) -> list[str]:
@@ -103,7 +92,7 @@ def _at(points: Sequence[PointRecord], share: float) -> list[str]:
         peer = best_at(points, (kind,), share)
         if kind is Kind.FEWER_STEPS or peer is None:
             continue
-        difference = peer.quality.psnr_db - ours.quality.psnr_db
+        difference = peer.psnr_db - ours.psnr_db
         if difference > -CLOSE_DB:
             how = "better" if difference > 0 else f"within {CLOSE_DB:g} dB"
             said.append(f"At {share:.0%}, {kind} is {how}: {peer.name}, {_figures(peer)}.")
@@ -125,24 +114,20 @@ def _tokens(points: Sequence[PointRecord]) -> list[str]:
         for kind, what in TWINS.items():
             for twin in points:
                 if twin.kind is kind and twin.name.startswith(f"{point.name}, "):
-                    gain = point.quality.psnr_db - twin.quality.psnr_db
+                    gain = point.psnr_db - twin.psnr_db
                     said.append(f"{point.name}: {gain:+.1f} dB against {what}.")
     return said
 
 
 def _keeps_tokens(point: PointRecord) -> bool:
-    if point.settings is None:
-        return False
-    schedule = point.settings.schedule
-    phases = {1: schedule.boundary > 0 and schedule.k1 > 1, 2: schedule.boundary < schedule.steps and schedule.k2 > 1}
-    return any(used and any(point.settings.cache.keep_counts[phase - 1]) for phase, used in phases.items())
+    return point.settings is not None and bool(point.settings.token_phases())
 
 
 def _gain(ours: PointRecord, other: PointRecord) -> str:
-    gain = ours.quality.psnr_db - other.quality.psnr_db
+    gain = ours.psnr_db - other.psnr_db
     return f"{abs(gain):.1f} dB {'above' if gain >= 0 else 'BELOW'}"
 
 
 def _figures(point: PointRecord) -> str:
     where = " in PyTorch" if point.runtime == "pytorch" else ""
-    return f"{point.quality.psnr_db:.1f} dB at {point.latency_ratio:.2f}{where}"
+    return f"{point.psnr_db:.1f} dB at {point.latency_ratio:.2f}{where}"

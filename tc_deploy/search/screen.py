@@ -16,11 +16,10 @@ from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
-from tc_deploy.schedule import PHASES
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.tokencache.selection import keep_counts_from_importance, token_index_from_importance
+from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
 
 FIRST_SEED = 600_000
@@ -81,18 +80,14 @@ class Screen:
 
     def cache(self, candidate: Candidate) -> CacheRecord:
         """A candidate's cache settings: the budget of each phase spent over blocks by importance."""
-        counts = []
-        schedule = candidate.schedule(self.sampling.steps)
-        for phase in PHASES:
-            steps = list(schedule.cached_steps(phase))
-            per_block = self.importance[steps or slice(None)].mean(axis=(0, 2))
-            ratio = candidate.keep_ratio[phase - 1]
-            counts.append(keep_counts_from_importance(per_block, ratio, self.model.geometry.tokens, self.multiple))
+        counts = phase_keep_counts(
+            self.importance, candidate.keep_ratio, self.multiple, candidate.schedule(self.sampling.steps)
+        )
         return CacheRecord(
             reuse=candidate.reuse,
             attention=candidate.attention,
             forecast_order=candidate.forecast_order,
-            keep_counts=(counts[0], counts[1]),
+            keep_counts=counts,
             skip=candidate.skip,
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.search.pareto import front
 from tc_deploy.types import Attention, Reuse, Skip
 
 ASKS_PER_TRIAL = 10
@@ -154,7 +155,11 @@ def _asked(recipe: SearchRecipe, steps: int, seed: int, judged: dict[tuple[Any, 
 
 
 def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
-    """Nothing kept, each interval in phase 1 with the same and with half of it in phase 2, at the middle boundary."""
+    """Where the optimiser starts, by position in each list.
+
+    The lowest keep ratio at the middle boundary; for every forecast order and way to skip, each interval above 1 in
+    phase 1 with the same and with half of it in phase 2.
+    """
     fixed = dict.fromkeys(dimensions, 0) | {"boundary": len(dimensions["boundary"]) // 2}
     for order, skip in product(range(len(dimensions["forecast_order"])), range(len(dimensions["skip"]))):
         for position, k1 in enumerate(dimensions["k1"]):
@@ -183,15 +188,6 @@ def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
 def _candidate(values: dict[str, Any]) -> Candidate:
     keep_ratio = (values.pop("keep_1"), values.pop("keep_2"))
     return Candidate(**values, keep_ratio=keep_ratio)
-
-
-def front(judged: Sequence[Judged]) -> tuple[Judged, ...]:
-    """Those that no other beats in one figure without losing in the other, by latency."""
-    best: list[Judged] = []
-    for item in sorted(judged, key=lambda item: (item.latency_ratio, -item.psnr_db)):
-        if not best or item.psnr_db > best[-1].psnr_db:
-            best.append(item)
-    return tuple(best)
 
 
 def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, ...]:

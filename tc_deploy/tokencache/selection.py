@@ -52,6 +52,29 @@ def keep_counts_from_importance(
         budget -= units[chosen]
 
 
+def phase_keep_counts(
+    importance: FloatArray, keep_ratio: tuple[float, float], multiple: int, schedule: Schedule
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Spend each phase's budget by the mean importance of its blocks over its own cached steps.
+
+    Args:
+        importance: (T, L, N) scores of every step.
+        keep_ratio: shares of phases 1 and 2.
+        multiple: unit.
+        schedule: which steps are cached; a phase without any takes the mean over all steps.
+
+    Returns:
+        Keep counts of phases 1 and 2, as :func:`keep_counts_from_importance` gives them.
+    """
+
+    def of_phase(phase: int) -> tuple[int, ...]:
+        steps = list(schedule.cached_steps(phase))
+        per_block = importance[steps or slice(None)].mean(axis=(0, 2))
+        return keep_counts_from_importance(per_block, keep_ratio[phase - 1], importance.shape[2], multiple)
+
+    return of_phase(1), of_phase(2)
+
+
 def select_tokens(importance: FloatArray, keep_counts: tuple[int, ...]) -> IntArray:
     """Choose the tokens that one cached step computes.
 

@@ -88,6 +88,8 @@ def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
 def test_shipped_recipes_are_read_and_their_search_has_candidates(path: Path) -> None:
     recipe = read_recipe(path, {})
     assert candidates(recipe.search, recipe.sampling.steps)
+    # One whose checkpoint is not shipped says so, and where to put it.
+    assert Path(recipe.model).exists() or "Needs your own checkpoint" in path.read_text(encoding="utf-8")
 
 
 def test_a_classifiers_path_is_relative_to_the_recipe(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from report.folders import CHOSEN, FEWER, SOLVER_STEPS, edit, make_point, points
 
 from tc_deploy.plan import PLAN
 from tc_deploy.report.source import source_from_folder
-from tc_deploy.report.words import Standing, Verdict, is_dominated, verdict_from_source
+from tc_deploy.report.words import Standing, Verdict, verdict_from_source
+from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord
 
 
@@ -147,4 +148,4 @@ def test_a_plan_without_a_search(tmp_path: Path, psnr_db: float | None, standing
 def test_domination() -> None:
     point = make_point(FEWER, Kind.FEWER_STEPS, 0.5, 40.0)
     for ratio, psnr_db, dominated in ((0.5, 40.0, False), (0.4, 40.0, True), (0.5, 41.0, True), (0.4, 39.0, False)):
-        assert is_dominated(point, by=make_point("x", Kind.CACHE_DIT, ratio, psnr_db)) is dominated
+        assert dominates(make_point("x", Kind.CACHE_DIT, ratio, psnr_db), point) is dominated

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 from tc_deploy.bench.interleave import interleaved
@@ -167,3 +168,10 @@ def test_without_cache_dit_there_is_a_reason_and_no_run(model, sampling, drawn, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'tc-deploy[peers]'" in why_no_peer()
     assert runs(drawn, ALWAYS) == ()
+
+
+def test_a_model_that_cache_dit_does_not_know_is_named_and_not_run(sampling, tmp_path):
+    model = zoo.model("sd3")
+    assert why_no_peer(model).endswith("does not know SD3Transformer2DModel")
+    numbers = {"batch_size": 1, "rounds": 0}
+    assert cache_dit_runs(model, sampling, *draw_batch(model, sampling, [0]), **numbers, kept=tmp_path) == ()

@@ -3,8 +3,9 @@
 import pytest
 from points import point
 
+from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord
-from tc_deploy.search.remarks import best_at, dominates, front_names, remarks_of
+from tc_deploy.search.remarks import best_at, front_names, remarks_of
 
 FULL = point(Kind.FULL, "full", 1.0, 140.0)
 FAST, SLOW = point(Kind.TOKEN_CACHE, "ours a", 0.24, 35.0), point(Kind.TOKEN_CACHE, "ours b", 0.45, 45.0)

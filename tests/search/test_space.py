@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL
-from tc_deploy.search.space import Candidate, Judged, candidates, chosen_for_engines, front, identity, judge_candidates
+from tc_deploy.search.pareto import front
+from tc_deploy.search.space import Candidate, Judged, candidates, chosen_for_engines, identity, judge_candidates
 from tc_deploy.types import Attention, Reuse, Skip
 
 STEPS = 12

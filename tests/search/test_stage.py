@@ -12,6 +12,7 @@ from bundles import Answer, run_cli, snapshot
 
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.errors import PlanError, UsageError
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.plan import PLAN, load_plan
 from tc_deploy.search.choose import POINTS, Wish, chosen_point
 from tc_deploy.search.peer import why_no_peer
@@ -138,22 +139,25 @@ def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
 ) -> None:
     recipe = read_recipe(searched.recipe, {})
     destination = tmp_path / "plan"
-    seen: list[str] = []
+    exported: list[str] = []
+
+    def export(folder: Path, bundle: Path, **arguments: Any) -> Any:
+        exported.append(bundle.name)
+        return export_bundle(folder, bundle, **arguments)
 
     def interrupted(what: str, done: int, total: int) -> None:
-        seen.append(what)
-        if what == "making pictures" and done == 3:
+        if what.startswith("building points") and done == 3:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("tc_deploy.search.points.export_bundle", export)
     with pytest.raises(KeyboardInterrupt):
         search_plan(recipe, destination, Wish(target_psnr_db=0), from_flops=True, report=interrupted)
     assert not destination.exists()
-
-    def no_export(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("every bundle was there")
-
-    monkeypatch.setattr("tc_deploy.search.points.export_bundle", no_export)
+    before = exported.copy()
     search_plan(recipe, destination, Wish(target_psnr_db=0), from_flops=True)
+    assert len(before) >= 3
+    assert len(exported) > len(before)
+    assert len(set(exported)) == len(exported)  # nothing that was made is made again
     mine, theirs = snapshot(destination), snapshot(searched.folder)
     for files in (mine, theirs):
         document = json.loads(files.pop(SEARCH))

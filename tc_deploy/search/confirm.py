@@ -1,0 +1,205 @@
+"""Plans to points: pictures of seeds that the search did not see, latencies in turn with the full run, and cache-dit.
+
+In: plans, the full run first. Out: points, and samples of their pictures. Never: chooses one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tc_deploy.calibrate.prompts import tensors_of
+from tc_deploy.calibrate.recipe import SearchRecipe
+from tc_deploy.calibrate.stage import Report
+from tc_deploy.errors import BackendError
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.quality.classifier import Classifier
+from tc_deploy.quality.compare import compare
+from tc_deploy.quality.metrics import drift, picture_psnr_db
+from tc_deploy.runtime.pipeline import noise_of
+from tc_deploy.search.peer import PeerRun, cache_dit_runs
+from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, asked_conditions
+from tc_deploy.search.record import FULL_POINT, Kind, PointRecord, SettingsRecord
+from tc_deploy.search.remarks import front_names
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.types import FloatArray
+
+FIRST_SEED = 3_000_000
+SAMPLE_PICTURES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """What was found."""
+
+    points: tuple[PointRecord, ...]
+    """The full run first, then by latency."""
+    lost: tuple[str, ...]
+    """Names of those whose pictures are not finite."""
+    samples: Mapping[str, FloatArray]
+    """Latents of the first pictures by the point's name, ``(n, *latent shape)``."""
+
+
+class Confirmation:
+    """Makes points of plans.
+
+    Args:
+        recipe: how many pictures and rounds.
+        model: the model.
+        sampling: the sampler with all its steps.
+        maker: builds, runs and times plans.
+        judge: reads classes, where the recipe names one.
+        timed: measure latencies, and do not quote FLOPs.
+        report: told how far each part is.
+    """
+
+    def __init__(
+        self,
+        recipe: SearchRecipe,
+        model: DiffusionTransformer,
+        sampling: Sampling,
+        maker: PointMaker,
+        judge: Classifier | None,
+        *,
+        timed: bool,
+        report: Report,
+    ) -> None:
+        self.model, self.sampling, self.maker, self.judge, self.report = model, sampling, maker, judge, report
+        self.asked = asked_conditions(model, sampling, range(FIRST_SEED, FIRST_SEED + recipe.confirmation_samples))
+        self.rounds = recipe.latency_rounds if timed else 0
+        labels = (self.asked.given[item.name] for item in model.geometry.conditions if item.classes)
+        self.labels = next((torch.from_numpy(found) for found in labels), None)
+
+    def __call__(self, planned: Sequence[PlannedPoint], converged: PlannedPoint | None) -> Confirmed:
+        """Build, run and time every point.
+
+        Args:
+            planned: the full run first.
+            converged: the run that a better solver is judged by; None where there is none.
+
+        Raises:
+            BackendError: the full run's pictures are not finite.
+        """
+        full = self.maker.pictures(planned[0], self.asked, FIRST_SEED)
+        if not np.isfinite(full.latents).all():
+            where = f"{self.model.source} on {self.maker.backend}"
+            raise BackendError(f"{where}: the full run's pictures are not finite; use another backend")
+        exact = None if converged is None else self._exact(converged)
+        made, latencies = self._made(planned)
+        times_ms = [latency.full_ms for latency in latencies.values()]
+        full_ms = float(np.median(times_ms)) if times_ms else None
+        peers = self._peers()
+        points = [
+            self._point(point, made[point.name], full, exact, latencies.get(point.name), full_ms)
+            for point in planned
+            if np.isfinite(made[point.name].latents).all()
+        ]
+        points += [self._peer_point(run, full, exact) for run in peers if run.latents.isfinite().all()]
+        on_front = front_names(points)
+        points = [point.model_copy(update={"on_front": point.name in on_front}) for point in points]
+        latents = {name: pictures.latents for name, pictures in made.items()}
+        latents |= {run.name: run.latents.numpy() for run in peers}
+        found = {point.name for point in points}
+        return Confirmed(
+            points=(points[0], *sorted(points[1:], key=lambda point: point.latency_ratio)),
+            lost=tuple(name for name in latents if name not in found),
+            samples={name: np.ascontiguousarray(latents[name][:SAMPLE_PICTURES]) for name in latents if name in found},
+        )
+
+    def _exact(self, converged: PlannedPoint) -> Pictures | None:
+        what = "making the converged run's pictures"
+        self.report(what, 0, 1)
+        exact = self.maker.pictures(
+            converged, self.asked, FIRST_SEED, lambda done, total: self.report(what, done, total)
+        )
+        return exact if np.isfinite(exact.latents).all() else None
+
+    def _made(self, planned: Sequence[PlannedPoint]) -> tuple[dict[str, Pictures], dict[str, Latency]]:
+        """Pictures and, where they are measured, latencies by name; points whose graphs are alike one after another."""
+        what = "building points and baselines, making pictures" + (", timing" if self.rounds else "")
+        pictures: dict[str, Pictures] = {}
+        latencies: dict[str, Latency] = {}
+        for done, point in enumerate(sorted(planned, key=self.maker.graphs_key)):
+            self.report(what, done, len(planned))
+            pictures[point.name] = self.maker.pictures(point, self.asked, FIRST_SEED)
+            if self.rounds:
+                latencies[point.name] = self.maker.latency(point, self.rounds)
+        self.report(what, len(planned), len(planned))
+        return {point.name: pictures[point.name] for point in planned}, latencies
+
+    def _peers(self) -> tuple[PeerRun, ...]:
+        """cache-dit in PyTorch on the same noise and conditions; nothing where it is not installed."""
+        return cache_dit_runs(
+            self.model,
+            self.sampling,
+            torch.from_numpy(noise_of(self.model.geometry.latent_shape, FIRST_SEED, self.asked.count)),
+            tensors_of(self.asked),
+            batch_size=self.maker.batch_size,
+            rounds=self.rounds,
+            kept=self.maker.work / "peers",
+            progress=lambda done, total: self.report("sampling under cache-dit", done, total),
+        )
+
+    def _peer_point(self, run: PeerRun, full: Pictures, exact: Pictures | None) -> PointRecord:
+        ratio = run.cost_in_full_steps / self.sampling.steps if run.latency_ratio is None else run.latency_ratio
+        return PointRecord(
+            name=run.name,
+            kind=Kind.CACHE_DIT,
+            runtime="pytorch",
+            settings=None,
+            steps_full=run.steps_full,
+            steps_cached=run.steps_cached,
+            cost_in_full_steps=round(run.cost_in_full_steps, 3),
+            latency_ms=None,
+            latency_ratio=round(ratio, 4),
+            latency_iqr=run.latency_iqr or 0.0,
+            drift=None,
+            on_front=False,
+            predicted_latency_ratio=None,
+            **self._figures(run.latents, full, exact),
+        )
+
+    def _point(
+        self,
+        point: PlannedPoint,
+        made: Pictures,
+        full: Pictures,
+        exact: Pictures | None,
+        latency: Latency | None,
+        full_ms: float | None,
+    ) -> PointRecord:
+        schedule = point.plan.tprr()
+        cost = point.plan.cost_in_full_steps()
+        ratio = cost / self.sampling.steps if latency is None else latency.ratio
+        if point.name == FULL_POINT:
+            ratio = 1.0  # timed against itself, it shows how noisy the machine is
+        same_steps = point.plan.sampling.timesteps == self.maker.full.plan.sampling.timesteps
+        return PointRecord(
+            name=point.name,
+            kind=point.kind,
+            runtime="engines",
+            settings=SettingsRecord.of(point.plan),
+            steps_full=schedule.full_steps,
+            steps_cached=schedule.steps - schedule.full_steps,
+            cost_in_full_steps=round(cost, 3),
+            latency_ms=None if full_ms is None else round(ratio * full_ms, 3),
+            latency_ratio=round(ratio, 4),
+            latency_iqr=0.0 if latency is None else latency.iqr,
+            drift=drift(torch.from_numpy(made.trajectory), torch.from_numpy(full.trajectory)) if same_steps else None,
+            on_front=False,
+            predicted_latency_ratio=point.predicted_latency_ratio,
+            **self._figures(torch.from_numpy(made.latents), full, exact),
+        )
+
+    def _figures(self, latents: torch.Tensor, full: Pictures, exact: Pictures | None) -> dict[str, Any]:
+        """A point's quality, to the full run and to the converged one."""
+        pixels = self.model.geometry.pixels
+        quality = compare(latents, torch.from_numpy(full.latents), self.labels, pixels=pixels, judge=self.judge)
+        converged = None
+        if exact is not None:
+            converged = round(picture_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2)
+        return {"quality": quality, "converged_psnr_db": converged}
