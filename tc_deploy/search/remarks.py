@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from tc_deploy.search.pareto import dominates, front
 from tc_deploy.search.record import Kind, LatencySource, PointRecord
+from tc_deploy.search.space import SHARES
 
-SHARES = (0.5, 0.25)
-"""Of the full run's latency, at which the best points are compared."""
 CLOSE_DB = 1.0
 SLACK = 1.05
 """Latency ratios are measured; what is five per cent over a limit counts as at it, ours and others alike."""

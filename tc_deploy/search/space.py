@@ -19,6 +19,8 @@ from tc_deploy.schedule import FULL, PHASES, Schedule
 from tc_deploy.search.pareto import front
 from tc_deploy.types import Attention, Reuse, Skip
 
+SHARES = (0.5, 0.25)
+"""Of the full run's latency, at which the best points are compared."""
 ASKS_PER_TRIAL = 10
 """The optimiser may ask for what it has seen; after so many questions per trial the search ends."""
 
@@ -158,7 +160,8 @@ def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
     """Where the optimiser starts, by position in each list.
 
     The lowest keep ratio at the middle boundary; for every forecast order and way to skip, each interval above 1 in
-    phase 1 with the same and with half of it in phase 2.
+    phase 1 with the same and with half of it in phase 2. Then each interval with tokens kept in both phases: left to
+    itself the optimiser may never ask for any where skipping alone does well, and what they are worth stays unknown.
     """
     fixed = dict.fromkeys(dimensions, 0) | {"boundary": len(dimensions["boundary"]) // 2}
     for order, skip in product(range(len(dimensions["forecast_order"])), range(len(dimensions["skip"]))):
@@ -167,6 +170,17 @@ def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
                 if k1 > 1 and k2 in dimensions["k2"]:
                     intervals = {"k1": position, "k2": dimensions["k2"].index(k2)}
                     yield fixed | intervals | {"forecast_order": order, "skip": skip}
+    kept = next((position for position, ratio in enumerate(dimensions["keep_1"]) if ratio), None)
+    if kept:
+        for position, k1 in enumerate(dimensions["k1"]):
+            if k1 > 1 and k1 in dimensions["k2"]:
+                intervals = {"k1": position, "k2": dimensions["k2"].index(k1)}
+                yield (
+                    fixed
+                    | intervals
+                    | {"keep_1": kept, "keep_2": kept}
+                    | {"forecast_order": len(dimensions["forecast_order"]) - 1}
+                )
 
 
 def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
@@ -193,14 +207,14 @@ def _candidate(values: dict[str, Any]) -> Candidate:
 def chosen_for_engines(judged: Sequence[Judged], points: int) -> tuple[Judged, ...]:
     """The candidates of which engines are built.
 
-    The front's best at each of ``points`` latencies, evenly spaced by ratio from the fastest to the slowest; and if
-    none of these keeps a token, of the faster half of those that do the one that falls least below the front, so that
-    what tokens are worth is measured whatever the search prefers.
+    The front's best at each of ``points`` latencies, evenly spaced by ratio from the fastest to the slowest, and at
+    :data:`SHARES`, where plans are compared; and if none of these keeps a token, of the faster half of those that do
+    the one that falls least below the front, so that what tokens are worth is measured whatever the search prefers.
     """
     ends = front(judged)
     fastest, slowest = ends[0].latency_ratio, ends[-1].latency_ratio
     # Between two equal ends rounding leaves some below both.
-    limits = np.maximum(np.geomspace(fastest, slowest, points), fastest)
+    limits = np.maximum([*np.geomspace(fastest, slowest, points), *SHARES], fastest)
     chosen = {[item for item in ends if item.latency_ratio <= limit][-1]: None for limit in limits}
     with_tokens = sorted((item for item in judged if item.candidate.keeps_tokens), key=lambda item: item.latency_ratio)
     with_tokens = with_tokens[: (len(with_tokens) + 1) // 2]

@@ -10,7 +10,7 @@ from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL
 from tc_deploy.search.pareto import front
-from tc_deploy.search.space import Candidate, Judged, candidates, chosen_for_engines, identity, judge_candidates
+from tc_deploy.search.space import SHARES, Candidate, Judged, candidates, chosen_for_engines, identity, judge_candidates
 from tc_deploy.types import Attention, Reuse, Skip
 
 STEPS = 12
@@ -101,6 +101,7 @@ def test_of_a_large_space_as_many_are_judged_as_allowed_each_once() -> None:
     assert len({identity(candidate, STEPS) for candidate in asked}) == LARGE.trials
     # Every interval was tried in both phases alike before the optimiser chose; 6 and 8 are one in 6 steps.
     assert {(item.k1, item.k2) for item in asked} >= {(k, k) for k in (2, 3, 4, 5, 6)}
+    assert {item.k1 for item in asked if all(item.keep_ratio)} >= {2, 3, 4, 5, 6}
 
 
 def test_the_seed_decides_what_is_tried() -> None:
@@ -156,11 +157,14 @@ def test_engines_are_built_of_the_front_at_latencies_spread_over_it(
 ) -> None:
     judged = with_figures(figures)
     chosen = chosen_for_engines(judged, points)
-    assert 1 <= len(chosen) <= points
+    assert 1 <= len(chosen) <= points + len(SHARES)
     assert set(chosen) <= set(front(judged))
     assert front(judged)[0] in chosen
     if points > 1:
         assert front(judged)[-1] in chosen
+    for share in SHARES:
+        fits = [item for item in front(judged) if item.latency_ratio <= share]
+        assert not fits or fits[-1] in chosen
 
 
 def test_one_that_keeps_tokens_is_built_even_if_it_is_beaten() -> None:
