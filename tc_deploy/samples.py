@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import GraphRecord, Manifest
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FloatArray, Precision
 
 POLYGRAPHY = "polygraphy"
 """The folder, inside the bundle."""
@@ -32,7 +32,8 @@ Feed: TypeAlias = dict[str, NDArray[Any]]
 """Arrays by tensor name."""
 
 _CONDITION, _UNCONDITIONAL, _TABLE, _STEPS = "condition.", "unconditional.", "table.", "steps."
-_FULL, _CACHED, _NOISE, _VARIANTS = "latents.full", "latents.cached", "noise", "variants"
+_FULL, _EXACT, _CACHED = "latents.full", "latents.exact", "latents.cached"
+_NOISE, _VARIANTS = "noise", "variants"
 
 _SCRIPT_HEAD = '''"""Inputs of the graphs as they occur while sampling, for polygraphy's --data-loader-script."""
 
@@ -74,8 +75,10 @@ class Trajectory:
     """The same for the unconditional half of a guided batch; empty where there is none."""
     full: FloatArray
     """(T, B, C, H, W) latents after each step with every step full."""
+    exact: FloatArray
+    """(T, B, C, H, W) latents after each step under the plan, in fp32."""
     cached: FloatArray
-    """(T, B, C, H, W) latents after each step under the plan."""
+    """The same with products in the graphs' precision."""
     variants: tuple[int, ...]
     """Which variant each step ran."""
     tables: Feed
@@ -120,6 +123,7 @@ def write_samples(samples: Mapping[str, GraphSamples], trajectory: Trajectory, b
     arrays: Feed = {
         _NOISE: trajectory.noise,
         _FULL: trajectory.full,
+        _EXACT: trajectory.exact,
         _CACHED: trajectory.cached,
         _VARIANTS: np.asarray(trajectory.variants, np.int32),
         **{_CONDITION + name: array for name, array in trajectory.conditions.items()},
@@ -141,6 +145,11 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
     """
     wanted = [TRAJECTORY, *(file for graph in manifest.graphs for file in (inputs_file(graph), outputs_file(graph)))]
     missing = [name for name in wanted if name not in manifest.files]
+    if missing and manifest.precision is Precision.BF16:
+        raise BundleError(
+            f"{bundle}: an export in bf16 leaves no samples to validate by, as polygraphy's files have no bfloat16;"
+            " export in fp16 or fp32 to validate"
+        )
     if missing:
         raise BundleError(
             f"{bundle}: no samples to validate by ({missing[0]} is missing, or without a checksum); export again,"
@@ -173,6 +182,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
             conditions=_named(arrays, _CONDITION),
             unconditional=_named(arrays, _UNCONDITIONAL),
             full=arrays[_FULL],
+            exact=arrays[_EXACT],
             cached=arrays[_CACHED],
             variants=tuple(arrays[_VARIANTS].tolist()),
             tables=_named(arrays, _TABLE),
@@ -209,7 +219,7 @@ def _check_samples(samples: GraphSamples, record: GraphRecord) -> None:
     if not samples.steps or {len(samples.inputs), len(samples.outputs)} != {len(samples.steps)}:
         raise ValueError(f"{record.file}: expected inputs and outputs of {len(samples.steps)} steps")
     for feeds, tensors in ((samples.inputs, record.inputs), (samples.outputs, record.outputs)):
-        expected = {tensor.name: (np.dtype(tensor.dtype), len(tensor.shape)) for tensor in tensors}
+        expected = {tensor.name: (tensor.numpy_dtype, len(tensor.shape)) for tensor in tensors}
         for feed in feeds:
             if {name: (np.asarray(array).dtype, np.ndim(array)) for name, array in feed.items()} != expected:
                 raise ValueError(f"{record.file}: expected the tensors {', '.join(expected)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tc_deploy.export.check import step_inputs
 from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.precision import half_products
 from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
@@ -40,8 +41,8 @@ from tc_deploy.plan import Plan, token_index_name
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, chosen_steps
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.forward import run_full
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.tokencache.sampler import Sampling, StepFunction, TokenCachedSteps, denoise
+from tc_deploy.types import FloatArray, IntArray, Precision
 
 LIMIT_BYTES = 128 * 2**20
 """Of one graph's samples; caches of large models would fill gigabytes."""
@@ -84,6 +85,7 @@ def samples_of(
     sampling: Sampling,
     solver: SolverTable,
     batch: int,
+    precision: Precision = Precision.FP32,
 ) -> tuple[dict[str, GraphSamples], Trajectory]:
     """Sample under the plan and in full.
 
@@ -95,6 +97,7 @@ def samples_of(
         sampling: its sampler.
         solver: the sampler as a table.
         batch: samples in a batch.
+        precision: what the graphs' products are in.
 
     Returns:
         By graph name its samples, and the trajectory.
@@ -112,7 +115,12 @@ def samples_of(
             chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
         )
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
-    denoise(model, sampling, noise, conditions, run.step, run.note)
+    with half_products(model, precision):
+        denoise(model, sampling, noise, conditions, run.step, run.note)
+    cached = exact = np.stack(run.latents)
+    if precision is not Precision.FP32:
+        steps_of_plan = TokenCachedSteps(model, plan.cache, schedule, token_index)
+        exact = latents_of(model, sampling, noise, conditions, steps_of_plan)
     samples = {}
     for graph in graphs.values():
         steps_of = tuple(step for step, made in wanted.items() if made is graph)
@@ -136,7 +144,8 @@ def samples_of(
         conditions={name: _array(tensor) for name, tensor in conditions.items()},
         unconditional={} if sampling.guidance_scale is None else _unconditional(model, conditions),
         full=full_latents(model, plan, sampling, noise, conditions),
-        cached=np.stack(run.latents),
+        exact=exact,
+        cached=cached,
         variants=schedule.variants,
         tables=tables,
     )
@@ -150,13 +159,24 @@ def full_latents(
     model: DiffusionTransformer, plan: Plan, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]
 ) -> FloatArray:
     """The latents after each step with every step full, (T, B, C, H, W)."""
+    return latents_of(model, sampling, noise, conditions, lambda step, inputs: run_full(model, plan.cache, inputs)[0])
+
+
+def latents_of(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    noise: Tensor,
+    conditions: Mapping[str, Tensor],
+    step_function: StepFunction,
+) -> FloatArray:
+    """The latents after each step of a sampling run, (T, B, C, H, W)."""
     latents: list[FloatArray] = []
     denoise(
         model,
         sampling,
         noise,
         conditions,
-        lambda step, inputs: run_full(model, plan.cache, inputs)[0],
+        step_function,
         lambda step, inputs, after: latents.append(_array(after)),
     )
     return np.stack(latents)

@@ -78,7 +78,8 @@ def export_bundle(
         check: compare every graph with PyTorch, under the same precision.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
             they are: of two plans that differ in schedule or sampler, the second costs no export.
-        samples: also write what engines are validated by, unless ``graphs_from`` is given or ``check`` is off.
+        samples: also write what engines are validated by, unless ``graphs_from`` is given, ``check`` is off, or the
+            graphs are in bf16.
         progress: told what is being done.
 
     Raises:
@@ -132,10 +133,11 @@ def export_bundle(
             error = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
             records[SOLVER] = records[SOLVER].model_copy(update={"max_abs_error": error})
         sample_files: list[str] = []
-        if samples and check and graphs:
+        # Polygraphy's files have no bfloat16.
+        if samples and check and graphs and precision is not Precision.BF16:
             progress("sampling with the plan and in full, to validate engines by")
             token_index = token_index_tables(plan, tables)
-            made = samples_of(graphs, records, plan, token_index, sampling, solver, batch_size or 1)
+            made = samples_of(graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision)
             sample_files = write_samples(*made, folder)
         write_plan_files(plan, tables, folder)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.export.graphs import StepGraph
-from tc_deploy.export.samples import full_latents
+from tc_deploy.export.precision import half_products
+from tc_deploy.export.samples import full_latents, latents_of
 from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.samples import Feed, Trajectory
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps
+from tc_deploy.types import IntArray, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,15 @@ class Checkpoint:
     Args:
         bundle: ``engines/NAME``.
         model_path: the checkpoint, where it is not where the plan says.
+        precision: what the graphs' products are in.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
         PlanError: it is another than the plan was made for.
     """
 
-    def __init__(self, bundle: Path, model_path: Path | None = None) -> None:
+    def __init__(self, bundle: Path, model_path: Path | None = None, precision: Precision = Precision.FP32) -> None:
+        self.precision = precision
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
         self.model: DiffusionTransformer = load_model(
@@ -69,7 +72,7 @@ class Checkpoint:
     def outputs(self, variant: int, feed: Mapping[str, NDArray[Any]]) -> Feed:
         """Run a step once; returns its outputs by name."""
         graph = self.step_graph(variant)
-        with torch.no_grad():
+        with torch.no_grad(), half_products(self.model, self.precision):
             made = graph(*(_widened(feed[name]) for name in graph.input_names))
         return {name: tensor.numpy() for name, tensor in zip(graph.output_names, made, strict=True)}
 
@@ -103,20 +106,15 @@ class Checkpoint:
 
     def trajectory(self, saved: Trajectory) -> Trajectory:
         """The saved run made again, under the bundle's plan as it is now."""
-        steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
         noise = torch.from_numpy(saved.noise)
         conditions = {name: torch.from_numpy(array) for name, array in saved.conditions.items()}
-        cached: list[FloatArray] = []
-        denoise(
-            self.model,
-            self._sampling,
-            noise,
-            conditions,
-            steps,
-            lambda step, inputs, latents: cached.append(latents.numpy().copy()),
-        )
+        runs = {}
+        for precision in dict.fromkeys((Precision.FP32, self.precision)):
+            steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
+            with half_products(self.model, precision):
+                runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)
-        return replace(saved, cached=np.stack(cached), full=full)
+        return replace(saved, exact=runs[Precision.FP32], cached=runs[self.precision], full=full)
 
     def is_other_weight(self, name: str, found: NDArray[Any]) -> bool:
         """Whether an initializer that is named after a parameter holds something else."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from tc_deploy.tolerances import tolerance
 from tc_deploy.types import FloatArray
 from tc_deploy.validate.metrics import psnr_db, relative_l2
@@ -25,8 +27,10 @@ class Runs:
 
     full: FloatArray
     """PyTorch, every step full."""
+    exact: FloatArray
+    """PyTorch in fp32, under the plan."""
     cached: FloatArray
-    """PyTorch, under the plan."""
+    """The same with products in the graphs' precision."""
     onnxruntime: FloatArray | None
     own_precision: FloatArray | None
     """The target's engine kind at the graphs' own precision."""
@@ -50,14 +54,13 @@ class Excess:
 
 def drift_of(runs: Runs, *, pixels: bool) -> DriftRecord:
     """The columns; ``exceeded`` is left empty."""
-    before_target = runs.onnxruntime if runs.own_precision is None else runs.own_precision
     return DriftRecord(
-        algorithm=_column(runs.cached, runs.full),
+        algorithm=_column(runs.exact, runs.full),
         export=None if runs.onnxruntime is None else _column(runs.onnxruntime, runs.cached),
         engine=_engine_column(runs),
-        precision=None if runs.own_precision is None or before_target is None else _column(runs.target, before_target),
-        total=_column(runs.target, runs.cached),
-        picture_psnr_db=psnr_db(runs.target[-1], runs.cached[-1], pixels=pixels),
+        precision=_precision_column(runs),
+        total=_column(runs.target, runs.exact),
+        picture_psnr_db=psnr_db(runs.target[-1], runs.exact[-1], pixels=pixels),
         picture_psnr_to_full_db=psnr_db(runs.target[-1], runs.full[-1], pixels=pixels),
         exceeded=(),
     )
@@ -103,6 +106,13 @@ def _engine_column(runs: Runs) -> Column | None:
     if runs.onnxruntime is None or found is runs.onnxruntime:
         return None
     return _column(found, runs.onnxruntime)
+
+
+def _precision_column(runs: Runs) -> Column | None:
+    """What half precision costs: the engine's where it computes in another than its graphs, else the graphs'."""
+    if runs.own_precision is not None:
+        return _column(runs.target, runs.own_precision)
+    return None if np.array_equal(runs.cached, runs.exact) else _column(runs.cached, runs.exact)
 
 
 def _column(found: Sequence[FloatArray] | FloatArray, expected: Sequence[FloatArray] | FloatArray) -> Column:

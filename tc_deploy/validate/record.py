@@ -87,9 +87,10 @@ class DriftRecord(Document):
     engine: tuple[float | None, ...] | None
     """The target's engine kind, at the graphs' own precision, against ONNX Runtime."""
     precision: tuple[float | None, ...] | None
-    """The target against its engine kind at the graphs' own precision."""
+    """The target against its engine kind at the graphs' own precision; or, of half graphs, PyTorch in their precision
+    against PyTorch in fp32."""
     total: tuple[float | None, ...]
-    """The target against PyTorch, both cached."""
+    """The target against PyTorch in fp32, both cached."""
     picture_psnr_db: float | None
     """Of the target's final latents to PyTorch's, both cached."""
     picture_psnr_to_full_db: float | None

@@ -1,6 +1,6 @@
 """Polygraphy's runners over what polygraphy does not know: our own backends, and a step in PyTorch.
 
-In: a graph that is loaded on a device, or a :class:`~tc_deploy.export.graphs.StepGraph`. Out: a runner for polygraphy's
+In: a graph that is loaded on a device, or the checkpoint's step. Out: a runner for polygraphy's
 Comparator. An engine under test always runs through the backend code that serves.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -18,9 +18,6 @@ from polygraphy.common import TensorMetadata
 from tc_deploy.backends.base import Buffer, Device, Graph
 from tc_deploy.manifest import GraphRecord, TensorRecord
 from tc_deploy.samples import Feed
-
-if TYPE_CHECKING:
-    from tc_deploy.export.graphs import StepGraph
 
 
 class BackendRunner(BaseRunner):  # type: ignore[misc]  # polygraphy comes without types
@@ -60,13 +57,13 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # as above
     """A step of the model in PyTorch.
 
     Args:
-        graph: the variant.
+        run: gives the step's outputs for its inputs.
         record: names the exported graph's tensors.
     """
 
-    def __init__(self, graph: StepGraph, record: GraphRecord) -> None:
+    def __init__(self, run: Callable[[Feed], Feed], record: GraphRecord) -> None:
         super().__init__(name="torch")
-        self._graph, self._record = graph, record
+        self._run, self._record = run, record
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of the inputs; a batch axis is open."""
@@ -74,15 +71,10 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]  # as above
 
     def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """Run it."""
-        import torch
-
         start_s = time.perf_counter()
-        with torch.no_grad():
-            given = (torch.from_numpy(np.array(feed_dict[name])) for name in self._graph.input_names)
-            # The module is in fp32; half caches are not.
-            outputs = self._graph(*(item.float() if item.is_floating_point() else item for item in given))
+        outputs = OrderedDict(self._run(dict(feed_dict)))
         self.inference_time = time.perf_counter() - start_s
-        return OrderedDict(zip(self._graph.output_names, (output.numpy() for output in outputs), strict=True))
+        return outputs
 
 
 def run_graph(device: Device, graph: Graph, record: GraphRecord, feed: Mapping[str, Any]) -> Feed:

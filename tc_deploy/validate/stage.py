@@ -11,7 +11,7 @@ import datetime as dt
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,7 @@ class _Validation:
         except ModuleNotFoundError as error:
             raise BackendError(f"PyTorch as a reference needs {error.name}; install tc-deploy[compile]") from None
         self.progress("loading the checkpoint")
-        return Checkpoint(self.path, self.model_path)
+        return Checkpoint(self.path, self.model_path, self.manifest.precision)
 
     def record(self) -> ValidationRecord:
         trajectory = self.checkpoint.trajectory(self.saved) if self.against == TORCH else self.saved
@@ -181,7 +181,7 @@ class _Validation:
         if self.against == RECORDED or (self.against == TORCH and name not in _VARIANTS):
             return None
         if self.against == TORCH:
-            return TorchRunner(self.checkpoint.step_graph(_VARIANTS[name]), record)
+            return TorchRunner(partial(self.checkpoint.outputs, _VARIANTS[name]), record)
         if self.against == ONNXRUNTIME:
             return OnnxrtRunner(SessionFromOnnx(str(self.path / record.file)), name="onnxruntime (polygraphy)")
         device, graphs = self._other_engines
@@ -206,6 +206,7 @@ class _Validation:
             (own,) = self._run(self._opened(self.backend, options))
         return Runs(
             full=trajectory.full,
+            exact=trajectory.exact,
             cached=trajectory.cached,
             onnxruntime=latents if self.backend == ONNXRUNTIME else onnxruntime,
             own_precision=own,

@@ -14,6 +14,7 @@ from validate import faults
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.openvino import precisions_of
+from tc_deploy.errors import BundleError
 from tc_deploy.manifest import SAMPLE, read_manifest
 from tc_deploy.samples import POLYGRAPHY, TRAJECTORY, read_samples
 from tc_deploy.validate.blame import EngineSearch, blame
@@ -83,6 +84,25 @@ def test_precision_has_a_column_of_its_own(bundle: Path, tmp_path: Path) -> None
     assert drift.precision is not None
     assert drift.engine is not None
     assert drift.precision[-1] > 100 * drift.engine[-1]
+
+
+def test_graphs_in_half_precision(fp16: Made, tmp_path: Path) -> None:
+    copy = fp16.copy(tmp_path / "bundle")
+    build_target(copy, options={"threads": 1})
+    record = validate_bundle(copy, against="torch")
+    assert record.passed
+    assert record.precision == "fp16"
+    drift = record.drift
+    assert drift.export is not None
+    assert drift.precision is not None
+    assert 0 < drift.precision[-1] < max(value or 0 for value in drift.algorithm)
+
+
+def test_bf16_leaves_no_samples(bf16: Made) -> None:
+    manifest = read_manifest(bf16.bundle)
+    assert not any(name.startswith(POLYGRAPHY) for name in manifest.files)
+    with pytest.raises(BundleError, match="no bfloat16"):
+        read_samples(bf16.bundle, manifest)
 
 
 def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Path) -> None:
