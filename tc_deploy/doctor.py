@@ -54,10 +54,7 @@ ONNXRUNTIME_DISTRIBUTIONS = (
     "onnxruntime-qnn",
 )
 """Distributions that all install the one module ``onnxruntime``."""
-PLANNED_ENGINES = {
-    "ONNX Runtime, CUDA": "onnxruntime-gpu",
-}
-"""Engines for which this version has no backend, with the distribution that brings each."""
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 TENSORRT_ENGINES = {"TensorRT": "tensorrt", "TensorRT-RTX": "tensorrt_rtx"}
 """Engines that run on an NVIDIA GPU, with the distribution that brings each."""
@@ -77,8 +74,6 @@ class Status(StrEnum):
     """Something must be installed."""
     BROKEN = "broken"
     """It is installed and does not work."""
-    PLANNED = "not yet"
-    """This version of tc-deploy cannot use it, installed or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +132,7 @@ def examine() -> Report:
 def report_from_facts(facts: Facts) -> Report:
     """Judge what was found; a pure function."""
     cpu = _cpu_stage(facts)
-    stages = (_compile_stage(facts), cpu, _openvino_stage(facts), *_tensorrt_stages(facts), *_planned_stages(facts))
+    stages = (_compile_stage(facts), cpu, _openvino_stage(facts), _cuda_stage(facts), *_tensorrt_stages(facts))
     return Report(
         tc_deploy=__version__,
         facts=facts,
@@ -186,6 +181,18 @@ def _openvino_stage(facts: Facts) -> Stage:
     return Stage(name=name, status=Status.OK, detail=f"{detail}, computes in {', '.join(facts.openvino_precisions)}")
 
 
+def _cuda_stage(facts: Facts) -> Stage:
+    name = "build, run (ONNX Runtime, CUDA)"
+    if CUDA_PROVIDER not in facts.providers:
+        cure = "pip uninstall -y onnxruntime; then pip install 'tc-deploy[cuda]'"
+        return Stage(name=name, status=Status.MISSING, detail=f"onnxruntime has no {CUDA_PROVIDER} here", cure=cure)
+    installed = _versions_line(facts, _installed_onnxruntimes(facts))
+    if not facts.gpus:
+        detail = f"{installed}; needs an NVIDIA GPU: {facts.gpu_note}"
+        return Stage(name=name, status=Status.MISSING, detail=detail)
+    return Stage(name=name, status=Status.OK, detail=f"{installed}; {facts.gpus[0].name} was not tried")
+
+
 def _tensorrt_stages(facts: Facts) -> list[Stage]:
     stages = []
     for engine, distribution in TENSORRT_ENGINES.items():
@@ -203,16 +210,6 @@ def _tensorrt_stages(facts: Facts) -> list[Stage]:
         else:
             detail = f"{installed}; needs an NVIDIA GPU: {facts.gpu_note}"
         stages.append(Stage(name=name, status=Status.OK if facts.gpus or builds else Status.MISSING, detail=detail))
-    return stages
-
-
-def _planned_stages(facts: Facts) -> list[Stage]:
-    stages = []
-    for engine, distribution in PLANNED_ENGINES.items():
-        version = facts.versions.get(distribution)
-        found = f"{distribution} {version} is installed, but" if version else "not installed, and"
-        detail = f"{found} this version of tc-deploy has no backend for it yet"
-        stages.append(Stage(name=f"build, run ({engine})", status=Status.PLANNED, detail=detail))
     return stages
 
 
@@ -235,7 +232,7 @@ def gather_facts() -> Facts:
     """Look at this machine."""
     cpu, cpu_features = cpu_and_features()
     gpus, gpu_note = nvidia_gpus()
-    engines = ("openvino", *TENSORRT_ENGINES.values(), *PLANNED_ENGINES.values())
+    engines = ("openvino", *TENSORRT_ENGINES.values())
     versions = _versions((*COMPILE_DISTRIBUTIONS, *ONNXRUNTIME_DISTRIBUTIONS, *engines))
     providers, onnxruntime_error = _try_onnxruntime()
     openvino_precisions, openvino_error = _try_openvino()

@@ -133,19 +133,17 @@ def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
     assert "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'tc-deploy[cpu]'" in problem
 
 
-@pytest.mark.parametrize(
-    ("engine", "distribution"),
-    [
-        ("(ONNX Runtime, CUDA)", "onnxruntime-gpu"),
-    ],
-)
-def test_an_engine_without_a_backend_is_never_called_usable(engine: str, distribution: str) -> None:
-    report = judge(gpus=(GPU,), versions={**SOUND.versions, distribution: "9.9"})
-    assert stage(report, engine).status is Status.PLANNED
-    assert stage(report, engine).detail == (
-        f"{distribution} 9.9 is installed, but this version of tc-deploy has no backend for it yet"
-    )
-    assert "not installed" in stage(judge(), engine).detail
+def test_cuda_needs_its_provider_and_a_gpu() -> None:
+    engine, gpu_build = "(ONNX Runtime, CUDA)", {"onnxruntime-gpu": "9.9"}
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    without = stage(judge(gpus=(GPU,)), engine)
+    assert without.status is Status.MISSING
+    assert "has no CUDAExecutionProvider" in without.detail
+    assert "tc-deploy[cuda]" in str(without.cure)
+    assert stage(judge(versions=gpu_build, providers=providers), engine).status is Status.MISSING
+    usable = stage(judge(versions=gpu_build, providers=providers, gpus=(GPU,)), engine)
+    assert usable.status is Status.OK
+    assert usable.detail == f"onnxruntime-gpu 9.9; {GPU.name} was not tried"
 
 
 @pytest.mark.parametrize(
@@ -167,8 +165,8 @@ def test_tensorrt_runs_on_a_gpu_and_rtx_builds_without_one(
 
 
 def test_every_backend_has_its_stage() -> None:
-    # A new backend fails here until the doctor tries it, and no longer calls it planned.
-    assert set(registry.BACKENDS) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
+    # A new backend fails here until the doctor tries it; torch has the stage of calibration and export.
+    assert set(registry.BACKENDS) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch"}
 
 
 def test_the_extras_that_it_names_exist() -> None:

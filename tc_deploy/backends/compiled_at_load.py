@@ -17,6 +17,24 @@ from tc_deploy.backends.base import Buffer, Device, Progress
 from tc_deploy.errors import BackendError
 from tc_deploy.manifest import BATCH, GraphRecord, Manifest, TargetManifest, TensorRecord
 
+SHARED, PACKED = "shared", "packed"
+WEIGHTS_MODES = (SHARED, PACKED)
+"""All graphs read one mapping of the weights file; or each keeps a copy, arranged for its matrix products."""
+SHARED_FROM_MIB = 256
+"""Weights of this size are shared if nothing else is asked for: copies of smaller ones cost little, and run faster."""
+
+
+def are_shared(mode: str | None, weights: Path) -> bool:
+    """Whether graphs that lie beside a weights file share it.
+
+    Args:
+        mode: one of :data:`WEIGHTS_MODES`; None decides by the file's size.
+        weights: the file; graphs without weights have none.
+    """
+    if mode is not None:
+        return mode == SHARED
+    return weights.is_file() and weights.stat().st_size >= SHARED_FROM_MIB * 2**20
+
 
 class CompiledAtLoad(ABC):
     """Base of such a backend."""

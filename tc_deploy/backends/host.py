@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+
+
+def check_array(array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Check that an array fits a buffer.
+
+    Raises:
+        ValueError: it has another dtype or shape; nothing is converted or broadcast.
+    """
+    if (array.dtype, array.shape) != (dtype, shape):
+        raise ValueError(f"expected {dtype} {shape}, found {array.dtype} {array.shape}")
 
 
 class HostBuffer:
@@ -25,8 +36,7 @@ class HostBuffer:
         Raises:
             ValueError: it has another dtype or shape; nothing is converted or broadcast.
         """
-        if (array.dtype, array.shape) != (self.array.dtype, self.array.shape):
-            raise ValueError(f"expected {self.array.dtype} {self.array.shape}, found {array.dtype} {array.shape}")
+        check_array(array, self.array.dtype, self.array.shape)
         self.array[...] = array
 
     def read(self) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the embedded default and the reference.
+"""ONNX Runtime: the embedded default and the reference on the CPU, and its execution providers for NVIDIA GPUs.
 
 Its engines are the bundle's ONNX graphs as they are: ONNX Runtime compiles them when a session is made, for the very
 machine it runs on, so a target of this backend holds no copy of them, only the settings and the checks of its build.
@@ -6,21 +6,57 @@ machine it runs on, so a target of this backend holds no copy of them, only the 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tc_deploy.backends.base import Buffer, Graph, Progress
-from tc_deploy.backends.compiled_at_load import CompiledAtLoad
-from tc_deploy.backends.host import HostBuffer
+from tc_deploy.backends.base import Buffer, Progress
+from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
+from tc_deploy.backends.host import HostBuffer, check_array
 from tc_deploy.errors import BackendError, first_line
-from tc_deploy.manifest import Manifest
+from tc_deploy.manifest import WEIGHTS, Manifest
 from tc_deploy.types import Precision
 
 _ERRORS_ONLY = 3
-_PROVIDERS = ["CPUExecutionProvider"]
+_GPU = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """An execution provider: what computes a session's graph."""
+
+    name: str
+    """ONNX Runtime's."""
+    options: Mapping[str, str]
+    """Its own settings."""
+    package: str
+    """What brings it."""
+
+
+CPU = "cpu"
+PROVIDERS = {
+    CPU: Provider(name="CPUExecutionProvider", options={}, package="tc-deploy[cpu]"),
+    "cuda": Provider(
+        name="CUDAExecutionProvider", options={"enable_cuda_graph": "1"}, package="tc-deploy[cuda] instead of [cpu]"
+    ),
+    "tensorrt": Provider(
+        name="TensorrtExecutionProvider",
+        options={"trt_cuda_graph_enable": "1"},
+        package="tc-deploy[cuda] instead of [cpu], and TensorRT",
+    ),
+    "nv-tensorrt-rtx": Provider(
+        name="NvTensorRTRTXExecutionProvider",
+        options={"enable_cuda_graph": "1"},
+        package="a build of ONNX Runtime with it",
+    ),
+}
+"""By the name that the option ``provider`` takes. A CUDA graph is captured of every binding."""
 
 
 def _onnxruntime() -> Any:
@@ -38,11 +74,47 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-class OrtBoundGraph:
-    """A session with all its inputs and outputs bound."""
+@functools.cache
+def _share_scratch_memory() -> None:
+    """Let sessions that ask for it take their scratch memory from one arena; a process can register it once."""
+    module = _onnxruntime()
+    kind, use = module.OrtAllocatorType.ORT_ARENA_ALLOCATOR, module.OrtMemType.DEFAULT
+    module.create_and_register_allocator(module.OrtMemoryInfo("Cpu", kind, 0, use), None)
 
-    def __init__(self, session: Any, binding: Any) -> None:
-        self._session, self._binding = session, binding
+
+class OrtGpuBuffer:
+    """A tensor in a GPU's memory."""
+
+    def __init__(self, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.value, self._dtype, self._shape = value, dtype, shape
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        check_array(array, self._dtype, self._shape)
+        self.value.update_inplace(array)
+
+    def read(self) -> NDArray[Any]:
+        """A copy."""
+        return cast("NDArray[Any]", self.value.numpy())
+
+
+class OrtBoundGraph:
+    """A session with all its inputs and outputs bound.
+
+    Args:
+        session: the session.
+        weights: as for :class:`OrtGraph`, whom this outlives.
+        binding: the buffers.
+        run_options: which CUDA graph is theirs.
+    """
+
+    def __init__(self, session: Any, weights: NDArray[np.uint8] | None, binding: Any, run_options: Any) -> None:
+        self._session, self._weights = session, weights
+        self._binding, self._run_options = binding, run_options
 
     def run(self) -> None:
         """Run it; the outputs are there on return.
@@ -51,59 +123,123 @@ class OrtBoundGraph:
             BackendError: ONNX Runtime fails, for want of memory or at a value that an operator refuses.
         """
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
             raise BackendError(f"ONNX Runtime fails: {first_line(error)}") from error
 
 
 class OrtGraph:
-    """One session."""
+    """One session.
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    Args:
+        session: the session.
+        weights: memory that the session reads its weights from; None where it has its own.
+    """
+
+    def __init__(self, session: Any, weights: NDArray[np.uint8] | None) -> None:
+        self._session, self._weights = session, weights
+        self._bound = 0
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtBoundGraph:
         """Fix the buffers by tensor name."""
         binding = self._session.io_binding()
         for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, cast("HostBuffer", buffer).value)
+            binding.bind_ortvalue_input(name, cast("HostBuffer | OrtGpuBuffer", buffer).value)
         for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, cast("HostBuffer", buffer).value)
-        return OrtBoundGraph(self._session, binding)
+            binding.bind_ortvalue_output(name, cast("HostBuffer | OrtGpuBuffer", buffer).value)
+        options = _onnxruntime().RunOptions()
+        # A CUDA graph replays the addresses it was captured with, so every binding has a graph of its own.
+        options.add_run_config_entry("gpu_graph_id", str(self._bound))
+        self._bound += 1
+        return OrtBoundGraph(self._session, self._weights, binding, options)
 
 
 class OrtDevice:
-    """The CPU, with the threads that a target's options grant.
+    """The CPU or a GPU, as a target's options say.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (the physical cores).
+        provider: what computes.
+        weights: on the CPU, whether all graphs read one mapping of the weights file (``shared``), or each packs a copy
+            for its matrix products (``packed``); None decides by the size of the weights.
         unfused: run every operator of the graph as it stands there, none fused, folded or moved: slow, and a fault that
             it cures is a fusion's.
     """
 
-    def __init__(self, *, threads: int, unfused: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int = 0,
+        provider: Provider = PROVIDERS[CPU],
+        weights: str | None = None,
+        unfused: bool = False,
+    ) -> None:
         self._module = _onnxruntime()
-        self._options = self._module.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.log_severity_level = _ERRORS_ONLY
-        if unfused:
-            self._options.graph_optimization_level = self._module.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # The graphs of a bundle run in turn, each with threads of its own: those that wait must not spin, or they
-        # take the cores from those that work.
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._threads, self._provider = threads, provider
+        self._on_cpu = provider is PROVIDERS[CPU]
+        self._weights, self._unfused = weights, unfused
+        self._mapped: dict[Path, NDArray[np.uint8]] = {}
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
         """Allocate, filled with zeros."""
-        array = np.empty(shape, dtype)
-        # On the CPU an OrtValue shares the array's memory.
-        return HostBuffer(array, self._module.OrtValue.ortvalue_from_numpy(array))
+        if self._on_cpu:
+            array = np.empty(shape, dtype)
+            # On the CPU an OrtValue shares the array's memory.
+            return HostBuffer(array, self._module.OrtValue.ortvalue_from_numpy(array))
+        value = self._module.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), _GPU, 0)
+        return OrtGpuBuffer(value, dtype, shape)
 
-    def load(self, path: Path) -> Graph:
-        """Make a session of an ONNX file; its external data lies beside it."""
+    def load(self, path: Path) -> OrtGraph:
+        """Make a session of an ONNX file; its external data lies beside it.
+
+        Raises:
+            BackendError: ONNX Runtime refuses the graph, or would compute it elsewhere than asked.
+        """
+        file = path.parent / WEIGHTS
+        shared = self._on_cpu and are_shared(self._weights, file)
+        weights = self._mapped_weights(file) if shared else None
+        providers = [(self._provider.name, dict(self._provider.options))]
         try:
-            return OrtGraph(self._module.InferenceSession(path, self._options, providers=_PROVIDERS))
+            with warnings.catch_warnings():
+                # That a provider is missing is said below, as an error.
+                warnings.filterwarnings("ignore", "Specified provider", UserWarning)
+                session = self._module.InferenceSession(
+                    path, self._session_options(weights, shared=shared), providers=providers, enable_fallback=0
+                )
         except Exception as error:  # as in OrtBoundGraph.run
             raise BackendError(f"{path}: ONNX Runtime refuses the graph: {first_line(error)}") from error
+        found = session.get_providers()
+        if found[0] != self._provider.name:
+            raise BackendError(
+                f"{path}: ONNX Runtime would run it with {found[0]}, not with {self._provider.name} as it was built for"
+                f" (see: tc-deploy doctor); install {self._provider.package}, or build again for another --provider"
+            )
+        return OrtGraph(session, weights)
+
+    def _session_options(self, weights: NDArray[np.uint8] | None, *, shared: bool) -> Any:
+        options = self._module.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = _ERRORS_ONLY
+        # The graphs of a bundle run in turn, each with threads of its own: those that wait must not spin, or they
+        # take the cores from those that work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._unfused:
+            options.graph_optimization_level = self._module.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if shared:
+            _share_scratch_memory()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if weights is not None:
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [weights.nbytes])
+            # Without it every session copies what it reads.
+            options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+        return options
+
+    def _mapped_weights(self, path: Path) -> NDArray[np.uint8] | None:
+        """The weights file in memory, mapped once for all graphs; None where there is none, or nothing in it."""
+        if path not in self._mapped and path.is_file() and path.stat().st_size:
+            self._mapped[path] = np.memmap(path, np.uint8, mode="r")
+        return self._mapped.get(path)
 
 
 class OnnxRuntime(CompiledAtLoad):
@@ -119,7 +255,7 @@ class OnnxRuntime(CompiledAtLoad):
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> None:
         """Run every graph once. fp16 graphs run, by casts to fp32 and back around what ONNX Runtime lacks on a CPU."""
-        if manifest.precision is Precision.BF16:
+        if manifest.precision is Precision.BF16 and options.get("provider", CPU) == CPU:
             raise BackendError(
                 f"{bundle}: its graphs are in bf16, which ONNX Runtime does not compute on a CPU; build with --backend"
                 " openvino or tensorrt-rtx, or export with --precision fp16 or fp32"
@@ -127,13 +263,24 @@ class OnnxRuntime(CompiledAtLoad):
         super().build(bundle, manifest, folder, options, progress)
 
     def open(self, options: Mapping[str, Any]) -> OrtDevice:
-        """Open the CPU; see :class:`OrtDevice` for the options."""
-        unknown = sorted(options.keys() - {"threads", "unfused"})
-        threads, unfused = options.get("threads", 0), options.get("unfused", False)
-        if unknown or not isinstance(threads, int) or threads < 0 or not isinstance(unfused, bool):
-            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}, unfused {unfused!r}"
+        """Open the CPU or a GPU; see :class:`OrtDevice` for the options."""
+        settings = {"threads": 0, "provider": CPU, "weights": None, "unfused": False, **options}
+        threads, name = settings["threads"], settings["provider"]
+        provider = PROVIDERS.get(name) if isinstance(name, str) else None
+        unknown = sorted(settings.keys() - {"threads", "provider", "weights", "unfused"})
+        wrong = not isinstance(threads, int) or threads < 0 or settings["weights"] not in (None, *WEIGHTS_MODES)
+        if unknown or wrong or provider is None or not isinstance(settings["unfused"], bool):
+            found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 on, and unfused, true or false; found {found};"
-                " build again"
+                f"{self.name} takes the options threads, a number from 0 on, provider, one of {', '.join(PROVIDERS)},"
+                f" weights, {SHARED} or {PACKED}, and unfused, true or false; found {found}; build again"
             )
-        return OrtDevice(threads=threads, unfused=unfused)
+        if name != CPU and "weights" in options:
+            raise BackendError(f"{self.name} takes the option weights with provider {CPU} only; build again without it")
+        available = _onnxruntime().get_available_providers()
+        if provider.name not in available:
+            raise BackendError(
+                f"this ONNX Runtime has no {provider.name}, only {', '.join(available)};"
+                f" install {provider.package}, or build again for another --provider"
+            )
+        return OrtDevice(threads=threads, provider=provider, weights=settings["weights"], unfused=settings["unfused"])

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tc_deploy.backends.base import Buffer, Graph
-from tc_deploy.backends.compiled_at_load import CompiledAtLoad
+from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
 from tc_deploy.backends.host import HostBuffer
+from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
+from tc_deploy.manifest import WEIGHTS
 
 if TYPE_CHECKING:
     import openvino
@@ -43,10 +45,15 @@ def precisions_of(core: openvino.Core) -> tuple[str, ...]:
 
 
 class OpenVinoBoundGraph:
-    """An infer request with all its inputs and outputs set."""
+    """An infer request with all its inputs and outputs set.
 
-    def __init__(self, request: Any) -> None:
-        self._request = request
+    Args:
+        request: the request.
+        weights: the memory of its weights, where they are inputs; kept, for the request only points to it.
+    """
+
+    def __init__(self, request: Any, weights: WeightInputs | None) -> None:
+        self._request, self._weights = request, weights
 
     def run(self) -> None:
         """Run it; the outputs are there on return.
@@ -72,6 +79,7 @@ class OpenVinoGraph:
     def __init__(self, device: OpenVinoDevice, path: Path) -> None:
         self._device, self._path = device, path
         self._model = device.core.read_model(path)
+        self._weights = weights_as_inputs(self._model, _openvino()) if device.shares(path) else None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._compiled: Any = None
 
@@ -89,11 +97,11 @@ class OpenVinoGraph:
                 self._compiled = self._device.core.compile_model(self._model, _DEVICE, self._device.settings)
                 self._shapes = shapes
             request = self._compiled.create_infer_request()
-            for name, tensor in tensors.items():
+            for name, tensor in {**tensors, **(self._weights.tensors if self._weights else {})}.items():
                 request.set_tensor(name, tensor)
         except RuntimeError as error:
             raise _refusal(self._path, error) from error
-        return OpenVinoBoundGraph(request)
+        return OpenVinoBoundGraph(request, self._weights)
 
 
 class OpenVinoDevice:
@@ -102,12 +110,15 @@ class OpenVinoDevice:
     Args:
         threads: 0 leaves the choice to OpenVINO (the physical cores).
         precision: what matrix products and most else are computed in; inputs, outputs and caches stay as they are.
+        weights: whether all graphs read the mapping of the weights file (``shared``), or each keeps a copy, arranged
+            and converted for its matrix products (``packed``); None decides by the size of the weights.
 
     Raises:
         BackendError: the CPU does not compute in that precision.
     """
 
-    def __init__(self, *, threads: int, precision: str) -> None:
+    def __init__(self, *, threads: int, precision: str, weights: str | None) -> None:
+        self._weights = weights
         self.core: openvino.Core = _openvino().Core()
         # A precision that the CPU lacks is no more than a hint to OpenVINO, which would take another one unasked.
         offered = precisions_of(self.core)
@@ -123,6 +134,10 @@ class OpenVinoDevice:
             # Pinned, the threads of two pipelines would share the first cores and leave the others idle.
             "ENABLE_CPU_PINNING": False,
         }
+
+    def shares(self, path: Path) -> bool:
+        """Whether a graph reads the weights file that lies beside it."""
+        return are_shared(self._weights, path.parent / WEIGHTS)
 
     def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
         """Allocate, filled with zeros."""
@@ -152,15 +167,18 @@ class OpenVino(CompiledAtLoad):
     def open(self, options: Mapping[str, Any]) -> OpenVinoDevice:
         """Open the CPU; see :class:`OpenVinoDevice` for the options."""
         settings = {"threads": 0, "precision": DEFAULT_PRECISION, **options}
-        unknown = sorted(settings.keys() - {"threads", "precision"})
         threads, precision = settings["threads"], settings["precision"]
-        if unknown or not isinstance(threads, int) or threads < 0 or precision not in _CAPABILITIES:
-            found = f"{unknown[0]!r}" if unknown else f"threads {threads!r}, precision {precision!r}"
+        # Shared weights are converted at every run: where they must be, copies cost less.
+        weights = settings.setdefault("weights", None if precision == DEFAULT_PRECISION else PACKED)
+        unknown = sorted(settings.keys() - {"threads", "precision", "weights"})
+        wrong = not isinstance(threads, int) or threads < 0 or weights not in (None, *WEIGHTS_MODES)
+        if unknown or wrong or precision not in _CAPABILITIES:
+            found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 on, and precision, one of"
-                f" {', '.join(_CAPABILITIES)}; found {found}; build again"
+                f"{self.name} takes the options threads, a number from 0 on, precision, one of"
+                f" {', '.join(_CAPABILITIES)}, and weights, {SHARED} or {PACKED}; found {found}; build again"
             )
-        return OpenVinoDevice(threads=threads, precision=precision)
+        return OpenVinoDevice(threads=threads, precision=precision, weights=weights)
 
 
 def _refusal(path: Path, error: Exception) -> BackendError:

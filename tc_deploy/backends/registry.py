@@ -6,6 +6,7 @@ from tc_deploy.backends.base import Backend
 from tc_deploy.backends.onnxruntime import OnnxRuntime
 from tc_deploy.backends.openvino import OpenVino
 from tc_deploy.backends.tensorrt import TensorRt
+from tc_deploy.backends.torch import Torch
 from tc_deploy.errors import UsageError
 
 _ALL: tuple[Backend, ...] = (
@@ -13,6 +14,7 @@ _ALL: tuple[Backend, ...] = (
     OpenVino(),
     TensorRt("tensorrt", extra="tensorrt"),
     TensorRt("tensorrt_rtx", extra="rtx"),
+    Torch(),
 )
 BACKENDS = {engine.name: engine for engine in _ALL}
 DEFAULT = OnnxRuntime.name

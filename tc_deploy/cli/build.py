@@ -27,6 +27,17 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     default=None,
     help="onnxruntime: fuse no operators, to tell a fusion's fault from an operator's; slow.",
 )
+@click.option(
+    "--provider",
+    help="onnxruntime: cpu, cuda, tensorrt or nv-tensorrt-rtx to compute with; the CPU if not given.",
+)
+@click.option(
+    "--weights",
+    help="onnxruntime on the CPU, openvino: shared, one copy for all graphs, or packed, faster where the table in"
+    " docs/engines.md says so.",
+)
+@click.option("--compile/--no-compile", "compile", default=None, help="torch: compile the steps, which takes minutes.")
+@click.option("--model", help="torch: the checkpoint, where it is not where the plan says.")
 @click.option("--precision", help="openvino: f32, bf16 or f16 to compute in; the graphs' own if not given.")
 @click.option(
     "--compute-capability",

@@ -14,7 +14,7 @@ from tc_deploy.errors import BackendError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_COLOURS = {Status.OK: "green", Status.MISSING: "yellow", Status.BROKEN: "red", Status.PLANNED: "dim"}
+_COLOURS = {Status.OK: "green", Status.MISSING: "yellow", Status.BROKEN: "red"}
 
 
 @click.command()

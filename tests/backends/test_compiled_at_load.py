@@ -49,20 +49,20 @@ def a_tensor_that_shrank(inputs: dict[str, HostBuffer]) -> None:
     inputs["timestep"].value.shape = [1]
 
 
-WRONG_THREADS = ({"threads": -1}, {"threads": "2"}, {"threads": 1, "colour": "red"})
+WRONG_THREADS = ({"threads": -1}, {"threads": "2"}, {"threads": 1, "colour": "red"}, {"weights": "twice"})
 ENGINES = (
     Engine(
         backend="onnxruntime",
         title="ONNX Runtime",
-        options="takes the options threads.*unfused",
-        wrong_options=(*WRONG_THREADS, {"unfused": 1}),
+        options="takes the options threads.*provider.*weights.*unfused",
+        wrong_options=(*WRONG_THREADS, {"unfused": 1}, {"provider": "abacus"}, {"provider": None}),
         spoil=a_label_that_no_model_has,
         seen=lambda value: value.numpy(),
     ),
     Engine(
         backend="openvino",
         title="OpenVINO",
-        options="takes the options threads.*precision",
+        options="takes the options threads.*precision.*weights",
         wrong_options=(*WRONG_THREADS, {"precision": "f8"}, {"precision": None}),
         spoil=a_tensor_that_shrank,
         seen=lambda value: value.data,

@@ -17,6 +17,7 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
+from tc_deploy.backends.onnxruntime import PROVIDERS, OnnxRuntime, OrtDevice
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, UsageError
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest, read_target
@@ -101,3 +102,50 @@ def test_a_build_from_the_command_line_records_its_options(mixed: Made, tmp_path
         "threads": 3,
         "unfused": True,
     }
+
+
+# ------------------------------------------------------------------------------------------------- execution providers
+
+
+@pytest.mark.parametrize(
+    ("provider", "name", "cure"),
+    [
+        ("cuda", "CUDAExecutionProvider", "install tc-deploy[cuda] instead of [cpu]"),
+        ("tensorrt", "TensorrtExecutionProvider", "install tc-deploy[cuda] instead of [cpu], and TensorRT"),
+        ("nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "install a build of ONNX Runtime with it"),
+    ],
+)
+def test_a_provider_that_is_not_here_is_an_error(
+    mixed: Made, tmp_path: Path, provider: str, name: str, cure: str
+) -> None:
+    if name in onnxruntime.get_available_providers():
+        pytest.skip(f"needs an ONNX Runtime without {name}")
+    bundle = mixed.copy(tmp_path / "bundle")
+    before = snapshot(bundle)
+    answer = run_cli("-q", "build", bundle, "--provider", provider)
+    assert answer.code == BackendError.exit_code
+    assert f"this ONNX Runtime has no {name}, only " in answer.error
+    assert f"; {cure}, or build again for another --provider" in answer.error
+    assert snapshot(bundle) == before
+    # Nor does ONNX Runtime's own habit of taking the CPU instead go unnoticed.
+    device = OrtDevice(provider=PROVIDERS[provider])
+    refusal = rf"would run it with CPUExecutionProvider, not with {name} as it was built|Unknown Provider Type: {name}"
+    with pytest.raises(BackendError, match=refusal):
+        device.load(bundle / ONNX_FOLDER / "full.onnx")
+
+
+def test_a_target_for_a_gpu_is_not_run_on_the_cpu(mixed: Made, tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("needs an ONNX Runtime without CUDA")
+    bundle = mixed.copy(tmp_path / "bundle")
+    target = bundle / "onnxruntime" / MANIFEST
+    document = json.loads(target.read_text(encoding="utf-8"))
+    document["options"] = {"provider": "cuda"}
+    target.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BackendError, match="this ONNX Runtime has no CUDAExecutionProvider"):
+        tc_deploy.load(bundle)
+
+
+def test_shared_weights_are_the_cpu_s(mixed: Made) -> None:
+    with pytest.raises(BackendError, match="takes the option weights with provider cpu only"):
+        OnnxRuntime().open({"provider": "cuda", "weights": "shared"})

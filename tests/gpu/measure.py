@@ -1,6 +1,6 @@
-"""Every installed backend on this machine: numbers against PyTorch, time of full and cached steps, as JSON.
+"""Every installed engine on this machine: numbers against PyTorch, time of full and cached steps, as JSON.
 
-A backend that refuses (a GPU that TensorRT-RTX does not know, say) is not passed over: its refusal is the result.
+An engine that refuses (a GPU that TensorRT-RTX does not know, say) is not passed over: its refusal is the result.
 ``run.sh`` calls this; it runs on a machine without a GPU too, with the backends that need none.
 """
 
@@ -20,6 +20,7 @@ import torch
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
+from tc_deploy.backends.onnxruntime import CPU, PROVIDERS
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import canonical_json, write_bytes
 from tc_deploy.calibrate.recipe import Recipe
@@ -37,6 +38,12 @@ STEPS = {"steps": 8}
 SCHEDULE = {"boundary": 4, "k1": 4, "k2": 2}
 """F c1 c1 c1 | F c2 F c2: short, since PyTorch samples beside it on the CPU."""
 LABEL, SEED = 7, 0
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in BACKENDS},
+    **{f"onnxruntime:{name}": ("onnxruntime", {"provider": name}) for name in PROVIDERS if name != CPU},
+    "torch:compiled": ("torch", {"compile": True}),
+}
+"""What is measured: a backend with options."""
 
 
 def make_bundle(size: str, sample_size: int, folder: Path) -> None:
@@ -88,19 +95,20 @@ def say_once(what: str, done: int, total: int) -> None:
         click.echo(what)
 
 
-def result_of(folder: Path, backend: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
-    """What one backend makes of a bundle, as far as it gets."""
+def result_of(folder: Path, engine: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
+    """What one engine makes of a bundle, as far as it gets."""
     bundle = folder / "bundle"
-    result: dict[str, Any] = {"backend": backend}
+    backend, options = ENGINES[engine]
+    result: dict[str, Any] = {"backend": backend, "options": options}
     try:
         profile = {"batch_profile": (1, min(batches), max(batches))} if backend.startswith("tensorrt") else {}
-        target = build_target(bundle, backend, profile, say_once)
+        target = build_target(bundle, backend, {**options, **profile}, say_once)
         result["version"] = target.backend_version
         result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
         result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
     except TcDeployError as error:
         result["refused"] = str(error)
-        click.echo(f"{backend}: {error}")
+        click.echo(f"{engine}: {error}")
     return result
 
 
@@ -110,16 +118,16 @@ def result_of(folder: Path, backend: str, batches: tuple[int, ...], rounds: int,
 @click.option("--sample-size", "sample_sizes", type=int, multiple=True, default=(32, 64), show_default=True)
 @click.option("--batch-size", "batches", type=int, multiple=True, default=(1, 2, 8), show_default=True)
 @click.option("--rounds", default=20, show_default=True)
-@click.option("--backend", "backends", multiple=True, default=tuple(BACKENDS), show_default=True)
+@click.option("--engine", "engines", type=click.Choice(tuple(ENGINES)), multiple=True, default=tuple(ENGINES))
 def main(
     output: Path,
     size: str,
     sample_sizes: tuple[int, ...],
     batches: tuple[int, ...],
     rounds: int,
-    backends: tuple[str, ...],
+    engines: tuple[str, ...],
 ) -> None:
-    """Measure every backend that is installed here, and write OUTPUT."""
+    """Measure every engine that is installed here, and write OUTPUT."""
     results = []
     for sample_size in sample_sizes:
         with tempfile.TemporaryDirectory() as name:
@@ -128,8 +136,8 @@ def main(
             shape = read_manifest(folder / "bundle").latent_shape
             noise = np.random.Generator(np.random.Philox(key=SEED)).standard_normal(shape, dtype=np.float32)[None]
             reference = pytorch_latents(folder, noise)
-            for backend in backends:
-                made = result_of(folder, backend, batches, rounds, reference)
+            for engine in engines:
+                made = result_of(folder, engine, batches, rounds, reference)
                 results.append({"model": f"DiT-{size}", "sample_size": sample_size, **made})
     gpus = [{"name": gpu.name, "driver": gpu.driver} for gpu in nvidia_gpus()[0]]
     today = dt.datetime.now(dt.UTC).date().isoformat()

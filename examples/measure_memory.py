@@ -1,0 +1,114 @@
+"""What all graphs of a bundle take of memory, against the full graph alone, in one way of keeping weights or another.
+
+Each figure is of a fresh process that has every buffer of the bundle, loads some graphs and runs them once. Memory is
+the proportional set size: a page of the weights file that three graphs have mapped counts once, as it lies there once.
+
+    python examples/measure_memory.py engines/mine memory.json
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tc_deploy.backends import registry
+from tc_deploy.bundle import canonical_json
+from tc_deploy.hardware import hardware_line
+from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest
+
+MODES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("onnxruntime", {"weights": "packed"}),
+    ("onnxruntime", {"weights": "shared"}),
+    ("openvino", {"precision": "f32", "weights": "packed"}),
+    ("openvino", {"precision": "f32", "weights": "shared"}),
+    ("openvino", {"precision": "bf16", "weights": "packed"}),
+    ("openvino", {"precision": "bf16", "weights": "shared"}),
+)
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from tc_deploy.backends import registry
+from tc_deploy.manifest import TOKEN_INDEX, read_manifest
+
+def resident_mib():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+
+bundle, backend, options, loaded = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4:]
+manifest = read_manifest(bundle)
+device = registry.backend(backend).open(options)
+batch = manifest.batch_size or 1
+sizes = {"batch": batch, "model_batch": batch * (2 if manifest.guided else 1)}
+buffers = {}
+for graph, record in manifest.graphs.items():
+    for tensor in (*record.inputs, *record.outputs):
+        shape = tuple(sizes.get(size, size) for size in tensor.shape)
+        key = (tensor.name, graph if tensor.name == TOKEN_INDEX else "")
+        if key not in buffers:
+            buffers[key] = device.buffer(np.dtype(tensor.dtype), shape)
+        if tensor.name == TOKEN_INDEX:
+            buffers[key].write(np.broadcast_to(np.arange(shape[1]) % 16, shape).astype(tensor.dtype))
+before_mib = resident_mib()
+bound = []
+for graph in loaded:
+    record = manifest.graphs[graph]
+    inputs, outputs = (
+        {tensor.name: buffers[tensor.name, graph if tensor.name == TOKEN_INDEX else ""] for tensor in tensors}
+        for tensors in (record.inputs, record.outputs)
+    )
+    bound.append(device.load(bundle / record.file).bind(inputs, outputs))
+    bound[-1].run()
+print(json.dumps({"before_mib": before_mib, "after_mib": resident_mib()}))
+"""
+
+
+def memory_mib(bundle: Path, backend: str, options: dict[str, Any], graphs: list[str]) -> dict[str, float]:
+    words = [sys.executable, "-c", PROGRAM, str(bundle), backend, json.dumps({"threads": 2, **options}), *graphs]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    if answer.returncode:
+        raise click.ClickException(answer.stderr.strip().splitlines()[-1])
+    found: dict[str, float] = json.loads(answer.stdout)
+    return found
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+def main(bundle: Path, output: Path) -> None:
+    """Measure the memory that the graphs of BUNDLE take on a CPU, and write OUTPUT."""
+    manifest = read_manifest(bundle)
+    rows = []
+    for backend, options in MODES:
+        one = memory_mib(bundle, backend, options, ["full"])
+        every = memory_mib(bundle, backend, options, list(manifest.graphs))
+        # Of the engines alone: without Python, the library and the buffers, which both have.
+        engines = {name: found["after_mib"] - found["before_mib"] for name, found in (("full", one), ("all", every))}
+        row = {
+            "backend": backend,
+            "version": registry.backend(backend).version(),
+            "options": options,
+            "process_mib": {"full": round(one["after_mib"]), "all": round(every["after_mib"])},
+            "engines_mib": {name: round(size) for name, size in engines.items()},
+            "all_to_full": round(engines["all"] / engines["full"], 3),
+        }
+        rows.append(row)
+        click.echo(json.dumps(row))
+    document = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "hardware": hardware_line(),
+        "weights_mib": round(manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"].size_bytes / 2**20),
+        "graphs": list(manifest.graphs),
+        "results": rows,
+    }
+    output.write_text(canonical_json(document), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

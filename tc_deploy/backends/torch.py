@@ -1,0 +1,254 @@
+"""PyTorch: for a machine with a GPU and none of the other engines, or to compare them with.
+
+Its engines are the bundle's steps, traced anew by ``torch.export`` from the checkpoint for the batch that they run with
+(a saved program would be read with pickle), and on a GPU captured as CUDA graphs, one per binding. So a target holds
+only settings, and the checkpoint must be where the plan says, or where the option ``model`` does. The one backend that
+needs torch and the compile side; both are imported when it is opened, and not before. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.backends.base import Buffer
+from tc_deploy.backends.compiled_at_load import CompiledAtLoad
+from tc_deploy.backends.host import check_array
+from tc_deploy.errors import BackendError, first_line
+from tc_deploy.manifest import SOLVER, Manifest, history_name, read_manifest, variant_name
+from tc_deploy.plan import load_plan
+from tc_deploy.schedule import FULL
+from tc_deploy.types import Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tc_deploy.models.family import DiffusionTransformer
+
+_Step: TypeAlias = "Callable[..., Sequence[Tensor]]"
+"""Positional tensors in, tensors out, as a graph's record orders them."""
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise BackendError("PyTorch is not installed; install tc-deploy[compile]") from None
+    return torch
+
+
+class TorchBuffer:
+    """A tensor on the device, with an address that never changes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` in.
+
+        Raises:
+            ValueError: it has another dtype or shape; nothing is converted or broadcast.
+        """
+        check_array(array, np.dtype(str(self.tensor.dtype).removeprefix("torch.")), tuple(self.tensor.shape))
+        self.tensor.copy_(_torch().from_numpy(np.array(array)))
+
+    def read(self) -> NDArray[Any]:
+        """A copy, once the device is done with what it was told before."""
+        return self.tensor.cpu().numpy().copy()
+
+
+class TorchBoundGraph:
+    """A step on fixed tensors; on a GPU its first run captures it, and later ones replay."""
+
+    def __init__(self, step: _Step, inputs: Sequence[Tensor], outputs: Sequence[Tensor], device: TorchDevice) -> None:
+        self._step, self._inputs, self._outputs, self._device = step, inputs, outputs, device
+        self._captured: Any = None
+
+    def run(self) -> None:
+        """Run it, or queue it on a GPU.
+
+        Raises:
+            BackendError: PyTorch fails.
+        """
+        torch = _torch()
+        try:
+            with torch.inference_mode():
+                if self._device.place.type != "cuda":
+                    self._compute()
+                    return
+                if self._captured is None:
+                    self._capture(torch)
+                self._captured.replay()
+        except (RuntimeError, IndexError) as error:
+            raise BackendError(f"PyTorch fails: {first_line(error)}") from error
+
+    def _compute(self) -> None:
+        for output, made in zip(self._outputs, self._step(*self._inputs), strict=True):
+            output.copy_(made)
+
+    def _capture(self, torch: Any) -> None:
+        # What PyTorch sets up at a first run must not become part of the graph.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        self._captured = torch.cuda.CUDAGraph()
+        # Graphs run one after another and leave nothing in the pool, so all of them can have the same.
+        with torch.cuda.graph(self._captured, pool=self._device.pool):
+            self._compute()
+
+
+class TorchGraph:
+    """One graph of a bundle.
+
+    Args:
+        device: where it runs.
+        path: stands for the graph in messages.
+        step: computes it.
+        names: of its inputs and outputs, in order.
+        traced: whether the step is to be exported, and compiled if the device says so.
+    """
+
+    def __init__(
+        self, device: TorchDevice, path: Path, step: _Step, names: tuple[tuple[str, ...], tuple[str, ...]], traced: bool
+    ) -> None:
+        self._device, self._path, self._step, self._traced = device, path, step, traced
+        self._input_names, self._output_names = names
+        self._programs: dict[tuple[Any, ...], _Step] = {}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TorchBoundGraph:
+        """Fix the buffers by tensor name.
+
+        Raises:
+            BackendError: PyTorch cannot export the graph for these shapes.
+        """
+        given = [cast("TorchBuffer", inputs[name]).tensor for name in self._input_names]
+        taken = [cast("TorchBuffer", outputs[name]).tensor for name in self._output_names]
+        shapes = tuple(tensor.shape for tensor in given)
+        if shapes not in self._programs:
+            self._programs[shapes] = self._program(given) if self._traced else self._step
+        return TorchBoundGraph(self._programs[shapes], given, taken, self._device)
+
+    def _program(self, example: Sequence[Tensor]) -> _Step:
+        torch = _torch()
+        try:
+            with torch.no_grad():
+                # Copies: of one tensor that stands for two inputs the exporter would make one.
+                arguments = tuple(tensor.clone() for tensor in example)
+                program: Any = torch.export.export(cast("Any", self._step), arguments, strict=False).module()
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"{self._path}: PyTorch cannot export the graph: {first_line(error)}") from error
+        return cast("_Step", torch.compile(program) if self._device.compiled else program)
+
+
+class TorchDevice:
+    """The first GPU that PyTorch sees, or else the CPU.
+
+    Args:
+        compiled: whether steps go through ``torch.compile``.
+        model: the checkpoint; None looks where a bundle's plan says.
+    """
+
+    def __init__(self, *, compiled: bool, model: str | None) -> None:
+        torch = _torch()
+        self.compiled = compiled
+        self.place: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.pool: Any = torch.cuda.graph_pool_handle() if self.place.type == "cuda" else None
+        self._source, self._models = model, dict[Path, "DiffusionTransformer"]()
+
+    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TorchBuffer:
+        """Allocate, filled with zeros."""
+        torch = _torch()
+        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype.name), device=self.place))
+
+    def load(self, path: Path) -> TorchGraph:
+        """Make the step that an ONNX graph of a bundle was exported from.
+
+        Raises:
+            ModelError: the checkpoint cannot be loaded.
+            PlanError: it is another one than the bundle's.
+        """
+        bundle, name = path.parents[1], path.stem
+        manifest = read_manifest(bundle)
+        if manifest.precision is not Precision.FP32:
+            raise BackendError(
+                f"{bundle}: {Torch.name} runs fp32 bundles only, found {manifest.precision}; export again"
+            )
+        record = manifest.graphs[name]
+        names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
+        if name == SOLVER:
+            return TorchGraph(self, path, _solver_step(manifest, *names), names, traced=False)
+        from tc_deploy.export.graphs import StepGraph
+
+        plan, _ = load_plan(bundle)
+        phases = plan.phases_used()
+        (variant,) = (variant for variant in (FULL, *phases) if variant_name(variant) == name)
+        step = StepGraph(self._model(bundle), plan.cache, variant, phases).eval()
+        return TorchGraph(self, path, step, names, traced=True)
+
+    def _model(self, bundle: Path) -> DiffusionTransformer:
+        if bundle not in self._models:
+            from tc_deploy.export.stage import check_model
+            from tc_deploy.models.loading import load_model
+
+            plan, _ = load_plan(bundle)
+            model = load_model(Path(self._source or plan.model.source))
+            check_model(plan, model, str(bundle))
+            model.module.to(self.place)
+            self._models[bundle] = model
+        return self._models[bundle]
+
+
+def _solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
+    """The solver's graph in PyTorch; ``export/solver_graph.py`` says what it computes."""
+    torch, history, latent_shape = _torch(), manifest.solver.history, manifest.latent_shape
+
+    def step(*tensors: Tensor) -> Sequence[Tensor]:
+        given = dict(zip(input_names, tensors, strict=True))
+        per_sample = (-1, *[1] * len(latent_shape))
+        output = given["model_output"][:, : latent_shape[0]]
+        if manifest.guided:
+            conditional, unconditional = output.chunk(2)
+            output = unconditional + given["guidance_scale"].reshape(per_sample) * (conditional - unconditional)
+        values = [
+            *(given[history_name("latents", age)] for age in range(history + 1)),
+            output,
+            *(given[history_name("guided_output", age)] for age in range(1, history + 1)),
+        ]
+        columns = given["coefficients"].unbind(1)
+        terms = [column.reshape(per_sample) * value for column, value in zip(columns, values, strict=True)]
+        latents = functools.reduce(torch.add, terms)
+        scaled = latents * given["input_scale"].reshape(per_sample)
+        states = torch.cat([scaled, scaled]) if manifest.guided else scaled
+        made = {"next_latents": latents, "hidden_states": states, "guided_output": output}
+        return [made[name] for name in output_names]
+
+    return step
+
+
+class Torch(CompiledAtLoad):
+    """The backend."""
+
+    name = "torch"
+
+    def version(self) -> str:
+        """PyTorch's version."""
+        return str(_torch().__version__)
+
+    def open(self, options: Mapping[str, Any]) -> TorchDevice:
+        """Open the GPU or the CPU; see :class:`TorchDevice` for the options ``compile`` and ``model``."""
+        compiled, model = options.get("compile", False), options.get("model")
+        unknown = sorted(options.keys() - {"compile", "model"})
+        if unknown or not isinstance(compiled, bool) or not (model is None or isinstance(model, str)):
+            found = repr(unknown[0]) if unknown else f"compile {compiled!r}, model {model!r}"
+            raise BackendError(
+                f"{self.name} takes the options compile, true or false, and model, a checkpoint's path;"
+                f" found {found}; build again"
+            )
+        return TorchDevice(compiled=compiled, model=model)

@@ -1,0 +1,92 @@
+"""PyTorch as a backend: the same pictures as ONNX Runtime's, from the checkpoint that the plan names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bundles import Made, MadeByCommands, run_cli, snapshot
+from tolerances import tolerance
+
+import tc_deploy
+from tc_deploy.backends import registry
+from tc_deploy.backends.build import build_target
+from tc_deploy.errors import BackendError, ModelError, PlanError
+from tc_deploy.types import FloatArray
+
+LABELS = [3, 9]
+
+
+def latents(bundle: Path, backend: str, *, full: bool) -> FloatArray:
+    with tc_deploy.load(bundle, backend, batch_size=2) as pipeline:
+        return pipeline(class_labels=LABELS, seed=5, full=full).latents
+
+
+@pytest.fixture(scope="module")
+def built(
+    tmp_path_factory: pytest.TempPathFactory, mixed: Made, multistep: Made, pixel: MadeByCommands
+) -> dict[str, Path]:
+    """A copy of each bundle with targets of both kinds, the first built by the command line."""
+    folder = tmp_path_factory.mktemp("torch")
+    made = {"mixed": mixed, "multistep": multistep, "pixel": pixel}
+    copies = {name: bundle.copy(folder / name) for name, bundle in made.items()}
+    answer = run_cli("build", copies["mixed"], "--backend", "torch", "--model", mixed.model)
+    assert answer.code == 0, answer.err
+    assert answer.out == f"{copies['mixed'] / 'torch'}: built with torch {torch.__version__}\n"
+    build_target(copies["multistep"], "torch")
+    build_target(copies["pixel"], "torch")
+    return copies
+
+
+@pytest.mark.parametrize("bundle", ["mixed", "multistep", "pixel"])
+def test_a_trajectory_is_onnx_runtime_s(built: dict[str, Path], bundle: str) -> None:
+    for full in (False, True):
+        found, expected, other = (
+            latents(built[bundle], "torch", full=full),
+            latents(built[bundle], "onnxruntime", full=full),
+            latents(built[bundle], "onnxruntime", full=not full),
+        )
+        allowed = tolerance("torch", "fp32", "trajectory_max_rel")
+        assert np.abs(found - expected).max() <= allowed * np.abs(expected).max()
+        # The comparison can tell a cached run from a full one.
+        assert np.abs(found - other).max() > 100 * allowed * np.abs(other).max()
+
+
+def test_a_buffer_keeps_a_copy_of_what_is_written() -> None:
+    buffer = registry.backend("torch").open({}).buffer(np.dtype("int32"), (2, 3))
+    assert not buffer.read().any()
+    values = np.arange(6, dtype=np.int32).reshape(2, 3)
+    buffer.write(values)
+    values[...] = 0
+    buffer.read()[...] = 0
+    assert buffer.read().tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match=r"expected int32 \(2, 3\), found float32 \(2, 3\)"):
+        buffer.write(np.zeros((2, 3), np.float32))
+
+
+def test_the_checkpoint_must_be_there_and_be_the_plan_s(mixed: Made, multistep: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    before = snapshot(bundle)
+    with pytest.raises(ModelError):
+        build_target(bundle, "torch", {"model": str(tmp_path / "nowhere")})
+    with pytest.raises(PlanError, match="the plan was made for another model"):
+        build_target(bundle, "torch", {"model": str(multistep.model)})
+    assert snapshot(bundle) == before
+
+
+@pytest.mark.parametrize("options", [{"compile": 1}, {"model": 3}, {"threads": 1}])
+def test_an_option_that_it_does_not_know_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(BackendError, match=r"torch takes the options compile.*model.*found"):
+        registry.backend("torch").open(options)
+
+
+def test_a_machine_without_pytorch_is_told_the_extra(mixed: Made) -> None:
+    program = "import sys; sys.modules['torch'] = None; from tc_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["-q", "build", str(mixed.bundle), "--backend", "torch"]
+    answer = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == BackendError.exit_code
+    assert answer.stderr == "error: PyTorch is not installed; install tc-deploy[compile]\n"

@@ -1,0 +1,129 @@
+"""One copy of the weights for all graphs of a bundle in resident memory, with the numbers of a copy for each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from bundles import Made, run_cli
+from tolerances import tolerance
+
+import tc_deploy
+from tc_deploy.backends.build import build_target
+from tc_deploy.backends.compiled_at_load import SHARED_FROM_MIB, are_shared
+from tc_deploy.bundle import MANIFEST
+from tc_deploy.manifest import WEIGHTS
+
+LAYERS, WIDTH, GRAPHS = 4, 1536, 3
+WEIGHTS_MIB = LAYERS * WIDTH * WIDTH * 4 / 2**20
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from tc_deploy.backends import registry
+
+def resident_mib():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+
+device = registry.backend(sys.argv[1]).open({"threads": 1, "weights": sys.argv[2]})
+found, bound = [], []
+for number in range(int(sys.argv[4])):
+    x, y = (device.buffer(np.dtype("float32"), (8, int(sys.argv[5]))) for _ in range(2))
+    x.write(np.full((8, int(sys.argv[5])), number + 1, np.float32))
+    bound.append(device.load(Path(sys.argv[3]) / f"{number}.onnx").bind({"x": x}, {"y": y}))
+    bound[-1].run()
+    found.append({"resident_mib": resident_mib(), "y": float(y.read()[0, 0])})
+print(json.dumps(found))
+"""
+
+
+def write_graphs(folder: Path) -> None:
+    """Graphs of a few matrix products each, all by the matrices of one weights file, which average."""
+    size = WIDTH * WIDTH * 4
+    np.full(LAYERS * WIDTH * WIDTH, 1 / WIDTH, np.float32).tofile(folder / WEIGHTS)
+    for number in range(GRAPHS):
+        matrices = [
+            ir.Value(
+                name=f"w{layer}",
+                const_value=ir.ExternalTensor(
+                    WEIGHTS,
+                    layer * size,
+                    size,
+                    ir.DataType.FLOAT,
+                    shape=ir.Shape([WIDTH, WIDTH]),
+                    name=f"w{layer}",
+                    base_dir=folder,
+                ),
+                shape=ir.Shape([WIDTH, WIDTH]),
+                type=ir.TensorType(ir.DataType.FLOAT),
+            )
+            for layer in range(LAYERS)
+        ]
+        x = value = ir.Value(name="x", shape=ir.Shape([8, WIDTH]), type=ir.TensorType(ir.DataType.FLOAT))
+        nodes = []
+        for matrix in matrices:
+            nodes.append(ir.node("MatMul", [value, matrix]))
+            (value,) = nodes[-1].outputs
+        value.name, value.shape, value.type = "y", ir.Shape([8, WIDTH]), ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph([x], [value], nodes=nodes, initializers=matrices, opset_imports={"": 20})
+        ir.save(ir.Model(graph, ir_version=10), folder / f"{number}.onnx")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory where Linux shows it")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_shared_weights_are_resident_once(tmp_path: Path, backend: str) -> None:
+    write_graphs(tmp_path)
+    growth = {}
+    for mode in ("shared", "packed"):
+        words = [sys.executable, "-c", PROGRAM, backend, mode, str(tmp_path), str(GRAPHS), str(WIDTH)]
+        answer = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, answer.stderr
+        found = json.loads(answer.stdout)
+        assert [step["y"] for step in found] == pytest.approx([1, 2, 3], abs=tolerance(backend, "fp32", "max_abs"))
+        growth[mode] = found[-1]["resident_mib"] - found[0]["resident_mib"]
+    # Two more graphs: next to nothing, or a copy each.
+    assert growth["shared"] < 0.25 * WEIGHTS_MIB
+    assert growth["packed"] > 1.5 * WEIGHTS_MIB
+
+
+def test_large_weights_are_shared_unless_said_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / WEIGHTS
+    assert not are_shared(None, file)
+    for size, expected in ((SHARED_FROM_MIB * 2**20 - 1, False), (SHARED_FROM_MIB * 2**20, True)):
+        with file.open("wb") as made:
+            made.truncate(size)
+        assert are_shared(None, file) is expected
+        assert are_shared("shared", file)
+        assert not are_shared("packed", file)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_shared_and_packed_weights_make_the_same_pictures(mixed: Made, tmp_path: Path, backend: str) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    made = []
+    for mode in ("shared", "packed"):
+        assert run_cli("build", bundle, "--backend", backend, "--threads", 1, "--weights", mode).code == 0
+        options = json.loads((bundle / backend / MANIFEST).read_text(encoding="utf-8"))["options"]
+        assert options == {"threads": 1, "weights": mode}
+        with tc_deploy.load(bundle, backend, batch_size=2) as pipeline:
+            made.append(pipeline(class_labels=[3, 9, 0], seed=11).latents)
+    error = np.abs(made[0] - made[1]).max() / np.abs(made[0]).max()
+    assert error <= tolerance(backend, "fp32", "trajectory_max_rel")
+
+
+def test_a_loaded_pipeline_keeps_the_mapping_it_reads(mixed: Made, tmp_path: Path) -> None:
+    # The file may go, as when a bundle is built again; what was loaded must not.
+    bundle = mixed.copy(tmp_path / "bundle")
+    for backend in ("onnxruntime", "openvino"):
+        build_target(bundle, backend, {"threads": 1, "weights": "shared"})
+        with tc_deploy.load(bundle, backend) as pipeline:
+            before = pipeline(class_labels=[1]).latents
+            moved = bundle.rename(tmp_path / "moved")
+            assert np.array_equal(pipeline(class_labels=[1]).latents, before)
+            moved.rename(bundle)
