@@ -20,7 +20,7 @@ from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from tc_deploy.errors import ExportError
+from tc_deploy.errors import ExportError, first_line
 from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, MODULE_END, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
@@ -66,9 +66,17 @@ class StepGraph(nn.Module):
         )
         self.output_names = (SAMPLE,)
 
+    def is_shared(self, name: str) -> bool:
+        """Whether an input has no batch axis: the token index of a family whose samples share it."""
+        return name == TOKEN_INDEX and self.model.family.shares_index
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
         given = dict(zip(self.input_names, tensors, strict=True))
+        # Without being told the exporter gives every input a batch of its own, which views that mix two cannot have.
+        for name, tensor in given.items():
+            if not self.is_shared(name):
+                torch._check(tensor.shape[0] == tensors[0].shape[0])
         inputs = {name: given[name] for name in self.model.input_names if name in given}
         if self.variant == FULL:
             sample, noted = run_full(self.model, self.cache, inputs)
@@ -103,8 +111,7 @@ def onnx_from_graph(
         ExportError: PyTorch's exporter refuses the graph, or fixes the batch that was to be left open.
     """
     batch = {0: torch.export.Dim(MODEL_BATCH, min=1)}
-    shared = graph.model.family.shares_index
-    axes = tuple({} if name == TOKEN_INDEX and shared else batch for name in graph.input_names)
+    axes = tuple({} if graph.is_shared(name) else batch for name in graph.input_names)
     arguments = tuple(example[name] for name in graph.input_names)
     try:
         with _quiet(), torch.no_grad():
@@ -121,15 +128,17 @@ def onnx_from_graph(
                 optimize=True,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        # The exporter's own words are advice on how to report a defect; what it met is the cause.
         raise ExportError(
-            f"PyTorch cannot export variant {graph.variant}: {str(error).strip().splitlines()[0]}"
+            f"PyTorch cannot export variant {graph.variant}: {first_line(error.__cause__ or error)}"
         ) from error
     if program is None:
         raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
     model: ir.Model = program.model
     if dynamic_batch:
         _check_dynamic(model, graph)
-    optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+    with _quiet():
+        optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
     _strip_notes(model)
     return model
 
@@ -139,7 +148,7 @@ def _check_dynamic(model: ir.Model, graph: StepGraph) -> None:
     shapes = {str(value.name): value.shape for value in model.graph.inputs}
     for name in graph.input_names:
         shape = shapes[name]
-        if shape is not None and isinstance(shape[0], int) and not (name == TOKEN_INDEX and len(shape) == 1):
+        if shape is not None and isinstance(shape[0], int) and not graph.is_shared(name):
             raise ExportError(
                 f"variant {graph.variant}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
                 " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
@@ -195,12 +204,14 @@ _TRANSLATIONS: dict[Any, Any] = {
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress prints and deprecation warnings of its own code away from the user."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

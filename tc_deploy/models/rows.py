@@ -63,12 +63,12 @@ class Rows(Enum):
                 return Streams(value[0], value[1])
             case Rows.TEXT_AND_IMAGE:
                 return Streams(value[1], value[0])
+            # Two slices rather than a split, which export does not fold where the value is a constant.
             case Rows.IMAGE_TEXT:
-                image, text = value.split([images, value.shape[axis] - images], dim=axis)
-                return Streams(image, text)
+                return Streams(value.narrow(axis, 0, images), value.narrow(axis, images, value.shape[axis] - images))
             case Rows.TEXT_IMAGE:
-                text, image = value.split([value.shape[axis] - images, images], dim=axis)
-                return Streams(image, text)
+                texts = value.shape[axis] - images
+                return Streams(value.narrow(axis, texts, images), value.narrow(axis, 0, texts))
 
     def join(self, streams: Streams, axis: int = 1) -> Any:
         """Put a value together again."""

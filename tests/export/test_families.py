@@ -28,6 +28,8 @@ from tc_deploy.types import Attention, Reuse
 KEEP = {"uvit": (5, 0, None), "sd35": (0, 5, None), "flux": (5, 0, 0, None), "flux-schnell": (5,)}
 """Image tokens that blocks keep: some, none, or all (None)."""
 BATCH = 2
+QUICK = [("pixart", 1), ("sd35", 1), ("flux", FULL), ("flux", 1), ("wan", 1), ("uvit", 1)]
+"""An export takes seconds: what these leave out runs with the slow tests."""
 
 
 def settings(
@@ -95,8 +97,14 @@ def assert_same_as_pytorch(graph: StepGraph, session: onnxruntime.InferenceSessi
         assert np.abs(mine - theirs.numpy()).max() / largest <= tolerance("onnxruntime", "fp32", "max_abs"), name
 
 
-@pytest.mark.parametrize("variant", [FULL, 1])
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        pytest.param(name, variant, marks=() if (name, variant) in QUICK else pytest.mark.slow)
+        for name in zoo.NAMES
+        for variant in (FULL, 1)
+    ],
+)
 def test_a_graph_computes_what_pytorch_does_at_any_batch(name: str, variant: int, tmp_path: Path) -> None:
     model = zoo.model(name)
     cache = settings(model, KEEP.get(name, (0, 5)), Reuse.BRANCH, Attention.ALL, order=1)
@@ -109,6 +117,7 @@ def test_a_graph_computes_what_pytorch_does_at_any_batch(name: str, variant: int
         assert index == ([5] if model.family.shares_index else [MODEL_BATCH, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keep"), [("sd35", (5, 0, 5)), ("flux", (0, 5, 5, 0)), ("wan", (5, 0)), ("uvit", (0, 5, 5))]
 )
