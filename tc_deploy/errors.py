@@ -73,7 +73,7 @@ class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked
     exit_code = 130
 
 
-def first_line(error: Exception | str) -> str:
+def first_line(error: BaseException | str) -> str:
     """What a library's error says first, for our own one-line message; its class where it says nothing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return " ".join(line.split())

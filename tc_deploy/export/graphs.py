@@ -76,7 +76,7 @@ class StepGraph(nn.Module):
         # Without being told the exporter gives every input a batch of its own, which views that mix two cannot have.
         for name, tensor in given.items():
             if not self.is_shared(name):
-                torch._check(tensor.shape[0] == tensors[0].shape[0])
+                torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
         inputs = {name: given[name] for name in self.model.input_names if name in given}
         if self.variant == FULL:
             sample, noted = run_full(self.model, self.cache, inputs)

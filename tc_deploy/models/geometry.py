@@ -16,8 +16,8 @@ from tc_deploy.errors import ModelError
 from tc_deploy.plan import ModelRecord
 
 LARGEST_GUIDANCE = 4.0
-"""Guidance strengths are drawn from 1 to this; FLUX's pipeline uses 3.5. Models take the sine of a thousand times it, so
-rounding grows with it: at 7, the last bit of a frequency moves the output by 1e-4 of its standard deviation."""
+"""Guidance strengths are drawn from 1 to this; FLUX's pipeline uses 3.5. Models take the sine of a thousand times it,
+so rounding grows with it: at 7, the last bit of a frequency moves the output by 1e-4 of its standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
