@@ -73,7 +73,7 @@ class Checkpoint:
         """Run a step once; returns its outputs by name."""
         graph = self.step_graph(variant)
         with torch.no_grad(), half_products(self.model, self.precision):
-            made = graph(*(_widened(feed[name]) for name in graph.input_names))
+            made = graph(*(torch.from_numpy(np.array(feed[name])) for name in graph.input_names))
         return {name: tensor.numpy() for name, tensor in zip(graph.output_names, made, strict=True)}
 
     def module_values(
@@ -136,9 +136,3 @@ def _arrays(values: Any) -> list[NDArray[Any]]:
     elif not isinstance(values, (tuple, list)):
         return []
     return [array for value in values for array in _arrays(value)]
-
-
-def _widened(array: NDArray[Any]) -> Tensor:
-    """An input for the module, which is in fp32; half caches are."""
-    tensor = torch.from_numpy(np.array(array))
-    return tensor.float() if tensor.is_floating_point() else tensor
