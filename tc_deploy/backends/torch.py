@@ -177,9 +177,7 @@ class TorchDevice:
         bundle, name = path.parents[1], path.stem
         manifest = read_manifest(bundle)
         if manifest.precision is not Precision.FP32:
-            raise BackendError(
-                f"{bundle}: {Torch.name} runs fp32 bundles only, found {manifest.precision}; export again"
-            )
+            raise BackendError(f"{bundle}: torch runs fp32 bundles only, found {manifest.precision}; export again")
         record = manifest.graphs[name]
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
@@ -187,9 +185,8 @@ class TorchDevice:
         from tc_deploy.export.graphs import StepGraph
 
         plan, _ = load_plan(bundle)
-        phases = plan.phases_used()
-        (variant,) = (variant for variant in (FULL, *phases) if variant_name(variant) == name)
-        step = StepGraph(self._model(bundle), plan.cache, variant, phases).eval()
+        variants = {variant_name(variant): variant for variant in (FULL, *plan.phases_used())}
+        step = StepGraph(self._model(bundle), plan.cache, variants[name], plan.phases_used()).eval()
         return TorchGraph(self, path, step, names, traced=True)
 
     def _model(self, bundle: Path) -> DiffusionTransformer:
