@@ -144,17 +144,17 @@ class EngineTransformer(nn.Module):
         given = self._arguments(args, kwargs)
         return_dict, timestep = given.pop("return_dict", True), given.pop("timestep", None)
         tensors = {name: given.pop(name, None) for name in self._inputs}
+        arrays = {name: self._array(self._inputs[name], value) for name, value in tensors.items()}
+        batch = len(arrays["hidden_states"])
+        for name, array in arrays.items():
+            if len(array) != batch:
+                raise UsageError(f"{name}: expected a batch of {batch}, as hidden_states has, found {len(array)}")
         for name, value in given.items():
             if not _says_nothing(value) and not _is_equal(value, self._constants.get(name, self._default(name))):
                 raise UsageError(
                     f"{name}: engines cannot honour it: their graphs were exported without, or for another value; leave"
                     f" it out, or keep the {self._plan.model.model_class} itself for this call"
                 )
-        arrays = {name: self._array(self._inputs[name], value) for name, value in tensors.items()}
-        batch = len(arrays["hidden_states"])
-        for name, array in arrays.items():
-            if len(array) != batch:
-                raise UsageError(f"{name}: expected a batch of {batch}, as hidden_states has, found {len(array)}")
         output = self._stepper(timestep, batch).step(arrays)
         sample = torch.from_numpy(output).to(tensors["hidden_states"].device)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -175,9 +175,10 @@ class EngineTransformer(nn.Module):
             found = "nothing" if value is None else type(value).__name__
             raise UsageError(f"{name}: expected a tensor ({_sizes(('B', *shape))}), found {found}")
         if value.ndim != len(tensor.shape) or tuple(value.shape[1:]) != shape:
+            option = " --latent-size SIZE" if name == "hidden_states" else " --text-tokens N"
             raise UsageError(
-                f"{name}: expected ({_sizes(('B', *shape))}), found ({_sizes(value.shape)}): the plan was made for that"
-                f" size; {self._how_to_get('that size')}"
+                f"{name}: expected ({_sizes(('B', *shape))}), found ({_sizes(value.shape)}); for another size"
+                f" {self._how_to_get(option)}"
             )
         expected = _torch_dtype(tensor)
         if value.dtype.is_floating_point and value.dtype != expected:
@@ -198,7 +199,8 @@ class EngineTransformer(nn.Module):
         """
         found = np.atleast_1d(np.asarray(timestep.detach().cpu() if isinstance(timestep, Tensor) else timestep))
         if found.ndim != 1 or not found.size or found.dtype == object or not (found == found[0]).all():
-            raise UsageError(f"timestep: expected one for the whole batch, found {timestep}; engines take no other")
+            what = "nothing" if timestep is None else f"{type(timestep).__name__} ({_sizes(found.shape)})"
+            raise UsageError(f"timestep: expected one number for the whole batch, found {what}; engines take no other")
         if self._is_step(0, found[0]):
             key = self._context, batch
             if key not in self._steppers:
@@ -213,7 +215,7 @@ class EngineTransformer(nn.Module):
             raise UsageError(
                 f"timestep: expected {self._timesteps[position]:g} at step {position}, found {found[0]:g}: the plan is"
                 f" for {steps} steps of {self._plan.sampling.scheduler_class}; call the pipeline with that scheduler"
-                f" and num_inference_steps={steps}, or {self._how_to_get('other steps', ' --steps N')}"
+                f" and num_inference_steps={steps}; for other steps {self._how_to_get(' --steps N')}"
             )
         if running != batch:
             raise UsageError(
@@ -228,10 +230,10 @@ class EngineTransformer(nn.Module):
     def _default(self, name: str) -> Any:
         return self._signature.parameters[name].default
 
-    def _how_to_get(self, what: str, option: str = "") -> str:
+    def _how_to_get(self, option: str) -> str:
         return (
-            f"for {what} make a plan: tc-deploy calibrate {self._plan.model.source}{option} -o calibration/NAME,"
-            " then export and build"
+            f"make a plan: tc-deploy calibrate {self._plan.model.source}{option} -o calibration/NAME, then export and"
+            " build"
         )
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import zoo
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers_pipelines import CachedTransformer, build_bundle, tiny_autoencoder
 from tolerances import tolerance
 from torch import Tensor, nn
@@ -20,10 +22,14 @@ from tc_deploy.errors import UsageError
 
 STEPS = 6
 BATCH = 2
+TEXT_TOKENS = 5
 EQUAL = tolerance("onnxruntime", "fp32", "trajectory_max_rel")
 VISIBLE = 100 * EQUAL
 """A difference that no rounding makes."""
 PLAN = {
+    "conditions": "random",
+    "latent_size": (8, 12),
+    "text_tokens": TEXT_TOKENS,
     # F c c F c c, and no phase 2: two graphs are enough to see a family's calls.
     "sampling": {"steps": STEPS, "guidance_scale": 3.0},
     "schedule": {"boundary": STEPS, "k1": 3, "k2": 1},
@@ -35,36 +41,76 @@ def _tensor(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _masked(seed: int, tokens: int, width: int) -> dict[str, Tensor]:
-    """Prompt embeddings whose last thirds are padding; masks are integers, as tokenizers give them."""
-    mask = (torch.arange(tokens) < tokens * 2 // 3).long().expand(BATCH, -1)
+def _masked(width: int) -> dict[str, Any]:
+    """Prompt embeddings whose ends are padding; masks are integers, as tokenizers give them."""
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     return {
-        "prompt_embeds": _tensor(seed, BATCH, tokens, width),
+        **_prompts(width),
         "prompt_attention_mask": mask,
-        "negative_prompt_embeds": _tensor(seed + 1, BATCH, tokens, width),
-        "negative_prompt_attention_mask": mask.roll(1, 0),
+        "negative_prompt_attention_mask": mask.flip(0),
+        "negative_prompt": None,
+        "use_resolution_binning": False,
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One family in one of its pipelines."""
+def _prompts(width: int) -> dict[str, Any]:
+    shape = (BATCH, TEXT_TOKENS, width)
+    return {"prompt_embeds": _tensor(1, *shape), "negative_prompt_embeds": _tensor(2, *shape)}
 
-    model: str
-    """Of the zoo."""
-    changes: Mapping[str, Any]
-    keep: tuple[int, ...]
-    scheduler: Any
-    pipeline: Callable[[nn.Module, Any], Any]
-    """Given transformer and scheduler."""
-    arguments: Mapping[str, Any]
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+def _pooled(width: int) -> dict[str, Any]:
+    shape = (BATCH, width)
+    return {"pooled_prompt_embeds": _tensor(3, *shape), "negative_pooled_prompt_embeds": _tensor(4, *shape)}
 
 
 def _pixart(kind: Any, levels: int) -> Callable[[nn.Module, Any], Any]:
     return lambda transformer, scheduler: kind(None, None, tiny_autoencoder(4, levels), transformer, scheduler)
 
+
+def _sd3(transformer: nn.Module, scheduler: Any) -> Any:
+    encoders = [None] * 6
+    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, tiny_autoencoder(4, 2), *encoders)
+
+
+def _flux(transformer: nn.Module, scheduler: Any) -> Any:
+    encoders = [None] * 4
+    return diffusers.FluxPipeline(scheduler, tiny_autoencoder(4), *encoders, transformer)
+
+
+def _wan(transformer: nn.Module, scheduler: Any) -> Any:
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+    )
+    return diffusers.WanPipeline(None, None, autoencoder, scheduler, transformer)
+
+
+def _flux_sampling(scheduler: Any) -> dict[str, Any]:
+    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    shift = calculate_shift(24, *(scheduler.config[name] for name in names))
+    return {"steps": STEPS, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One family in one of its pipelines; every model has 24 tokens."""
+
+    model: str
+    """Of the zoo."""
+    keep: tuple[int, ...]
+    scheduler: Any
+    pipeline: Callable[[nn.Module, Any], Any]
+    """Given transformer and scheduler."""
+    size: Mapping[str, int]
+    """Of the picture, in pixels."""
+    arguments: Mapping[str, Any]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """To the model's configuration."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+
+FLUX_SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 CASES = {
     "pixart-sigma": Case(
@@ -72,17 +118,51 @@ CASES = {
         changes={"num_layers": 1, "use_additional_conditions": False},
         keep=(8,),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-        pipeline=_pixart(diffusers.PixArtSigmaPipeline, 1),
-        arguments={**_masked(1, 300, 24), "negative_prompt": None, "use_resolution_binning": False},
+        pipeline=_pixart(diffusers.PixArtSigmaPipeline, 2),
+        size={"height": 16, "width": 24},
+        arguments=_masked(24),
     ),
     "pixart-alpha": Case(
         # The 1024 models, which are told the picture's size.
         model="pixart-sizes",
-        changes={"num_layers": 1, "sample_size": 128, "patch_size": 32, "use_additional_conditions": None},
+        changes={"num_layers": 1, "sample_size": 128, "use_additional_conditions": None},
         keep=(8,),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
         pipeline=_pixart(diffusers.PixArtAlphaPipeline, 4),
-        arguments={**_masked(1, 120, 96), "negative_prompt": None, "use_resolution_binning": False},
+        size={"height": 64, "width": 96},
+        arguments=_masked(96),
+    ),
+    "sd3": Case(
+        model="sd3",
+        keep=(8, 0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        pipeline=_sd3,
+        size={"height": 16, "width": 24},
+        arguments={**_prompts(24), **_pooled(20)},
+    ),
+    "flux": Case(
+        # Guidance is embedded; "guided" is by a negative prompt, in a call of its own.
+        model="flux",
+        changes={"num_layers": 1, "num_single_layers": 1},
+        keep=(8, 5),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_flux,
+        size={"height": 8, "width": 12},
+        arguments={**_prompts(24), **_pooled(20), "true_cfg_scale": 2.0},
+        plan={"sampling": _flux_sampling(FLUX_SCHEDULER)},
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    "wan": Case(
+        model="wan",
+        changes={"num_layers": 1},
+        keep=(8,),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        pipeline=_wan,
+        size={"height": 32, "width": 64, "num_frames": 9},
+        arguments=_prompts(24),
+        plan={"latent_size": (3, 4, 8)},
     ),
 }
 
@@ -107,7 +187,7 @@ class Made:
             "output_type": "latent",
             "return_dict": False,
         }
-        latents: Tensor = self.pipe(**{**arguments, **self.case.arguments, **changes})[0]
+        latents: Tensor = self.pipe(**{**arguments, **self.case.size, **self.case.arguments, **changes})[0]
         return latents
 
 
@@ -154,19 +234,22 @@ def test_other_steps_are_refused(made: Made, engine: EngineTransformer) -> None:
 
 
 def test_another_size_is_refused(made: Made, engine: EngineTransformer) -> None:
-    height = 2 * 8 * made.original.config.sample_size
-    with pytest.raises(UsageError, match=r"(hidden_states: expected \(B, .*made for that size|added_cond_kwargs)"):
-        made.run(engine, height=height, width=height)
+    with pytest.raises(UsageError, match=r"hidden_states: expected \(B, .* --latent-size SIZE -o calibration/NAME"):
+        made.run(engine, height=2 * made.case.size["height"])
 
 
 def test_a_prompt_of_another_length_is_refused(made: Made, engine: EngineTransformer) -> None:
-    shorter = {
-        name: value[:, :-1]
-        for name, value in made.case.arguments.items()
-        if isinstance(value, Tensor) and "pooled" not in name
-    }
-    with pytest.raises(UsageError, match=r"encoder_hidden_states: expected \(B, .*found \("):
+    tensors = {name: value for name, value in made.case.arguments.items() if isinstance(value, Tensor)}
+    shorter = {name: value[:, :-1] for name, value in tensors.items() if "pooled" not in name}
+    with pytest.raises(UsageError, match=r"encoder_hidden_states: expected \(B, 5, .* --text-tokens N"):
         made.run(engine, **shorter)
+
+
+def test_another_shape_of_as_many_tokens_is_refused(made: Made, engine: EngineTransformer) -> None:
+    """FLUX's latents come packed, so their shape is not the picture's; the positions are."""
+    expected = "img_ids: engines cannot honour it" if made.case.model == "flux" else "hidden_states: expected"
+    with pytest.raises(UsageError, match=expected):
+        made.run(engine, height=made.case.size["width"], width=made.case.size["height"])
 
 
 def test_the_configuration_is_the_model_s(made: Made, engine: EngineTransformer) -> None:
