@@ -25,6 +25,7 @@ from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.hub import local_folder
 
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_class: module.FAMILY for module in (dit, pixart, sd3, flux, wan)}
 ENTRY_POINTS = "tc_deploy.families"
@@ -43,7 +44,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     """Load a Diffusion Transformer.
 
     Args:
-        path: a model folder, or a pipeline folder with ``transformer/``.
+        path: a model folder, a pipeline folder with ``transformer/``, or a hub's id ``owner/name``.
         options: the size of the latents and of the prompt, where they are not the family's default.
 
     Raises:
@@ -51,7 +52,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
             configuration asks for what its family does not cover, or the options do not fit the model.
     """
     options = options or ModelOptions()
-    folder = model_folder(path)
+    folder = model_folder(local_folder(path))
     config = _read_json(folder / "config.json")
     family = family_of(config, folder / "config.json")
     files = _weight_files(folder)
@@ -177,7 +178,8 @@ def load_scheduler(path: Path) -> Any:
     Raises:
         ModelError: no scheduler folder, or one that diffusers does not know.
     """
-    for folder in (path / "scheduler", model_folder(path).parent / "scheduler"):
+    local = local_folder(path)
+    for folder in (local / "scheduler", model_folder(local).parent / "scheduler"):
         if (folder / "scheduler_config.json").is_file():
             config = _read_json(folder / "scheduler_config.json")
             return scheduler_from_config(str(config.get("_class_name")), config, str(folder))
@@ -221,8 +223,8 @@ def model_folder(path: Path) -> Path:
         raise ModelError(f"{path}: a single file; save the model as a diffusers folder, with save_pretrained(folder)")
     if not path.is_dir():
         raise ModelError(
-            f"{path}: no such folder (a hub's model must be downloaded first); give a diffusers model folder or a"
-            " pipeline folder with transformer/"
+            f"{path}: no such folder; give a diffusers model folder, a pipeline folder with transformer/, or a hub's id"
+            " like owner/name"
         )
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
