@@ -1,11 +1,13 @@
 """What a plan or a bundle is, in plain values: for people through the command line, for programs as JSON.
 
-In: a folder. Out: one dictionary of JSON values. A bundle's files are checked against their checksums on the way, so
-what is shown is what is there. Never: loads an engine or a model.
+In: a folder. Out: one dictionary of JSON values; and of a plan, in a sentence each, how good it was measured to be and
+what speaks against it. A bundle's files are checked against their checksums on the way, so what is shown is what is
+there. Never: loads an engine or a model.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,49 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
 from tc_deploy.schedule import PHASES
+from tc_deploy.tolerances import LARGEST_PSNR_DB
+
+CLOSE_DB = 1.0
+"""A baseline, as fewer steps are, within this much of a plan are as good, as far as a reader should care."""
+
+
+def measurement_of(plan: Plan) -> str | None:
+    """What calibration measured, as one line; None where it did not."""
+    found = plan.measured
+    if found is None:
+        return None
+    words = f"{decibels(found.psnr_db)} to the full run in PyTorch, on {len(found.seeds)} unseen seeds"
+    if not saves_steps(plan):
+        return words
+    cost = f"{found.fewer_steps} full steps, its cost of {plan.cost_in_full_steps():.1f} rounded up"
+    return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
+
+
+def remark_on(plan: Plan) -> str | None:
+    """What speaks against a plan by its own figures, as one line; None where nothing does."""
+    schedule, found = plan.tprr(), plan.measured
+    if schedule.full_steps == schedule.steps:
+        return "nothing is cached: all steps run in full, so this is the full run; more steps, k1 or k2 change that"
+    if not saves_steps(plan):
+        return f"by FLOPs this plan saves less than one of its {schedule.steps} steps; keep less, or raise k1 or k2"
+    if found is None:
+        return None
+    margin_db = found.psnr_db - found.fewer_steps_psnr_db
+    if margin_db <= -CLOSE_DB:
+        return "running fewer steps is better than this plan at equal cost; do not use it"
+    if margin_db < CLOSE_DB:
+        return f"hardly different from running fewer steps at equal cost ({margin_db:+.1f} dB), which is simpler"
+    return None
+
+
+def saves_steps(plan: Plan) -> bool:
+    """Whether a plan costs so much less than its full run that a run of fewer steps costs as much."""
+    return math.ceil(plan.cost_in_full_steps()) < plan.schedule.steps
+
+
+def decibels(psnr_db: float) -> str:
+    """A PSNR in words; from 140 dB on two results are equal, as far as fp32 can tell."""
+    return "equal" if psnr_db >= LARGEST_PSNR_DB else f"{psnr_db:.1f} dB"
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -62,6 +107,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "full_gflops": round(plan.cost.full_flops / 1e9, 4),
         "origin": plan.origin.method,
         "seed": plan.origin.seed,
+        "measured_in_words": measurement_of(plan),
+        "remark": remark_on(plan),
         "measured": None if plan.measured is None else plan.measured.model_dump(mode="json", exclude={"seeds"}),
     }
 

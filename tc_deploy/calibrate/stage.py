@@ -24,7 +24,7 @@ from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.models.loading import load_model, load_scheduler, model_folder
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
@@ -70,20 +70,22 @@ def calibrate(
         StorageError: the destination cannot be written.
         ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
     """
+    # What can be refused at once comes first: loading takes long.
     check_replaceable(destination, marker=PLAN)
+    boundary, steps = recipe.schedule.boundary, recipe.sampling.steps
+    schedule = Schedule(
+        steps=steps,
+        boundary=round(PHASE_2_STARTS_AT * steps) if boundary is None else boundary,
+        k1=recipe.schedule.k1,
+        k2=recipe.schedule.k2,
+    )
+    model_folder(Path(recipe.model))
     report("loading the checkpoint", 0, 1)
     model = load_model(Path(recipe.model))
     sampling = sampling_from_recipe(recipe)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
     read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
-    boundary = recipe.schedule.boundary
-    schedule = Schedule(
-        steps=sampling.steps,
-        boundary=round(PHASE_2_STARTS_AT * sampling.steps) if boundary is None else boundary,
-        k1=recipe.schedule.k1,
-        k2=recipe.schedule.k2,
-    )
-    work = destination.parent / f".{destination.name}.work"
+    work = work_folder(destination)
     importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     for phase in PHASES:
@@ -106,8 +108,12 @@ def calibrate(
         plan = plan.model_copy(update={"measured": measured})
     save_plan(plan, tables, destination)
     shutil.rmtree(work, ignore_errors=True)
-    report("done", 1, 1)
     return plan
+
+
+def work_folder(destination: Path) -> Path:
+    """Where the state of an unfinished calibration lies, beside the plan that it is to become."""
+    return destination.parent / f".{destination.name}.work"
 
 
 def sampling_from_recipe(recipe: Recipe) -> Sampling:

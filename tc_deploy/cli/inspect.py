@@ -77,10 +77,10 @@ def _show_plan(plan: dict[str, Any]) -> None:
         _line(phase, f"tokens kept per block: {' '.join(map(str, counts))} (of {model['tokens']})")
     _line("cost", f"{plan['cost_in_full_steps']:.1f} full steps of {plan['steps']}", nl=False)
     click.echo(f" ({100 * plan['cost_ratio']:.1f} % of the FLOPs; a full step is {plan['full_gflops']:g} GFLOPs a row)")
-    if plan["measured"] is not None:
-        found = plan["measured"]
-        fewer = f"{found['fewer_steps']} full steps, which cost as much: {found['fewer_steps_psnr_db']:.1f} dB"
-        _line("measured", f"{found['psnr_db']:.1f} dB to the full run in PyTorch; {fewer}")
+    if plan["measured_in_words"] is not None:
+        _line("measured", plan["measured_in_words"])
+    if plan["remark"] is not None:
+        _line("remark", plan["remark"])
 
 
 def _line(name: str, text: str, *, nl: bool = True) -> None:

@@ -112,7 +112,7 @@ def test_progress_is_reported_to_the_end(finished: tuple[Path, Reports]) -> None
     _, reports = finished
     assert reports.counts(SAMPLING) == list(range(1, STEPS + 1))
     assert reports.counts(TRAINING) == list(range(ITERATIONS + 1))
-    assert reports.seen[-1] == ("done", 1)
+    assert reports.seen[-1] == ("measuring against the full run", 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- same bytes

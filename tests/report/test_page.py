@@ -205,7 +205,7 @@ FULL = make_samples(points_of_the_demo())[FULL_POINT]
     [
         (lambda folder: (folder / PLAN).unlink(), "no plan.json in it; give a folder calibration/NAME or engines/NAME"),
         (_of_another_model, "the search is of another model than plan.json"),
-        (lambda folder: edit(folder / SEARCH, lambda search: search.update(colour="red")), "colour: Extra inputs"),
+        (lambda folder: edit(folder / SEARCH, lambda search: search.update(colour="red")), "colour: unknown key"),
         (_altered_samples, "samples.safetensors: expected SHA-256"),
         (lambda folder: (folder / SAMPLES).unlink(), "samples.safetensors is missing"),
         (_rewritten({CHOSEN: FULL}), "no 'full' in it"),

@@ -104,8 +104,8 @@ def test_a_damaged_file_is_named(bundle: Path, name: str, damage: Callable[[Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document.pop("graphs"), "graphs: Field required"),
-        (lambda document: document.update(colour="red"), "colour: Extra inputs"),
+        (lambda document: document.pop("graphs"), "graphs: this key is required"),
+        (lambda document: document.update(colour="red"), "colour: unknown key"),
         (lambda document: document.update(format_version=2), "format_version"),
         (lambda document: document.update(kind="target"), "kind"),
         (lambda document: document.update(batch_size=0), "batch_size"),
