@@ -16,6 +16,7 @@ from tc_deploy.errors import BundleError
 from tc_deploy.manifest import (
     ENGINE_SUFFIX,
     TargetManifest,
+    check_is_whole,
     read_engine_record,
     read_manifest,
     read_target,
@@ -79,6 +80,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     if (path / MANIFEST).is_file():
         return _bundle(path)
+    check_is_whole(path)
     if (path / PLAN).is_file():
         return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0])}
     raise BundleError(f"{path}: neither {PLAN} nor {MANIFEST} in it; give a folder calibration/NAME or engines/NAME")
@@ -138,6 +140,7 @@ def _bundle(path: Path) -> dict[str, Any]:
             check_files(path / name, target.files)
             targets[name] = {
                 "version": target.backend_version,
+                "precision": target.computes_in,
                 "options": target.options,
                 "gpu": None if target.gpu is None else target.gpu.model_dump(mode="json"),
                 "engines": _engines(path / name, target),

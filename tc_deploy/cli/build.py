@@ -43,4 +43,6 @@ def command(bundle: Path, backend: str, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     with progress_bar() as report:
         target = build_target(bundle, backend, given, report)
-    click.echo(f"{bundle / backend}: built with {target.backend} {target.backend_version}")
+    click.echo(
+        f"{bundle / backend}: built with {target.backend} {target.backend_version}, computes in {target.computes_in}"
+    )

@@ -45,9 +45,9 @@ def _show_bundle(facts: dict[str, Any]) -> None:
 def _target_line(name: str, target: dict[str, Any]) -> str:
     if not target["usable"]:
         return f"{name}: {target['why']}"
-    options = [f"{key} {_plain(value)}" for key, value in target["options"].items()]
+    options = [f"{key} {_plain(value)}" for key, value in target["options"].items() if key != "precision"]
     gpu = [] if target["gpu"] is None else [f"for {target['gpu']['name']}"]
-    return ", ".join([f"{name} {target['version']}", *gpu, *options])
+    return ", ".join([f"{name} {target['version']}", target["precision"], *gpu, *options])
 
 
 def _plain(value: Any) -> str:

@@ -74,6 +74,7 @@ def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
 def test_engines_are_built(pixel: MadeByCommands) -> None:
     assert pixel.built.code == 0, pixel.built.err
     assert pixel.built.out.startswith(f"{pixel.bundle / 'onnxruntime'}: built with onnxruntime ")
+    assert pixel.built.out.endswith(", computes in fp32\n")
 
 
 def picture(path: Path) -> Image.Image:
@@ -454,6 +455,14 @@ def test_an_output_that_cannot_be_written_is_found_out_before_the_work(mixed: Ma
     words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / name)
     refused(BAD_PLACE, f"{tmp_path / name} cannot be written", *words, unchanged=tmp_path)
     assert "pictures from" not in run_cli(*words).err
+
+
+def test_a_bundle_without_its_manifest_is_no_plan(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    (bundle / MANIFEST).unlink()
+    for command, *rest in (("generate", "--class-label", 1, "-o", tmp_path / "x.npy"), ("inspect",), ("build",)):
+        message = f"{bundle}: a half-written or damaged bundle"
+        refused(BAD_BUNDLE, message, command, bundle, *rest, unchanged=tmp_path)
 
 
 def test_engines_of_another_export(mixed: Made, tmp_path: Path) -> None:
