@@ -150,10 +150,10 @@ def _fail(error: BaseException, message: str, exit_code: int) -> int:
 
 def _fail_for_module(error: ModuleNotFoundError) -> int:
     """Name the extra that brings a missing library; any other missing module is our own bug and keeps its traceback."""
-    from tc_deploy.doctor import EXTRA_BY_MODULE
+    from tc_deploy.doctor import EXTRA_BY_MODULE, install_command
 
     library = (error.name or "").partition(".")[0]
     if library not in EXTRA_BY_MODULE:
         raise error
-    cure = f"pip install 'tc-deploy[{EXTRA_BY_MODULE[library]}]'"
+    cure = install_command(EXTRA_BY_MODULE[library])
     return _fail(error, f"this command needs {library}, which is not installed: {cure}", BackendError.exit_code)
