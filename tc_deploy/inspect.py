@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tc_deploy.bundle import MANIFEST, check_files
-from tc_deploy.errors import BundleError
+from tc_deploy.errors import BundleError, counted
 from tc_deploy.manifest import (
     ENGINE_SUFFIX,
+    SOLVER,
     TargetManifest,
     check_is_whole,
     read_engine_record,
@@ -34,10 +35,10 @@ def measurement_of(plan: Plan) -> str | None:
     found = plan.measured
     if found is None:
         return None
-    words = f"{decibels(found.psnr_db)} to the full run in PyTorch, on {len(found.seeds)} unseen seeds"
+    words = f"{decibels(found.psnr_db)} to the full run in PyTorch, on {counted(len(found.seeds), 'unseen seed')}"
     if not saves_steps(plan):
         return words
-    cost = f"{found.fewer_steps} full steps, its cost of {plan.cost_in_full_steps():.1f} rounded up"
+    cost = f"{counted(found.fewer_steps, 'full step')}, its cost of {plan.cost_in_full_steps():.1f} rounded up"
     return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
 
 
@@ -66,6 +67,15 @@ def saves_steps(plan: Plan) -> bool:
 def decibels(psnr_db: float) -> str:
     """A PSNR in words; from 140 dB on two results are equal, as far as fp32 can tell."""
     return "equal" if psnr_db >= LARGEST_PSNR_DB else f"{psnr_db:.1f} dB"
+
+
+def departure(graph: str, max_abs_error: float | None, init_noise_sigma: float) -> str:
+    """How far a graph was from its reference after export, in words."""
+    if max_abs_error is None:
+        return "not compared"
+    if graph == SOLVER:
+        return f"scheduler ± {max_abs_error:.1e}, on latents that begin with deviation {init_noise_sigma:.3g}"
+    return f"PyTorch ± {max_abs_error:.1e}"
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -155,6 +165,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "batch_size": manifest.batch_size,
         "latent_shape": list(manifest.latent_shape),
+        "init_noise_sigma": manifest.solver.init_noise_sigma,
         "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],
         "graphs": {
             name: {

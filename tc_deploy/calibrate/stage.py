@@ -23,6 +23,7 @@ from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
+from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler, model_folder
 from tc_deploy.models.solver import read_solver
@@ -68,7 +69,8 @@ def calibrate(
         ModelError: the checkpoint or its scheduler cannot be loaded.
         PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
         StorageError: the destination cannot be written.
-        ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
+        ExportError: the scheduler's steps are not a deterministic linear update.
+        UsageError: there are more steps than the scheduler takes.
     """
     # What can be refused at once comes first: loading takes long.
     check_replaceable(destination, marker=PLAN)
@@ -84,7 +86,17 @@ def calibrate(
     model = load_model(Path(recipe.model))
     sampling = sampling_from_recipe(recipe)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
-    read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    try:
+        read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    except ExportError:
+        # Some samplers take more steps than the model was trained with; those that do not say so in other words.
+        most = sampling.scheduler.config.get("num_train_timesteps", steps)
+        if steps <= most:
+            raise
+        raise UsageError(
+            f"{type(sampling.scheduler).__name__} takes at most {most} steps, as many as the model was trained with,"
+            f" found {steps}; take fewer"
+        ) from None
     work = work_folder(destination)
     importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)

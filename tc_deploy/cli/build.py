@@ -7,8 +7,21 @@ from typing import Any
 
 import click
 
+from tc_deploy.backends import registry
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
 from tc_deploy.cli.progress import progress_bar
+from tc_deploy.errors import UsageError
+
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
+TAKEN_BY = {
+    "threads": ("onnxruntime", "openvino"),
+    "precision": ("openvino",),
+    "compute_capability": ("tensorrt-rtx",),
+    "batch_profile": _TENSORRT,
+    "workspace_mib": _TENSORRT,
+    "optimization_level": _TENSORRT,
+}
+"""The engine kinds that take an option."""
 
 
 def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:  # noqa: ARG001
@@ -21,7 +34,11 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option(
     "--threads", type=click.IntRange(min=0), help="onnxruntime, openvino: CPU threads; 0, the default: all cores."
 )
-@click.option("--precision", help="openvino: f32, bf16 or f16 to compute in; the graphs' own if not given.")
+@click.option(
+    "--precision",
+    type=click.Choice(["f32", "bf16", "f16"]),
+    help="openvino: what to compute in; the graphs' own if not given.",
+)
 @click.option(
     "--compute-capability",
     callback=_list,
@@ -40,7 +57,12 @@ def command(bundle: Path, backend: str, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target
 
+    registry.backend(backend)
     given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if backend not in TAKEN_BY[name]:
+            kinds = " or ".join(f"--backend {kind}" for kind in TAKEN_BY[name])
+            raise UsageError(f"--{name.replace('_', '-')} is no option of {backend}; add {kinds}, or leave it out")
     with progress_bar() as report:
         target = build_target(bundle, backend, given, report)
     click.echo(

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from tc_deploy.bundle import canonical_json
-from tc_deploy.inspect import inspect_path
+from tc_deploy.errors import counted
+from tc_deploy.inspect import departure, inspect_path
 
 
 @click.command()
@@ -30,8 +31,9 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     _line("bundle", f"{facts['path']}, {facts['precision']}, batch {batch}, made by {facts['made_by']}")
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
-        error = "not compared" if graph["max_abs_error"] is None else f"PyTorch ± {graph['max_abs_error']:.1e}"
-        _line(name, f"{graph['inputs']} inputs, {graph['outputs']} outputs, {_size(size)}, {error}")
+        inputs, outputs = counted(graph["inputs"], "input"), counted(graph["outputs"], "output")
+        error = departure(name, graph["max_abs_error"], facts["init_noise_sigma"])
+        _line(name, f"{inputs}, {outputs}, {_size(size)}, {error}")
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
     for name, target in facts["targets"].items():

@@ -24,8 +24,10 @@ from tc_deploy.bundle import MANIFEST
 from tc_deploy.inspect import remark_on
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
 from tc_deploy.plan import PLAN, load_plan
+from tc_deploy.sheet import GAP, GREY
 
 SIDE = 8
+TILE = SIDE + GAP
 BENCH_ROUNDS = 2
 BAD_USE = errors.UsageError.exit_code
 BAD_MODEL = errors.ModelError.exit_code
@@ -67,7 +69,9 @@ def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
         path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
         assert path.is_file()
         assert line.startswith(f"{path}: {name}, ")
-        assert "PyTorch ± " in line
+        assert ("scheduler ± " if name == "solver" else "PyTorch ± ") in line
+    assert ", 1 output, " in lines[-1]
+    assert "are gone" not in pixel.exported.out
     assert "comparing full with PyTorch" in pixel.exported.err
 
 
@@ -92,20 +96,24 @@ def test_pictures_are_laid_out_on_a_sheet(
     words = ("generate", pixel.bundle, "--class-label", 4, "-n", count, "--seed", 7, "--zoom", zoom, "-o", output)
     answer = run_cli(*words)
     assert answer.code == 0, answer.err
-    assert answer.out.startswith(f"{output}: {count} pictures, 5 full + 4 cached steps, ")
+    assert answer.out.startswith(f"{output}: {count} picture{'s' * (count > 1)}, 5 full + 4 cached steps, ")
     sheet = picture(output)
-    assert (sheet.format, sheet.mode, sheet.size) == ("PNG", "RGB", (columns * SIDE * zoom, rows * SIDE * zoom))
+    assert (sheet.format, sheet.mode, sheet.size) == (
+        "PNG",
+        "RGB",
+        ((columns * TILE - GAP) * zoom, (rows * TILE - GAP) * zoom),
+    )
     with tc_deploy.load(pixel.bundle) as pipeline:
         images = pipeline(class_labels=[4] * count, seed=7).images
     assert images is not None
     pixels = np.asarray(sheet)
     for index, image in enumerate(images):
-        top, left = index // columns * SIDE * zoom, index % columns * SIDE * zoom
+        top, left = index // columns * TILE * zoom, index % columns * TILE * zoom
         tile = pixels[top : top + SIDE * zoom, left : left + SIDE * zoom]
         assert np.array_equal(tile, image.repeat(zoom, axis=0).repeat(zoom, axis=1))
     for empty in range(count, columns * rows):
-        top, left = empty // columns * SIDE * zoom, empty % columns * SIDE * zoom
-        assert not pixels[top:, left:].any()
+        top, left = empty // columns * TILE * zoom, empty % columns * TILE * zoom
+        assert (pixels[top:, left:] == GREY).all()
     assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
 
 
@@ -205,7 +213,7 @@ def test_a_plan_that_caches_nothing_says_so(tiny_dit_folder: Path, tmp_path: Pat
     plan = tmp_path / "plan"
     answer = run_cli("calibrate", tiny_dit_folder, "-o", plan, "--steps", steps, "--samples", 1)
     assert answer.code == 0, answer.err
-    assert answer.out.splitlines()[1] == "measured: equal to the full run in PyTorch, on 1 unseen seeds"
+    assert answer.out.splitlines()[1] == "measured: equal to the full run in PyTorch, on 1 unseen seed"
     assert "warning: nothing is cached: all steps run in full" in answer.err
     assert "remark    nothing is cached" in run_cli("inspect", plan).out
     again = run_cli("calibrate", tiny_dit_folder, "-o", plan, "--steps", steps, "--samples", 0)
@@ -267,7 +275,7 @@ def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object
         (("--k1", 0), BAD_USE, "error: --k1: must be greater than 0, found 0"),
         (("--steps", 0), BAD_USE, "error: --steps: must be greater than 0, found 0"),
         (("--guidance-scale", -1), BAD_USE, "error: --guidance-scale: must be greater than or equal to 0, found -1.0"),
-        (("--steps", 2000), BAD_EXPORT, "DDIMScheduler.set_timesteps"),
+        (("--steps", 2000), BAD_USE, "DDIMScheduler takes at most 1000 steps, as many as the model was trained with"),
         (("--forecast-order", 3), BAD_USE, "error: --forecast-order: must be less than or equal to 2, found 3"),
         (("--reuse", "everything"), BAD_USE, "--reuse"),
         (("--seed", -1), BAD_USE, "error: --seed: must be greater than or equal to 0, found -1"),
@@ -339,6 +347,18 @@ def test_recipes_that_cannot_be_used(tmp_path: Path, recipe: str | None, message
 
 
 # ----------------------------------------------------------------------------------------- mistakes: export and build
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "bf16"), "--precision is no option of onnxruntime; add --backend openvino, or leave it out"),
+        (("--backend", "openvino", "--workspace-mib", 9), "add --backend tensorrt or --backend tensorrt-rtx"),
+        (("--backend", "openvino", "--precision", "fp8"), "--precision"),
+    ],
+)
+def test_an_option_of_another_engine_kind(mixed: Made, options: tuple[object, ...], message: str) -> None:
+    refused(BAD_USE, message, "build", mixed.bundle, *options, unchanged=mixed.bundle)
 
 
 def test_a_plan_of_another_model(mixed: Made, multistep: Made, tmp_path: Path) -> None:
