@@ -28,6 +28,7 @@ from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
 from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.sheet import sheet_of
 from tc_deploy.tokencache.sampler import denoise
 
 BATCH = 20
@@ -46,9 +47,7 @@ def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int]
 
 def write_sheet(path: Path, images: np.ndarray) -> None:
     """Lay (n, H, W) pictures out in rows of ten."""
-    count, height, width = images.shape
-    grid = images.reshape(count // COLUMNS, COLUMNS, height, width).transpose(0, 2, 1, 3)
-    sheet = Image.fromarray(grid.reshape(count // COLUMNS * height, COLUMNS * width))
+    sheet = Image.fromarray(sheet_of(images, COLUMNS))
     sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST).save(path)
 
 

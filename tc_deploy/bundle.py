@@ -131,11 +131,30 @@ def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> D
         from_json(text, allow_inf_nan=False)
         return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = ".".join(str(part) for part in first["loc"]) + f": {first['msg']}"
+        where, reason = first_problem(error)
+        reason = f"{where}: {reason}"
     except ValueError as error:
-        reason = f"not JSON: {error}"
-    raise BundleError(f"{path}: not a {what} of this version: {reason}; make it again with: {maker}")
+        reason = f"cut short or altered, no JSON: {error}"
+    article = "an" if what[0] in "aeiou" else "a"
+    raise BundleError(f"{path}: not {article} {what} of this version: {reason}; make it again with: {maker}")
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first thing lies that a document's class refuses, as a dotted key, and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    found = repr(first["input"])
+    found = found if len(found) < 80 else found[:77] + "…"
+    match first["type"]:
+        case "missing" if isinstance(first["loc"][-1], int):
+            return where, f"a value is missing, found {found}"
+        case "missing":
+            return where, "this key is required and missing"
+        case "extra_forbidden":
+            return where, "unknown key"
+        case "value_error":
+            return where, str(first["ctx"]["error"])
+    return where, f"{first['msg'].replace('Input should', 'must')}, found {found}"
 
 
 def _sync(path: Path) -> None:
@@ -179,9 +198,12 @@ def _settle(destination: Path, backup: Path, marker: str) -> None:
 def check_replaceable(destination: Path, marker: str = MANIFEST) -> None:
     """Check that :func:`new_folder` may make a folder there, before the work whose result it is to hold.
 
+    The folder that it will stand in is made.
+
     Raises:
-        StorageError: something else is there.
+        StorageError: something else is there, or the place cannot be written.
     """
+    _check_place(destination, Path(os.path.realpath(destination)).parent)
     if not destination.exists() or (destination / marker).is_file():
         return
     if not destination.is_dir() or any(destination.iterdir()):
@@ -210,8 +232,8 @@ def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
     destination = Path(os.path.realpath(destination))
     parent, name = destination.parent, destination.name
     temporary, backup, lock_file = (parent / f".{name}.tc-deploy-{part}" for part in ("new", "old", "lock"))
+    _check_place(destination, parent)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(destination, lock_file):
             _settle(destination, backup, marker)
             check_replaceable(destination, marker)
@@ -234,10 +256,25 @@ def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        raise StorageError(f"{destination} cannot be written: {_reason(error)}") from None
+        raise StorageError(f"{destination} cannot be written: {_reason(error, destination)}") from None
 
 
-def _reason(error: OSError) -> str:
+def _check_place(path: Path, folder: Path) -> None:
+    """Make the folder that ``path`` is to stand in, and try to write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {_reason(error, path)}") from None
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """Why a path cannot be written; the system only says "File exists" where a file stands in a folder's place."""
+    with contextlib.suppress(OSError):
+        for place in path.absolute().parents:
+            if place.exists() and not place.is_dir():
+                return f"{place} is a file, not a folder"
     return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
 
 
@@ -255,12 +292,7 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise StorageError(f"{path} cannot be written: it is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {_reason(error)}") from None
+    _check_place(path, path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -278,7 +310,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {_reason(error)}") from None
+        raise StorageError(f"{path} cannot be written: {_reason(error, path)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -105,12 +105,18 @@ def labelled_conditions(needed: Sequence[Condition], class_labels: Sequence[int]
     """Conditions of a model that takes one label and nothing else.
 
     Raises:
-        UsageError: the model takes something else, there is no label, or one is out of range.
+        UsageError: the model takes something else, there is no label, or one is no number or out of range.
     """
     if len(needed) != 1 or needed[0].classes is None:
         raise UsageError(f"class_labels: this model takes no labels; give conditions: {_all(needed)}")
     label = needed[0]
-    numbers = [operator.index(number) for number in class_labels]
+    try:
+        given = list(class_labels)
+    except TypeError:
+        raise UsageError(
+            f"class_labels must be a list, found {class_labels!r}; for one picture give a list of one"
+        ) from None
+    numbers = [whole_number(number, "class label") for number in given]
     if not numbers:
         raise UsageError("no class label given; a request makes one picture per label, so at least one is needed")
     # Before they are narrowed, which would let 2 ** 40 in as something else.
@@ -123,6 +129,18 @@ def placeholder_conditions(needed: Sequence[Condition], count: int) -> Condition
     """Conditions whose values do not matter, for runs that are timed: class 0, anything else 1."""
     values = {item.name: np.full((count, *item.shape), 1 if item.classes is None else 0, item.dtype) for item in needed}
     return Conditions(count=count, given=values, unconditional=values)
+
+
+def whole_number(value: Any, what: str) -> int:
+    """A number without a fraction, numpy's included.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{what} must be a whole number, found {value!r}") from None
 
 
 def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

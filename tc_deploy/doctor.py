@@ -36,6 +36,9 @@ EXTRA_BY_MODULE = {
 }
 """The extra of tc-deploy that brings a library, by the name under which Python imports it."""
 
+NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"
+"""What pip needs beside the extra ``tensorrt``, whose wheels are not on PyPI."""
+
 COMPILE_DISTRIBUTIONS = (
     "torch",
     "torchmetrics",
@@ -124,6 +127,11 @@ class Report:
     """Whether the default path, ONNX Runtime on the CPU, can run here."""
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra; nothing is published, so it is for the clone's folder."""
+    return f"pip install '.[{extra}]'{NVIDIA_INDEX if extra == 'tensorrt' else ''} (in the clone)"
+
+
 def examine() -> Report:
     """Look at this machine and judge it."""
     return report_from_facts(gather_facts())
@@ -146,7 +154,7 @@ def _compile_stage(facts: Facts) -> Stage:
     name = "calibrate, export (PyTorch)"
     missing = [distribution for distribution in COMPILE_DISTRIBUTIONS if distribution not in facts.versions]
     if missing:
-        cure = "pip install 'tc-deploy[compile]'; not needed to build and run engines from exported graphs"
+        cure = f"{install_command('compile')}; not needed to build and run engines from exported graphs"
         return Stage(name=name, status=Status.MISSING, detail=f"not installed: {', '.join(missing)}", cure=cure)
     return Stage(name=name, status=Status.OK, detail=_versions_line(facts, COMPILE_DISTRIBUTIONS))
 
@@ -159,11 +167,11 @@ def _cpu_stage(facts: Facts) -> Stage:
     name = "build, run (ONNX Runtime, CPU)"
     installed = _installed_onnxruntimes(facts)
     if facts.onnxruntime_error is not None:
-        cure = f"pip uninstall -y {' '.join(installed or ['onnxruntime'])}; then pip install 'tc-deploy[cpu]'"
+        cure = f"pip uninstall -y {' '.join(installed or ['onnxruntime'])}; then {install_command('cpu')}"
         return Stage(name=name, status=Status.BROKEN, detail=facts.onnxruntime_error, cure=cure)
     if not installed:
         detail = "onnxruntime is not installed"
-        return Stage(name=name, status=Status.MISSING, detail=detail, cure="pip install 'tc-deploy[cpu]'")
+        return Stage(name=name, status=Status.MISSING, detail=detail, cure=install_command("cpu"))
     if "CPUExecutionProvider" not in facts.providers:
         detail = f"onnxruntime has no CPUExecutionProvider, only: {', '.join(facts.providers) or 'none'}"
         return Stage(name=name, status=Status.BROKEN, detail=detail, cure="install a stock build of onnxruntime")
@@ -171,7 +179,7 @@ def _cpu_stage(facts: Facts) -> Stage:
 
 
 def _openvino_stage(facts: Facts) -> Stage:
-    name, cure = "build, run (OpenVINO, CPU)", "pip install 'tc-deploy[openvino]'"
+    name, cure = "build, run (OpenVINO, CPU)", install_command("openvino")
     if facts.openvino_error is not None:
         cure = f"pip uninstall -y openvino; then {cure}"
         return Stage(name=name, status=Status.BROKEN, detail=facts.openvino_error, cure=cure)
@@ -198,7 +206,7 @@ def _tensorrt_stages(facts: Facts) -> list[Stage]:
     for engine, distribution in TENSORRT_ENGINES.items():
         name = f"build, run ({engine})"
         if distribution not in facts.versions:
-            cure = f"pip install 'tc-deploy[{EXTRA_BY_MODULE[distribution]}]'"
+            cure = install_command(EXTRA_BY_MODULE[distribution])
             stages.append(Stage(name=name, status=Status.MISSING, detail=f"{distribution} is not installed", cure=cure))
             continue
         installed = _versions_line(facts, [distribution])
@@ -219,7 +227,7 @@ def _problems(facts: Facts) -> tuple[str, ...]:
         return ()
     problem = (
         f"{' and '.join(installed)} are installed together and overwrite each other's files; removing one breaks the"
-        f" other. Remove all, then install one: pip uninstall -y {' '.join(installed)}; pip install 'tc-deploy[cpu]'"
+        f" other. Remove all, then install one: pip uninstall -y {' '.join(installed)}; {install_command('cpu')}"
     )
     return (problem,)
 

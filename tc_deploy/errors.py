@@ -73,6 +73,11 @@ class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked
     exit_code = 130
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 picture``, ``8 pictures``: a number in a message."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def first_line(error: BaseException | str) -> str:
     """What a library's error says first, for our own one-line message; its class where it says nothing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

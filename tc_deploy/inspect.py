@@ -1,25 +1,81 @@
 """What a plan or a bundle is, in plain values: for people through the command line, for programs as JSON.
 
-In: a folder. Out: one dictionary of JSON values. A bundle's files are checked against their checksums on the way, so
-what is shown is what is there. Never: loads an engine or a model.
+In: a folder. Out: one dictionary of JSON values; and of a plan, in a sentence each, how good it was measured to be and
+what speaks against it. A bundle's files are checked against their checksums on the way, so what is shown is what is
+there. Never: loads an engine or a model.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from tc_deploy.bundle import MANIFEST, check_files
-from tc_deploy.errors import BundleError
+from tc_deploy.errors import BundleError, counted
 from tc_deploy.manifest import (
     ENGINE_SUFFIX,
+    SOLVER,
     TargetManifest,
+    check_is_whole,
     read_engine_record,
     read_manifest,
     read_target,
 )
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
 from tc_deploy.schedule import PHASES
+from tc_deploy.tolerances import LARGEST_PSNR_DB
+
+CLOSE_DB = 1.0
+"""A baseline, as fewer steps are, within this much of a plan are as good, as far as a reader should care."""
+
+
+def measurement_of(plan: Plan) -> str | None:
+    """What calibration measured, as one line; None where it did not."""
+    found = plan.measured
+    if found is None:
+        return None
+    words = f"{decibels(found.psnr_db)} to the full run in PyTorch, on {counted(len(found.seeds), 'unseen seed')}"
+    if not saves_steps(plan):
+        return words
+    cost = f"{counted(found.fewer_steps, 'full step')}, its cost of {plan.cost_in_full_steps():.1f} rounded up"
+    return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
+
+
+def remark_on(plan: Plan) -> str | None:
+    """What speaks against a plan by its own figures, as one line; None where nothing does."""
+    schedule, found = plan.tprr(), plan.measured
+    if schedule.full_steps == schedule.steps:
+        return "nothing is cached: all steps run in full, so this is the full run; more steps, k1 or k2 change that"
+    if not saves_steps(plan):
+        return f"by FLOPs this plan saves less than one of its {schedule.steps} steps; keep less, or raise k1 or k2"
+    if found is None:
+        return None
+    margin_db = found.psnr_db - found.fewer_steps_psnr_db
+    if margin_db <= -CLOSE_DB:
+        return "running fewer steps is better than this plan at equal cost; do not use it"
+    if margin_db < CLOSE_DB:
+        return f"hardly different from running fewer steps at equal cost ({margin_db:+.1f} dB), which is simpler"
+    return None
+
+
+def saves_steps(plan: Plan) -> bool:
+    """Whether a plan costs so much less than its full run that a run of fewer steps costs as much."""
+    return math.ceil(plan.cost_in_full_steps()) < plan.schedule.steps
+
+
+def decibels(psnr_db: float) -> str:
+    """A PSNR in words; from 140 dB on two results are equal, as far as fp32 can tell."""
+    return "equal" if psnr_db >= LARGEST_PSNR_DB else f"{psnr_db:.1f} dB"
+
+
+def departure(graph: str, max_abs_error: float | None, init_noise_sigma: float) -> str:
+    """How far a graph was from its reference after export, in words."""
+    if max_abs_error is None:
+        return "not compared"
+    if graph == SOLVER:
+        return f"scheduler ± {max_abs_error:.1e}, on latents that begin with deviation {init_noise_sigma:.3g}"
+    return f"PyTorch ± {max_abs_error:.1e}"
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -34,6 +90,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     if (path / MANIFEST).is_file():
         return _bundle(path)
+    check_is_whole(path)
     if (path / PLAN).is_file():
         return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0])}
     raise BundleError(f"{path}: neither {PLAN} nor {MANIFEST} in it; give a folder calibration/NAME or engines/NAME")
@@ -63,6 +120,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "origin": plan.origin.method,
         "seed": plan.origin.seed,
         "conditions": plan.origin.model_dump(mode="json").get("conditions"),
+        "measured_in_words": measurement_of(plan),
+        "remark": remark_on(plan),
         "measured": None if plan.measured is None else plan.measured.model_dump(mode="json", exclude={"seeds"}),
     }
 
@@ -92,6 +151,7 @@ def _bundle(path: Path) -> dict[str, Any]:
             check_files(path / name, target.files)
             targets[name] = {
                 "version": target.backend_version,
+                "precision": target.computes_in,
                 "options": target.options,
                 "gpu": None if target.gpu is None else target.gpu.model_dump(mode="json"),
                 "engines": _engines(path / name, target),
@@ -106,6 +166,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "batch_size": manifest.batch_size,
         "latent_shape": list(manifest.latent_shape),
+        "init_noise_sigma": manifest.solver.init_noise_sigma,
         "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],
         "graphs": {
             name: {

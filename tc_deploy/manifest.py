@@ -190,6 +190,25 @@ class TargetManifest(Document):
     """Of the bundle's manifest, which names every graph and table: a target of another bundle is found out by it."""
     files: dict[str, FileRecord]
 
+    @property
+    def computes_in(self) -> str:
+        """The precision of matrix products, by the name that graphs have for theirs."""
+        chosen = str(self.options.get("precision", self.precision))
+        return {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
+
+
+def check_is_whole(folder: Path) -> None:
+    """Check that a folder is not what is left of a bundle: graphs, and no manifest, which is written last.
+
+    Raises:
+        BundleError: it is.
+    """
+    if (folder / ONNX_FOLDER).is_dir() and not (folder / MANIFEST).is_file():
+        raise BundleError(
+            f"{folder}: a half-written or damaged bundle ({ONNX_FOLDER}/ is there, {MANIFEST} is not); remove"
+            " the folder and export again"
+        )
+
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a bundle's manifest; its files are not checked yet (``check_files``).
@@ -197,6 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: there is none, it is not of this version, or it leaves out the checksum of a file that is read.
     """
+    check_is_whole(folder)
     if not (folder / MANIFEST).exists() and (folder / PLAN).is_file():
         raise BundleError(
             f"{folder} is a plan, not a bundle; export it with: tc-deploy export {folder} -o engines/NAME"

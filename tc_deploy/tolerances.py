@@ -32,6 +32,9 @@ The metrics of ``tc-deploy validate``, against PyTorch in fp32 or another engine
 
 from __future__ import annotations
 
+LARGEST_PSNR_DB = 140.0
+"""What results count as that agree better than fp32 can tell, so that equal ones have a finite figure."""
+
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 """The engine kinds that validation judges; TensorRT's figures are expectations, it has not run on a GPU."""
 

@@ -145,9 +145,9 @@ def test_what_is_not_ours_is_refused_untouched(tmp_path: Path, content: str) -> 
 @pytest.mark.parametrize("depth", ["bundle", "deeper/bundle"])
 def test_an_unwritable_place_is_refused(tmp_path: Path, depth: str) -> None:
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(StorageError, match=r"cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(StorageError, match=f"cannot be written: {tmp_path}/file is a file, not a folder"):
         make(tmp_path / "file" / depth)
-    with pytest.raises(StorageError, match=r"cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(StorageError, match=f"cannot be written: {tmp_path}/file is a file, not a folder"):
         write_bytes(tmp_path / "file" / depth, b"text")
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -320,13 +320,13 @@ def test_a_document_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"text": "x"', "not JSON"),
-        ("", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('{"text": "x", "ratio": NaN}', "not JSON"),
+        ('{"text": "x"', "cut short or altered, no JSON"),
+        ("", "cut short or altered, no JSON"),
+        ("[" * 100_000, "cut short or altered, no JSON"),
+        ('{"text": "x", "ratio": NaN}', "cut short or altered, no JSON"),
         ("[]", "valid dictionary|object"),
-        ('{"text": "x", "colour": 1}', "colour: Extra inputs"),
-        ('{"number": 1}', "text: Field required"),
+        ('{"text": "x", "colour": 1}', "colour: unknown key"),
+        ('{"number": 1}', "text: this key is required"),
         ('{"text": "x", "number": "1"}', "number: .*valid integer"),
         ('{"text": "x", "number": true}', "number: .*valid integer"),
         ('{"text": "x", "ratio": 1e999}', "ratio: .*finite"),

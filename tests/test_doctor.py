@@ -87,14 +87,14 @@ def test_a_machine_that_only_runs_engines() -> None:
     assert compiling.status is Status.MISSING
     assert "diffusers" in compiling.detail
     assert "torch" not in compiling.detail.removeprefix("not installed: ").split(", ")
-    assert "tc-deploy[compile]" in str(compiling.cure)
+    assert ".[compile]" in str(compiling.cure)
 
 
 def test_no_onnxruntime() -> None:
     report = judge(versions={}, providers=())
     assert not report.can_run
     assert stage(report, "ONNX Runtime, CPU").status is Status.MISSING
-    assert "tc-deploy[cpu]" in str(stage(report, "ONNX Runtime, CPU").cure)
+    assert ".[cpu]" in str(stage(report, "ONNX Runtime, CPU").cure)
 
 
 def test_an_onnxruntime_that_does_not_work() -> None:
@@ -122,7 +122,7 @@ def test_an_openvino_that_is_missing_or_broken_leaves_the_default_path() -> None
         report = judge(**changes)
         assert report.can_run
         assert stage(report, "OpenVINO").status is status
-        assert "tc-deploy[openvino]" in str(stage(report, "OpenVINO").cure)
+        assert ".[openvino]" in str(stage(report, "OpenVINO").cure)
 
 
 def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
@@ -130,7 +130,7 @@ def test_two_onnxruntimes_are_a_problem_even_while_they_work() -> None:
     assert report.can_run
     (problem,) = report.problems
     assert "onnxruntime and onnxruntime-gpu" in problem
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'tc-deploy[cpu]'" in problem
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu; pip install '.[cpu]' (in the clone)" in problem
 
 
 def test_cuda_needs_its_provider_and_a_gpu() -> None:
@@ -154,7 +154,8 @@ def test_tensorrt_runs_on_a_gpu_and_rtx_builds_without_one(
     engine: str, distribution: str, extra: str, status: Status
 ) -> None:
     assert stage(judge(), engine).status is Status.MISSING
-    assert stage(judge(), engine).cure == f"pip install 'tc-deploy[{extra}]'"
+    index = " --extra-index-url https://pypi.nvidia.com" if extra == "tensorrt" else ""
+    assert stage(judge(), engine).cure == f"pip install '.[{extra}]'{index} (in the clone)"
     versions = {**SOUND.versions, distribution: "9.9"}
     without = stage(judge(versions=versions), engine)
     assert without.status is status

@@ -8,7 +8,7 @@ import tc_deploy
 
 def test_public_names() -> None:
     assert tc_deploy.__all__ == ["Pipeline", "Result", "Step", "__version__", "load"]
-    assert set(tc_deploy.__all__) <= set(dir(tc_deploy))
+    assert dir(tc_deploy) == sorted(tc_deploy.__all__)
 
 
 def test_load_is_the_runtime_s() -> None:

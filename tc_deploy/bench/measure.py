@@ -21,6 +21,7 @@ from tc_deploy.bench.report import FULL_RUN, PLAN_RUN, host_share, runs_report, 
 from tc_deploy.bench.start_up import start_up
 from tc_deploy.errors import UsageError
 from tc_deploy.hardware import hardware_line
+from tc_deploy.manifest import read_target
 from tc_deploy.runtime.pipeline import Pipeline
 
 WARMUP_ROUNDS = 2
@@ -46,11 +47,15 @@ class _Contender:
         return self.clock.timed(request, graphs=kind == _WATCHED_RUN)
 
     def facts(self) -> dict[str, Any]:
+        schedule = self.pipeline.plan.tprr()
         return {
             "bundle": str(self.pipeline.path),
             "backend": self.pipeline.backend,
             "backend_version": registry.backend(self.pipeline.backend).version(),
+            "precision": read_target(self.pipeline.path, self.pipeline.backend).computes_in,
             "batch_size": self.pipeline.batch_size,
+            "steps_full": schedule.full_steps,
+            "steps_cached": schedule.steps - schedule.full_steps,
         }
 
 

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from tc_deploy.bundle import Document
+from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UsageError
 from tc_deploy.plan import RANDOM
 from tc_deploy.types import Attention, Reuse, Skip
@@ -48,8 +48,9 @@ class SamplingRecipe(Document):
     """The sampling run that the plan is for."""
 
     steps: PositiveInt = 50
-    guidance_scale: float | None = None
-    """None leaves guidance out: one model call per sample."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """None leaves guidance out: one model call per sample. 0 samples without a condition, 1 without its guidance, and
+    either costs two."""
     set_timesteps_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the scheduler's set_timesteps, for example ``mu`` where the shift is dynamic."""
 
@@ -171,7 +172,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
     Args:
         path: a ``.toml`` file, or a model folder, which is a recipe with defaults only.
-        overrides: dotted keys, for example ``{"schedule.k1": 4}``; None values are passed over.
+        overrides: the command line's options as dotted keys, for example ``{"schedule.k1": 4}``; None values are
+            passed over.
 
     Raises:
         UsageError: the file is missing or no TOML, a key is unknown, or a value is out of range.
@@ -185,12 +187,12 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"{path}: not a TOML file: {error}") from None
         if isinstance(values.get("model"), str):
-            values["model"] = str(path.parent / values["model"])
+            values["model"] = _beside(path, values["model"])
         if isinstance(values.get("conditions"), str) and values["conditions"] != RANDOM:
-            values["conditions"] = str(path.parent / values["conditions"])
+            values["conditions"] = _beside(path, values["conditions"])
         quality = values.get("quality")
         if isinstance(quality, dict) and isinstance(quality.get("classifier"), str):
-            quality["classifier"] = str(path.parent / quality["classifier"])
+            quality["classifier"] = _beside(path, quality["classifier"])
     for key, value in overrides.items():
         if value is not None:
             *tables, name = key.split(".")
@@ -207,6 +209,25 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from None
+        where, reason = first_problem(error)
+        tables = where.split(".")[:-1]
+        if reason == "unknown key":
+            reason += f"; known here: {', '.join(_keys_of(tables))}"
+        given = (key for key, value in overrides.items() if value is not None and f"{where}.".startswith(f"{key}."))
+        option = next(given, None)
+        which = f"{path}: {where}" if option is None else f"--{option.rpartition('.')[2].replace('_', '-')}"
+        raise UsageError(f"{which}: {reason}") from None
+
+
+def _keys_of(tables: list[str]) -> list[str]:
+    """The keys that a table of the recipe may have."""
+    kind: Any = Recipe
+    for table in tables:
+        kind = kind.model_fields[table].annotation
+    return list(kind.model_fields)
+
+
+def _beside(recipe: Path, text: str) -> str:
+    """A path that a recipe has relative to itself, as short as it can be said from here."""
+    place, here = (recipe.parent / text).resolve(), Path.cwd().resolve()
+    return str(place.relative_to(here) if place.is_relative_to(here) else place)

@@ -25,10 +25,10 @@ from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.models.loading import load_model, load_scheduler, local_folder, model_folder
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
@@ -79,23 +79,36 @@ def calibrate(
         ModelError: the checkpoint or its scheduler cannot be loaded.
         PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
         StorageError: the destination cannot be written.
-        ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
+        ExportError: the scheduler's steps are not a deterministic linear update.
+        UsageError: there are more steps than the scheduler takes.
     """
+    # What can be refused at once comes first: loading takes long.
     check_device(device)
     check_replaceable(destination, marker=PLAN)
+    boundary, steps = recipe.schedule.boundary, recipe.sampling.steps
+    schedule = Schedule(
+        steps=steps,
+        boundary=round(PHASE_2_STARTS_AT * steps) if boundary is None else boundary,
+        k1=recipe.schedule.k1,
+        k2=recipe.schedule.k2,
+    )
+    model_folder(local_folder(Path(recipe.model)))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
     sampling = sampling_from_recipe(recipe, model)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
-    read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
-    boundary = recipe.schedule.boundary
-    schedule = Schedule(
-        steps=sampling.steps,
-        boundary=round(PHASE_2_STARTS_AT * sampling.steps) if boundary is None else boundary,
-        k1=recipe.schedule.k1,
-        k2=recipe.schedule.k2,
-    )
-    work = destination.parent / f".{destination.name}.work"
+    try:
+        read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+    except ExportError:
+        # Some samplers take more steps than the model was trained with; those that do not say so in other words.
+        most = sampling.scheduler.config.get("num_train_timesteps", steps)
+        if steps <= most:
+            raise
+        raise UsageError(
+            f"{type(sampling.scheduler).__name__} takes at most {most} steps, as many as the model was trained with,"
+            f" found {steps}; take fewer"
+        ) from None
+    work = work_folder(destination)
     importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     for phase in PHASES:
@@ -118,8 +131,12 @@ def calibrate(
         plan = plan.model_copy(update={"measured": measured})
     save_plan(plan, tables, destination)
     shutil.rmtree(work, ignore_errors=True)
-    report("done", 1, 1)
     return plan
+
+
+def work_folder(destination: Path) -> Path:
+    """Where the state of an unfinished calibration lies, beside the plan that it is to become."""
+    return destination.parent / f".{destination.name}.work"
 
 
 def check_device(device: str) -> None:

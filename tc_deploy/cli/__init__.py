@@ -95,15 +95,21 @@ def _start_logging(verbosity: int) -> None:
     from rich.logging import RichHandler
 
     details = verbosity > 0
-    handler = RichHandler(console=Console(stderr=True), show_time=details, show_level=details, show_path=False)
+    console = Console(stderr=True)
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=details, show_level=details, show_path=False)
+    # In a file Rich would fill every line up with spaces.
+    in_full = details and not console.is_terminal
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if in_full else "%(message)s"))
+    handler.set_name(PROGRAM)
     ours, others = {
         -1: (logging.ERROR, logging.ERROR),
         0: (logging.INFO, logging.WARNING),
         1: (logging.DEBUG, logging.INFO),
     }.get(verbosity, (logging.DEBUG, logging.DEBUG))
-    handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
-    for earlier in [earlier for earlier in root.handlers if isinstance(earlier, RichHandler)]:
+    for earlier in [earlier for earlier in root.handlers if earlier.get_name() == PROGRAM]:
         root.removeHandler(earlier)  # a second call of main in one process must not print every line twice
     root.addHandler(handler)
     root.setLevel(others)
@@ -151,10 +157,10 @@ def _fail(error: BaseException, message: str, exit_code: int) -> int:
 
 def _fail_for_module(error: ModuleNotFoundError) -> int:
     """Name the extra that brings a missing library; any other missing module is our own bug and keeps its traceback."""
-    from tc_deploy.doctor import EXTRA_BY_MODULE
+    from tc_deploy.doctor import EXTRA_BY_MODULE, install_command
 
     library = (error.name or "").partition(".")[0]
     if library not in EXTRA_BY_MODULE:
         raise error
-    cure = f"pip install 'tc-deploy[{EXTRA_BY_MODULE[library]}]'"
+    cure = install_command(EXTRA_BY_MODULE[library])
     return _fail(error, f"this command needs {library}, which is not installed: {cure}", BackendError.exit_code)

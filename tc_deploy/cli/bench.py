@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tc_deploy.bench.report import FULL_RUN, PLAN_RUN
 from tc_deploy.bundle import canonical_json
 from tc_deploy.cli.progress import progress_bar
 
@@ -49,19 +50,25 @@ def command(
     contenders = facts["contenders"]
     versions = sorted({f"{contender['backend']} {contender['backend_version']}" for contender in contenders})
     click.echo(", ".join([facts["hardware"], *versions, facts["made_by"], facts["date"], f"{rounds} rounds in turn"]))
-    _show_runs(contenders, compared=bool(against))
+    _show_runs(contenders, rounds, compared=bool(against))
     _show_variants(contenders)
     _show_processes(contenders)
 
 
-def _show_runs(contenders: list[dict[str, Any]], *, compared: bool) -> None:
+def _show_runs(contenders: list[dict[str, Any]], rounds: int, *, compared: bool) -> None:
     rows = []
+    # A percentile of fewer values would be the largest of them under another name.
+    tail = {f"p{percent} ms": f"p{percent}_ms" for percent in (90, 99) if rounds * (100 - percent) >= 100}
+    shown = {"p50 ms": "p50_ms", "IQR ms": "iqr_ms", **tail} | ({} if "p99 ms" in tail else {"worst ms": "max_ms"})
     for contender in contenders:
+        total = contender["steps_full"] + contender["steps_cached"]
+        steps = {PLAN_RUN: f"{contender['steps_full']} + {contender['steps_cached']}", FULL_RUN: f"{total} + 0"}
         for kind, run in contender["runs"].items():
-            times = [f"{run[name]:.1f}" for name in ("p50_ms", "iqr_ms", "p90_ms", "p99_ms")]
+            times = [f"{run[name]:.1f}" for name in shown.values()]
             ratios = [_spread(run["ratio_to_full"]), *([_spread(run["ratio_to_first"])] if compared else [])]
-            rows.append([*_names(contender), kind, *times, f"{run['pictures_per_s']:.2f}", *ratios])
-    head = ["engines", "batch", "run", "p50 ms", "IQR ms", "p90 ms", "p99 ms", "pictures/s", "to full (IQR)"]
+            what = [*_names(contender), contender["precision"], kind, steps[kind]]
+            rows.append([*what, *times, f"{run['pictures_per_s']:.2f}", *ratios])
+    head = ["engines", "batch", "precision", "run", "full + cached", *shown, "pictures/s", "to full (IQR)"]
     _show_table([*head, *(["to first (IQR)"] if compared else [])], rows)
 
 
@@ -77,6 +84,8 @@ def _show_variants(contenders: list[dict[str, Any]]) -> None:
     _show_table(["engines", "batch", "graph", "calls", "p50 ms", "IQR ms", "time", "FLOPs", "efficiency"], rows)
     click.echo()
     click.echo("time, FLOPs: to the full step's, which also writes the caches; efficiency: FLOPs / time")
+    if any((row["compile_efficiency"] or 0) > 1 for one in contenders for row in one["variants"].values()):
+        click.echo("an efficiency above 1 comes of disturbed rounds, or of caches that only the full step writes")
     for note in dict.fromkeys(notes):
         click.echo(f"no efficiency for {note}")
 

@@ -7,8 +7,21 @@ from typing import Any
 
 import click
 
+from tc_deploy.backends import registry
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
 from tc_deploy.cli.progress import progress_bar
+from tc_deploy.errors import UsageError
+
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
+TAKEN_BY = {
+    "threads": ("onnxruntime", "openvino"),
+    "precision": ("openvino",),
+    "compute_capability": ("tensorrt-rtx",),
+    "batch_profile": _TENSORRT,
+    "workspace_mib": _TENSORRT,
+    "optimization_level": _TENSORRT,
+}
+"""The engine kinds that take an option."""
 
 
 def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:  # noqa: ARG001
@@ -38,7 +51,11 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option("--compile/--no-compile", "compile", default=None, help="torch: compile the steps, which takes minutes.")
 @click.option("--model", help="torch: the checkpoint, where it is not where the plan says.")
-@click.option("--precision", help="openvino: f32, bf16 or f16 to compute in; the graphs' own if not given.")
+@click.option(
+    "--precision",
+    type=click.Choice(["f32", "bf16", "f16"]),
+    help="openvino: what to compute in; the graphs' own if not given.",
+)
 @click.option(
     "--compute-capability",
     callback=_list,
@@ -75,7 +92,14 @@ def command(bundle: Path, backend: str, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target
 
+    registry.backend(backend)
     given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if backend not in TAKEN_BY[name]:
+            kinds = " or ".join(f"--backend {kind}" for kind in TAKEN_BY[name])
+            raise UsageError(f"--{name.replace('_', '-')} is no option of {backend}; add {kinds}, or leave it out")
     with progress_bar() as report:
         target = build_target(bundle, backend, given, report)
-    click.echo(f"{bundle / backend}: built with {target.backend} {target.backend_version}")
+    click.echo(
+        f"{bundle / backend}: built with {target.backend} {target.backend_version}, computes in {target.computes_in}"
+    )

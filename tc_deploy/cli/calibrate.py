@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tc_deploy.cli.options import conditions_option, device_option, size_option, text_option
-from tc_deploy.cli.progress import progress_bar
+from tc_deploy.cli.progress import log_step, progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
 
 
@@ -25,7 +25,12 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.argument("source", metavar="RECIPE|MODEL", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
-@click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@click.option(
+    "--guidance-scale",
+    "sampling__guidance_scale",
+    type=float,
+    help="Classifier-free guidance; without it the plan is for unguided runs.",
+)
 @size_option
 @text_option
 @conditions_option
@@ -73,25 +78,35 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 
-    RECIPE is a TOML file (calibration/recipes/), MODEL a diffusers folder; options override the recipe. A run that
-    was stopped continues when it is started again.
+    RECIPE is a TOML file (docs/recipes.md has all keys), MODEL a diffusers folder; options override the recipe. A run
+    that was stopped leaves its state in .NAME.work beside the plan, and goes on when it is started again.
     """
     from tc_deploy.calibrate.recipe import read_recipe
-    from tc_deploy.calibrate.stage import calibrate
+    from tc_deploy.calibrate.stage import calibrate, work_folder
+    from tc_deploy.errors import Cancelled
+    from tc_deploy.inspect import measurement_of, remark_on
+    from tc_deploy.plan import PLAN
 
     recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
-    with progress_bar() as report:
-        plan = calibrate(recipe, output, report, device=device)
+    if (output / PLAN).is_file():
+        log_step(f"{output} holds a plan, which will be replaced")
+    try:
+        with progress_bar() as report:
+            plan = calibrate(recipe, output, report, device=device)
+    except KeyboardInterrupt:
+        work = work_folder(output)
+        state = (
+            f"its state is in {work}: start it again to go on, or remove that folder"
+            if work.is_dir()
+            else "nothing is left"
+        )
+        raise Cancelled(f"interrupted; {state}") from None
     schedule = plan.tprr()
     click.echo(
         f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False
     )
     click.echo(f"{100 * plan.cost_ratio():.1f} % of the full run's FLOPs")
-    if plan.measured is not None:
-        found = plan.measured
-        click.echo(
-            f"PSNR to the full run {found.psnr_db:.1f} dB; {found.fewer_steps} full steps, which cost as much:"
-            f" {found.fewer_steps_psnr_db:.1f} dB ({len(found.seeds)} unseen seeds)"
-        )
-        if found.psnr_db <= found.fewer_steps_psnr_db:
-            click.echo("warning: running fewer steps is better than this plan at equal cost; do not use it", err=True)
+    if (measured := measurement_of(plan)) is not None:
+        click.echo(f"measured: {measured}")
+    if (remark := remark_on(plan)) is not None:
+        click.echo(f"warning: {remark}", err=True)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.backends.registry import BACKENDS
+from tc_deploy.bundle import MANIFEST
 from tc_deploy.cli.progress import log_step
+from tc_deploy.errors import counted
+from tc_deploy.inspect import departure
 from tc_deploy.types import Precision
 
 
@@ -32,6 +36,7 @@ def command(
     """
     from tc_deploy.export.stage import export_bundle
 
+    lost = [kind for kind in BACKENDS if (output / kind / MANIFEST).is_file()]
     manifest = export_bundle(
         plan,
         output,
@@ -42,7 +47,10 @@ def command(
         progress=log_step,
     )
     for name, graph in manifest.graphs.items():
-        error = "not compared" if graph.max_abs_error is None else f"PyTorch ± {graph.max_abs_error:.1e}"
+        inputs, outputs = counted(len(graph.inputs), "input"), counted(len(graph.outputs), "output")
+        error = departure(name, graph.max_abs_error, manifest.solver.init_noise_sigma)
         if graph.snr_to_fp32_db is not None:
             error += f", {graph.snr_to_fp32_db:.1f} dB above its error to fp32"
-        click.echo(f"{output / graph.file}: {name}, {len(graph.inputs)} inputs, {len(graph.outputs)} outputs, {error}")
+        click.echo(f"{output / graph.file}: {name}, {inputs}, {outputs}, {error}")
+    if lost:
+        click.echo(f"{output}: the engines of the earlier export are gone ({', '.join(lost)}); build them again")

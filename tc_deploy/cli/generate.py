@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tc_deploy.bundle import check_writable, write_bytes
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import checked_conditions, read_conditions
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import UsageError, counted
+from tc_deploy.sheet import sheet_of
 
 LARGEST_DEFAULT_BATCH = 16
 PNG = ".png"
@@ -112,7 +113,7 @@ def command(
     images = result.images if output.suffix == PNG else None
     write_bytes(output, _latents(result.latents, output.suffix) if images is None else _png(images, zoom))
     click.echo(
-        f"{output}: {count} pictures, {result.steps_full} full + {result.steps_cached} cached steps,"
+        f"{output}: {counted(count, 'picture')}, {result.steps_full} full + {result.steps_cached} cached steps,"
         f" {elapsed_s:.2f} s with {pipeline.backend}"
     )
 
@@ -138,22 +139,3 @@ def _png(images: NDArray[np.uint8], zoom: int) -> bytes:
     sheet = Image.fromarray(sheet_of(images))
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(stream, format="PNG")
     return stream.getvalue()
-
-
-def sheet_of(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay pictures out in rows, as close to a square as their number allows.
-
-    Args:
-        images: (n, H, W) or (n, H, W, 3).
-
-    Returns:
-        (rows * H, columns * W) or with 3 channels; places without a picture are black.
-    """
-    count, height, width = images.shape[:3]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = np.zeros((rows * height, columns * width, *images.shape[3:]), np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * height, index % columns * width
-        sheet[top : top + height, left : left + width] = image
-    return sheet

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from tc_deploy.bundle import canonical_json
-from tc_deploy.inspect import inspect_path
+from tc_deploy.errors import counted
+from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
 
 
@@ -31,10 +32,11 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     _line("bundle", f"{facts['path']}, {facts['precision']}, batch {batch}, made by {facts['made_by']}")
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
-        error = "not compared" if graph["max_abs_error"] is None else f"PyTorch ± {graph['max_abs_error']:.1e}"
+        inputs, outputs = counted(graph["inputs"], "input"), counted(graph["outputs"], "output")
+        error = departure(name, graph["max_abs_error"], facts["init_noise_sigma"])
         if graph["snr_to_fp32_db"] is not None:
             error += f", {graph['snr_to_fp32_db']:.1f} dB above its error to fp32"
-        _line(name, f"{graph['inputs']} inputs, {graph['outputs']} outputs, {_size(size)}, {error}")
+        _line(name, f"{inputs}, {outputs}, {_size(size)}, {error}")
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
     for name, target in facts["targets"].items():
@@ -48,9 +50,9 @@ def _show_bundle(facts: dict[str, Any]) -> None:
 def _target_line(name: str, target: dict[str, Any]) -> str:
     if not target["usable"]:
         return f"{name}: {target['why']}"
-    options = [f"{key} {_plain(value)}" for key, value in target["options"].items()]
+    options = [f"{key} {_plain(value)}" for key, value in target["options"].items() if key != "precision"]
     gpu = [] if target["gpu"] is None else [f"for {target['gpu']['name']}"]
-    return ", ".join([f"{name} {target['version']}", *gpu, *options])
+    return ", ".join([f"{name} {target['version']}", target["precision"], *gpu, *options])
 
 
 def _plain(value: Any) -> str:
@@ -82,10 +84,10 @@ def _show_plan(plan: dict[str, Any]) -> None:
         _line(phase, f"tokens kept per block: {' '.join(map(str, counts))} (of {model['tokens']})")
     _line("cost", f"{plan['cost_in_full_steps']:.1f} full steps of {plan['steps']}", nl=False)
     click.echo(f" ({100 * plan['cost_ratio']:.1f} % of the FLOPs; a full step is {plan['full_gflops']:g} GFLOPs a row)")
-    if plan["measured"] is not None:
-        found = plan["measured"]
-        fewer = f"{found['fewer_steps']} full steps, which cost as much: {found['fewer_steps_psnr_db']:.1f} dB"
-        _line("measured", f"{found['psnr_db']:.1f} dB to the full run in PyTorch; {fewer}")
+    if plan["measured_in_words"] is not None:
+        _line("measured", plan["measured_in_words"])
+    if plan["remark"] is not None:
+        _line("remark", plan["remark"])
 
 
 def _prompts(conditions: Any) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG = logging.getLogger("tc_deploy")
+LINE_EVERY_S = 10.0
+"""In a log; rarer, a reader wonders whether it still runs."""
 
 
 @contextlib.contextmanager
@@ -31,13 +34,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def _lines() -> Callable[[str, int, int], None]:
-    seen: set[str] = set()
+def _lines(clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
+    """A line when a part begins, and one every ``LINE_EVERY_S`` while it goes on."""
+    said_s: dict[str, float] = {}
 
     def report(what: str, done: int, total: int) -> None:
-        if what not in seen:
-            seen.add(what)
-            LOG.info("%s%s", what, f" ({done} of {total})" if done and total > 1 else "")
+        now_s = clock()
+        if what not in said_s:
+            LOG.info("%s", what)
+        elif now_s - said_s[what] >= LINE_EVERY_S:
+            LOG.info("%s: %s of %s", what, done, total)
+        else:
+            return
+        said_s[what] = now_s
 
     return report
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tc_deploy import tolerances
 from tc_deploy.errors import UsageError
 
-LARGEST_PSNR_DB = 140.0
+LARGEST_PSNR_DB = tolerances.LARGEST_PSNR_DB
 SSIM_WINDOW = 11
 """Side in pixels of the Gaussian window (sigma 1.5) that SSIM was published with, and that torchmetrics makes of it."""
 

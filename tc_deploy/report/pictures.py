@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tc_deploy.report.source import Source
 from tc_deploy.report.words import decibels, described, pictures
 from tc_deploy.search.record import FULL_POINT, PointRecord
+from tc_deploy.sheet import sheet_of
 from tc_deploy.types import FloatArray
 
 MOST_PICTURES = 8
@@ -95,8 +96,6 @@ def _caption(role: str, point: PointRecord) -> str:
 
 def _strip(caption: str, values: FloatArray) -> Strip:
     """Lay pictures (n, C, H, W) with values from 0 to 1 side by side."""
-    count, channels, height, width = values.shape
-    row = np.rint(255 * values).astype(np.uint8).transpose(2, 0, 3, 1).reshape(height, count * width, channels)
-    return Strip(
-        caption=caption, uri=png_uri(row[..., 0] if channels == 1 else row), alt=f"{pictures(count)}, {caption}"
-    )
+    images = np.rint(255 * values).astype(np.uint8)
+    row = sheet_of(images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1), columns=len(images))
+    return Strip(caption=caption, uri=png_uri(row), alt=f"{pictures(len(images))}, {caption}")

@@ -6,7 +6,6 @@ In: a :class:`Source`. Out: facts for the report's last section. Never: asks the
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,37 +85,60 @@ def _bundle_facts(source: Source) -> list[Fact]:
         error = "not compared" if graph.max_abs_error is None else f"within {graph.max_abs_error:.1e} of PyTorch"
         facts.append(Fact(term=f"graph {name}", text=error))
     for target in source.targets:
-        text = f"{target.backend} {target.backend_version}, built by {target.made_by}"
+        text = f"{target.backend} {target.backend_version}, {target.computes_in}, built by {target.made_by}"
         facts.append(Fact(term="engines", text=text))
     return facts
 
 
 def _making(source: Source) -> list[Fact]:
+    command = "tc-deploy {} RECIPE -o calibration/NAME"
+    drawn = Fact(term="page drawn by", text=f"tc-deploy {__version__}")
+    # Of a search's recipe the settings stand beside it; a bundle of its plan holds no search.
+    if source.search is not None or source.plan.origin.method in ("search", "baseline"):
+        return [Fact(term="made again with", text=command.format("plan"), is_code=True), drawn]
     return [
-        Fact(term="made again with", text=command_from_source(source), is_code=True),
-        Fact(term="page drawn by", text=f"tc-deploy {__version__}"),
+        Fact(term="its recipe", text=toml_from_plan(source.plan), is_code=True),
+        Fact(term="made again with", text=command.format("calibrate"), is_code=True),
+        drawn,
     ]
 
 
-def command_from_source(source: Source) -> str:
-    """The command line that makes this plan; a search's recipe has the settings that are printed beside it."""
-    if source.search is not None:
-        return shlex.join(["tc-deploy", "plan", "RECIPE", "-o", "calibration/NAME"])
-    plan = source.plan
-    schedule, cache, settings = plan.schedule, plan.cache, plan.origin.settings
-    words: list[object] = ["tc-deploy", "calibrate", plan.model.source, "-o", "calibration/NAME"]
-    words += ["--steps", schedule.steps, "--boundary", schedule.boundary, "--k1", schedule.k1, "--k2", schedule.k2]
-    if plan.sampling.guidance_scale is not None:
-        words += ["--guidance-scale", plan.sampling.guidance_scale]
+def toml_from_plan(plan: Plan) -> str:
+    """The recipe that makes a plan of calibration's, every setting in it written out."""
+    sampling, cache, settings = plan.sampling, plan.cache, plan.origin.settings
+    tables: dict[str, dict[str, Any]] = {
+        "sampling": {"steps": plan.schedule.steps, "guidance_scale": sampling.guidance_scale},
+        "schedule": plan.schedule.model_dump(exclude={"steps"}),
+        "cache": cache.model_dump(mode="json", exclude={"keep_counts"}),
+        "measure": {"samples": 0 if plan.measured is None else len(plan.measured.seeds)},
+    }
+    if sampling.set_timesteps_kwargs:
+        tables["sampling"]["set_timesteps_kwargs"] = sampling.set_timesteps_kwargs
     match settings:
-        case {"keep_ratio": [first, second], "predictor": {"iterations": iterations}}:
-            words += ["--keep-ratio", first, second, "--iterations", iterations]
+        case {"keep_ratio": ratio, "multiple": multiple, "predictor": {**predictor}}:
+            tables["cache"] |= {"keep_ratio": ratio, "multiple": multiple}
+            tables["predictor"] = {str(key): value for key, value in predictor.items()}
         case _:
-            words += ["--keep-counts", *(",".join(map(str, counts)) for counts in cache.keep_counts)]
-    words += ["--reuse", cache.reuse, "--attention", cache.attention, "--skip", cache.skip]
-    words += ["--forecast-order", cache.forecast_order, "--seed", plan.origin.seed]
-    words += ["--samples", 0 if plan.measured is None else len(plan.measured.seeds)]
-    return shlex.join(str(word) for word in words)
+            tables["cache"]["keep_counts"] = cache.keep_counts
+    lines = [f"model = {_toml(plan.model.source)}  # relative to this file", f"seed = {plan.origin.seed}"]
+    sizes = {"latent_size": plan.model.latent_size, "text_tokens": plan.model.text_tokens}
+    lines += [f"{key} = {_toml(value)}" for key, value in sizes.items() if value is not None]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A JSON value as TOML writes it."""
+    match value:
+        case dict():
+            pairs = [f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None]
+            return f"{{{', '.join(pairs)}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case _:
+            # JSON's scalars are TOML's too, but for one character that TOML wants escaped.
+            return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _on_one_line(settings: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import Manifest, TargetManifest, read_manifest, read_target
+from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_manifest, read_target
 from tc_deploy.plan import PLAN, Plan, load_plan
 from tc_deploy.search.record import (
     FULL_POINT,
@@ -112,10 +112,11 @@ def source_from_folder(path: Path, validation: Path | None = None) -> Source:
     """
     if not (path / PLAN).is_file():
         raise BundleError(f"{path}: no {PLAN} in it; give a folder calibration/NAME or engines/NAME")
+    check_is_whole(path)
     manifest = None
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        check_files(path, {PLAN: manifest.files[PLAN]})
+        check_files(path, manifest.files)
     plan, tables = load_plan(path)
     search = read_search(path) if (path / SEARCH).is_file() else None
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
@@ -144,9 +145,11 @@ def _targets(bundle: Path) -> tuple[TargetManifest, ...]:
     found = []
     for file in sorted(bundle.glob(f"*/{MANIFEST}")):
         try:
-            found.append(read_target(bundle, file.parent.name))
+            target = read_target(bundle, file.parent.name)
         except BundleError:
             continue  # built from another export, so nothing of it belongs to this bundle
+        check_files(file.parent, target.files)
+        found.append(target)
     return tuple(found)
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tc_deploy.inspect import CLOSE_DB, saves_steps
 from tc_deploy.plan import Plan
 from tc_deploy.report.source import Source
 from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
 from tc_deploy.types import Skip
-
-CLOSE_DB = 1.0
-"""A baseline within this much is as good, as far as a reader should care."""
 
 
 class Standing(StrEnum):
@@ -80,6 +78,8 @@ def _cost_sentence(plan: Plan) -> str:
 
 def _by_calibration(plan: Plan) -> tuple[Standing, str, list[str]]:
     found = plan.measured
+    if not saves_steps(plan):
+        return Standing.BEHIND, "This plan saves nothing: run every step in full instead.", []
     if found is None:
         return Standing.UNKNOWN, "The quality of this plan was not measured.", []
     margin_db = found.psnr_db - found.fewer_steps_psnr_db
@@ -91,7 +91,8 @@ def _by_calibration(plan: Plan) -> tuple[Standing, str, list[str]]:
     }[standing]
     quality = (
         f"On {len(found.seeds)} unseen seeds its pictures have {decibels(found.psnr_db)} PSNR to the model's own full"
-        f" run; {found.fewer_steps} full steps, which cost as much, have {decibels(found.fewer_steps_psnr_db)}."
+        f" run; {found.fewer_steps} full steps, which is its cost rounded up, have"
+        f" {decibels(found.fewer_steps_psnr_db)}."
     )
     source = (
         "This is calibration's measurement in PyTorch: latency was not measured, and the only baseline is fewer steps"

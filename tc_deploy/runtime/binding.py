@@ -142,8 +142,9 @@ def _chosen_backend(path: Path, backend: str | None) -> str:
         return built[0]
     if backend not in built:
         wanted = "engine" if backend is None else f"{backend} engine"
+        beside = f" (built: {', '.join(built)})" if built else ""
         raise BundleError(
-            f"{path}: no {wanted} built there{f' (built: {built})' if built else ''}; build one with:"
+            f"{path}: no {wanted} built there{beside}; build one with:"
             f" tc-deploy build {path}" + ("" if backend is None else f" --backend {backend}")
         )
     return str(backend)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +22,14 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
-from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions, placeholder_conditions
+from tc_deploy.conditions import (
+    Arrays,
+    Conditions,
+    checked_conditions,
+    labelled_conditions,
+    placeholder_conditions,
+    whole_number,
+)
 from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, Manifest, variant_name
 from tc_deploy.runtime.binding import Binder, Watch, read_bundle
@@ -44,7 +50,7 @@ class Step:
     """T."""
     full: bool
     """Whether the step ran in full."""
-    read_latents: Callable[[], FloatArray]
+    read_latents: Callable[[], FloatArray] = field(repr=False)
     """A copy of the latents (B, *latent shape) as they stand after this step; valid until the next one."""
 
 
@@ -161,7 +167,7 @@ class Pipeline:
             unconditional: the same for the unconditional half of a guided batch, (n, ...) or (1, ...) for all pictures
                 alike; labels may be left out, which means "no class".
             seed: picture i has seed ``seed + i``; a seed gives the same picture whatever else is in the batch.
-            guidance_scale: instead of the plan's.
+            guidance_scale: instead of the plan's; at least 0, which ignores the condition.
             latents: (n, *latent shape) standard normal noise to start from, instead of the seeds'.
             full: run every step in full, for comparison.
             on_step: called with the number of the first picture in the batch and the step.
@@ -283,8 +289,7 @@ class Pipeline:
         Raises:
             UsageError: ``seed`` is out of range.
         """
-        _check_seed(seed)
-        return noise_of(self.manifest.latent_shape, operator.index(seed), count)
+        return noise_of(self.manifest.latent_shape, _checked_seed(seed), count)
 
     def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
         """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
@@ -329,14 +334,18 @@ class Pipeline:
             checked = labelled_conditions(needed, class_labels, guided=guided)
         else:
             checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
-        _check_seed(seed)
+        seed = _checked_seed(seed)
         if guidance_scale is not None and not self.manifest.guided:
             raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise UsageError(f"guidance scale must be a finite number, found {guidance_scale}")
+        if guidance_scale is not None:
+            _check_guidance_scale(guidance_scale)
         expected = (checked.count, *self.manifest.latent_shape)
-        if latents is not None and latents.shape != expected:
-            raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
+        if latents is not None:
+            latents = np.asarray(latents)
+            if latents.shape != expected:
+                raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
+            if not np.issubdtype(latents.dtype, np.floating):
+                raise UsageError(f"latents: expected floating point numbers, found {latents.dtype}")
         return _Request(
             conditions=checked,
             seed=seed,
@@ -384,9 +393,19 @@ def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
-def _check_seed(seed: int) -> None:
+def _checked_seed(seed: int) -> int:
+    seed = whole_number(seed, "seed")
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must lie in 0..{MAX_SEED}, found {seed}")
+    return seed
+
+
+def _check_guidance_scale(scale: Any) -> None:
+    number = isinstance(scale, (int, float, np.number)) and math.isfinite(scale)
+    if not number or scale < 0:
+        raise UsageError(
+            f"guidance scale must be a finite number from 0 on, which ignores the condition, found {scale!r}"
+        )
 
 
 def _first_samples(buffer: Buffer, count: int) -> FloatArray:
@@ -408,7 +427,7 @@ def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
 
 
 def _checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and whole_number(batch_size, "batch size") < 1:
         raise UsageError(f"batch size must be at least 1, found {batch_size}")
     if manifest.batch_size is None:
         return batch_size or 1

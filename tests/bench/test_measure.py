@@ -97,6 +97,8 @@ def test_the_command_prints_what_can_be_pasted(pixel: MadeByCommands) -> None:
             assert len(row) == len(rule) == len(head)
             assert row[:2] == [f"{pixel.bundle}:onnxruntime", str(PIXEL_BATCH)]
     assert tables[0][0][-1] == "to first (IQR)"
+    assert tables[0][0][2:8] == ["precision", "run", "full + cached", "p50 ms", "IQR ms", "worst ms"]
+    assert [row[2:5] for row in tables[0][2:4]] == [["fp32", "plan", "5 + 4"], ["fp32", "full", "9 + 0"]]
     assert "no efficiency for solver: its FLOPs are not counted" in lines
 
 

@@ -13,7 +13,7 @@ import pytest
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.calibrate.training import SAVE_EVERY
-from tc_deploy.errors import ExportError, ModelError, PlanError, StorageError, TcDeployError
+from tc_deploy.errors import ExportError, ModelError, PlanError, StorageError, TcDeployError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN, TABLES, load_plan
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB
@@ -112,7 +112,7 @@ def test_progress_is_reported_to_the_end(finished: tuple[Path, Reports]) -> None
     _, reports = finished
     assert reports.counts(SAMPLING) == list(range(1, STEPS + 1))
     assert reports.counts(TRAINING) == list(range(ITERATIONS + 1))
-    assert reports.seen[-1] == ("done", 1)
+    assert reports.seen[-1] == ("measuring against the full run", 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- same bytes
@@ -296,7 +296,7 @@ def test_any_sampler_without_noise_of_its_own_will_do(
         ({"cache": {"keep_counts": [[0], [0, 0, 0, 0]]}}, PlanError, ["phase 2", "3 blocks", "found 4"]),
         ({"cache": {"keep_counts": [[0], [17]]}}, PlanError, ["phase 2", "block 0", "0..16", "found 17"]),
         ({"cache": {"keep_counts": [[], [0]]}}, PlanError, ["phase 1", "found 0"]),
-        ({"sampling": {"steps": 1001}}, ExportError, ["DDIMScheduler", "set_timesteps", "choose another step count"]),
+        ({"sampling": {"steps": 1001}}, UsageError, ["DDIMScheduler takes at most 1000 steps", "found 1001"]),
         ({"sampling": {"set_timesteps_kwargs": {"mu": 1.0}}}, ExportError, ["DDIMScheduler", "mu"]),
         ({"model": "nowhere"}, ModelError, ["nowhere", "no such folder"]),
     ],

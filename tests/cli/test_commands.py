@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +21,13 @@ from PIL import Image
 import tc_deploy
 from tc_deploy import errors
 from tc_deploy.bundle import MANIFEST
+from tc_deploy.inspect import remark_on
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
-from tc_deploy.plan import PLAN
+from tc_deploy.plan import PLAN, load_plan
+from tc_deploy.sheet import GAP, GREY
 
 SIDE = 8
+TILE = SIDE + GAP
 BENCH_ROUNDS = 2
 BAD_USE = errors.UsageError.exit_code
 BAD_MODEL = errors.ModelError.exit_code
@@ -51,8 +56,9 @@ def test_a_plan_is_made(pixel: MadeByCommands) -> None:
     first, second = pixel.calibrated.out.splitlines()
     assert first.startswith(f"{pixel.plan}: 5 full + 4 cached steps, ")
     assert first.endswith(" % of the full run's FLOPs")
-    assert second.startswith("PSNR to the full run ")
-    assert second.endswith("(2 unseen seeds)")
+    cost = load_plan(pixel.plan)[0].cost_in_full_steps()
+    fewer = f"{math.ceil(cost)} full steps, its cost of {cost:.1f} rounded up: "
+    assert re.fullmatch(rf"measured: [\d.]+ dB to the full run in PyTorch, on 2 unseen seeds; {fewer}[\d.]+ dB", second)
     assert sorted(path.name for path in pixel.plan.parent.iterdir()) == ["bundle", "model", "plan"]
 
 
@@ -63,13 +69,16 @@ def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
         path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
         assert path.is_file()
         assert line.startswith(f"{path}: {name}, ")
-        assert "PyTorch ± " in line
+        assert ("scheduler ± " if name == "solver" else "PyTorch ± ") in line
+    assert ", 1 output, " in lines[-1]
+    assert "are gone" not in pixel.exported.out
     assert "comparing full with PyTorch" in pixel.exported.err
 
 
 def test_engines_are_built(pixel: MadeByCommands) -> None:
     assert pixel.built.code == 0, pixel.built.err
     assert pixel.built.out.startswith(f"{pixel.bundle / 'onnxruntime'}: built with onnxruntime ")
+    assert pixel.built.out.endswith(", computes in fp32\n")
 
 
 def picture(path: Path) -> Image.Image:
@@ -87,20 +96,24 @@ def test_pictures_are_laid_out_on_a_sheet(
     words = ("generate", pixel.bundle, "--class-label", 4, "-n", count, "--seed", 7, "--zoom", zoom, "-o", output)
     answer = run_cli(*words)
     assert answer.code == 0, answer.err
-    assert answer.out.startswith(f"{output}: {count} pictures, 5 full + 4 cached steps, ")
+    assert answer.out.startswith(f"{output}: {count} picture{'s' * (count > 1)}, 5 full + 4 cached steps, ")
     sheet = picture(output)
-    assert (sheet.format, sheet.mode, sheet.size) == ("PNG", "RGB", (columns * SIDE * zoom, rows * SIDE * zoom))
+    assert (sheet.format, sheet.mode, sheet.size) == (
+        "PNG",
+        "RGB",
+        ((columns * TILE - GAP) * zoom, (rows * TILE - GAP) * zoom),
+    )
     with tc_deploy.load(pixel.bundle) as pipeline:
         images = pipeline(class_labels=[4] * count, seed=7).images
     assert images is not None
     pixels = np.asarray(sheet)
     for index, image in enumerate(images):
-        top, left = index // columns * SIDE * zoom, index % columns * SIDE * zoom
+        top, left = index // columns * TILE * zoom, index % columns * TILE * zoom
         tile = pixels[top : top + SIDE * zoom, left : left + SIDE * zoom]
         assert np.array_equal(tile, image.repeat(zoom, axis=0).repeat(zoom, axis=1))
     for empty in range(count, columns * rows):
-        top, left = empty // columns * SIDE * zoom, empty % columns * SIDE * zoom
-        assert not pixels[top:, left:].any()
+        top, left = empty // columns * TILE * zoom, empty % columns * TILE * zoom
+        assert (pixels[top:, left:] == GREY).all()
     assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
 
 
@@ -195,6 +208,49 @@ def test_engines_are_timed(pixel: MadeByCommands) -> None:
     assert set(contender["variants"]) == {"full", "cached-1", "solver"}
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_plan_that_caches_nothing_says_so(tiny_dit_folder: Path, tmp_path: Path, steps: int) -> None:
+    plan = tmp_path / "plan"
+    answer = run_cli("calibrate", tiny_dit_folder, "-o", plan, "--steps", steps, "--samples", 1)
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[1] == "measured: equal to the full run in PyTorch, on 1 unseen seed"
+    assert "warning: nothing is cached: all steps run in full" in answer.err
+    assert "remark    nothing is cached" in run_cli("inspect", plan).out
+    again = run_cli("calibrate", tiny_dit_folder, "-o", plan, "--steps", steps, "--samples", 0)
+    assert f"{plan} holds a plan, which will be replaced" in " ".join(again.err.split())
+
+
+@pytest.mark.parametrize(
+    ("margin_db", "remark"),
+    [
+        (-1.0, "running fewer steps is better than this plan"),
+        (-0.9, "hardly different"),
+        (0.9, "hardly different"),
+        (1.0, None),
+    ],
+)
+def test_a_plan_is_remarked_on_as_it_was_measured(pixel: MadeByCommands, margin_db: float, remark: str | None) -> None:
+    plan, _ = load_plan(pixel.plan)
+    assert plan.measured is not None
+    figures = {"psnr_db": 30.0 + margin_db, "fewer_steps_psnr_db": 30.0}
+    measured = plan.model_copy(update={"measured": plan.measured.model_copy(update=figures)})
+    assert remark_on(measured) is None if remark is None else str(remark_on(measured)).startswith(remark)
+
+
+def test_a_calibration_that_is_stopped_says_where_its_state_is(
+    tiny_dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tc_deploy.calibrate.stage.train_predictor", stop)
+    words = ("calibrate", tiny_dit_folder, "-o", tmp_path / "plan", "--steps", 4, "--keep-ratio", 0, 0.5)
+    answer = run_cli(*words)
+    assert answer.code == errors.Cancelled.exit_code
+    assert f"interrupted; its state is in {tmp_path / '.plan.work'}: start it again to go on" in answer.error
+    assert (tmp_path / ".plan.work").is_dir()
+
+
 # ------------------------------------------------------------------------------------------------- mistakes: calibrate
 
 
@@ -207,17 +263,22 @@ def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object
     ("options", "code", "message"),
     [
         (("--keep-counts", "0,17,0", "0"), BAD_PLAN, "phase 1, block 1: keep count must lie in 0..16, found 17"),
-        (("--keep-counts", "0,-1,0", "0"), BAD_USE, "cache.keep_counts"),
+        (
+            ("--keep-counts", "0,-1,0", "0"),
+            BAD_USE,
+            "error: --keep-counts: must be greater than or equal to 0, found -1",
+        ),
         (("--keep-counts", "0", "8,8"), BAD_PLAN, "phase 2: expected one keep count for each of the 3 blocks, found 2"),
         (("--keep-counts", "many", "0"), BAD_USE, "expected numbers with commas between them"),
         (("--boundary", 5), BAD_PLAN, "boundary must lie in 0..4 (the step count), found 5"),
-        (("--boundary", -1), BAD_USE, "schedule.boundary"),
-        (("--k1", 0), BAD_USE, "schedule.k1"),
-        (("--steps", 0), BAD_USE, "sampling.steps"),
-        (("--steps", 2000), BAD_EXPORT, "DDIMScheduler.set_timesteps"),
-        (("--forecast-order", 3), BAD_USE, "cache.forecast_order"),
+        (("--boundary", -1), BAD_USE, "error: --boundary: must be greater than or equal to 0, found -1"),
+        (("--k1", 0), BAD_USE, "error: --k1: must be greater than 0, found 0"),
+        (("--steps", 0), BAD_USE, "error: --steps: must be greater than 0, found 0"),
+        (("--guidance-scale", -1), BAD_USE, "error: --guidance-scale: must be greater than or equal to 0, found -1.0"),
+        (("--steps", 2000), BAD_USE, "DDIMScheduler takes at most 1000 steps, as many as the model was trained with"),
+        (("--forecast-order", 3), BAD_USE, "error: --forecast-order: must be less than or equal to 2, found 3"),
         (("--reuse", "everything"), BAD_USE, "--reuse"),
-        (("--seed", -1), BAD_USE, "seed"),
+        (("--seed", -1), BAD_USE, "error: --seed: must be greater than or equal to 0, found -1"),
     ],
 )
 def test_options_that_no_plan_can_have(
@@ -269,9 +330,9 @@ def test_a_scheduler_that_clips(save_dit: SaveDit, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ('model = "m"\ncolour = "red"', "colour: Extra inputs are not permitted"),
-        ('model = "m"\n[cache]\nkept = 1', "cache.kept: Extra inputs are not permitted"),
-        ("[cache]\nkeep_ratio = [0.0, 0.5]", "model: Field required"),
+        ('model = "m"\ncolour = "red"', "recipe.toml: colour: unknown key; known here: model, seed, sampling, "),
+        ('model = "m"\n[cache]\nkept = 1', "cache.kept: unknown key; known here: keep_ratio, keep_counts, multiple, "),
+        ("[cache]\nkeep_ratio = [0.0, 0.5]", "recipe.toml: model: this key is required"),
         ('model = "m"\n[cache]\nkeep_ratio = [0.0, 1.5]', "cache.keep_ratio"),
         ('model = "m"\nsampling = 3', "sampling"),
         ('model = "m', "not a TOML file"),
@@ -286,6 +347,18 @@ def test_recipes_that_cannot_be_used(tmp_path: Path, recipe: str | None, message
 
 
 # ----------------------------------------------------------------------------------------- mistakes: export and build
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "bf16"), "--precision is no option of onnxruntime; add --backend openvino, or leave it out"),
+        (("--backend", "openvino", "--workspace-mib", 9), "add --backend tensorrt or --backend tensorrt-rtx"),
+        (("--backend", "openvino", "--precision", "fp8"), "--precision"),
+    ],
+)
+def test_an_option_of_another_engine_kind(mixed: Made, options: tuple[object, ...], message: str) -> None:
+    refused(BAD_USE, message, "build", mixed.bundle, *options, unchanged=mixed.bundle)
 
 
 def test_a_plan_of_another_model(mixed: Made, multistep: Made, tmp_path: Path) -> None:
@@ -402,6 +475,14 @@ def test_an_output_that_cannot_be_written_is_found_out_before_the_work(mixed: Ma
     words = ("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / name)
     refused(BAD_PLACE, f"{tmp_path / name} cannot be written", *words, unchanged=tmp_path)
     assert "pictures from" not in run_cli(*words).err
+
+
+def test_a_bundle_without_its_manifest_is_no_plan(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    (bundle / MANIFEST).unlink()
+    for command, *rest in (("generate", "--class-label", 1, "-o", tmp_path / "x.npy"), ("inspect",), ("build",)):
+        message = f"{bundle}: a half-written or damaged bundle"
+        refused(BAD_BUNDLE, message, command, bundle, *rest, unchanged=tmp_path)
 
 
 def test_engines_of_another_export(mixed: Made, tmp_path: Path) -> None:

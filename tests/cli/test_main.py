@@ -168,7 +168,7 @@ def test_a_missing_library_names_its_extra(
 ) -> None:
     doctor_does(raising(ModuleNotFoundError(f"No module named {library!r}", name=library)))
     assert cli.main(["doctor"]) == errors.BackendError.exit_code
-    assert f"pip install 'tc-deploy[{extra}]'" in capsys.readouterr().err
+    assert f"pip install '.[{extra}]' (in the clone)" in capsys.readouterr().err
 
 
 def test_our_own_bug_keeps_its_traceback(doctor_does: Callable[[Body], None]) -> None:

@@ -16,7 +16,9 @@ import pytest
 from bundles import Made, run_cli, snapshot
 from report.folders import CHOSEN, DIGITS, edit, make_point, make_samples, points_of_the_demo, write_search
 
+from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import BundleError, StorageError
+from tc_deploy.manifest import ONNX_FOLDER
 from tc_deploy.plan import PLAN
 from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, Kind
 
@@ -103,9 +105,8 @@ def test_a_plan_alone(tmp_path: Path) -> None:
     page = draw(DIGITS, tmp_path / "new" / "report.html")
     assert page.sections == ALWAYS
     assert "closer to the full run than fewer steps" in page.text
-    command = "tc-deploy calibrate examples/digits-dit -o calibration/NAME --steps 50 --boundary 35 --k1 3 --k2 2"
-    assert command in page.text
-    assert "--keep-ratio 0.0 0.125 --iterations 200" in page.text
+    assert "tc-deploy calibrate RECIPE -o calibration/NAME" in page.text
+    assert 'model = "examples/digits-dit"  # relative to this file' in page.text
 
 
 def test_a_plan_with_a_search(searched: Path, tmp_path: Path) -> None:
@@ -126,7 +127,18 @@ def test_a_bundle(mixed: Made, tmp_path: Path) -> None:
     assert "graph cached-2" in page.text
     assert "onnxruntime " in page.text
     assert "The quality of this plan was not measured." in page.text
-    assert "--keep-counts 0,16,8 8,0,4" in page.text
+    assert "keep_counts = [[0, 16, 8], [8, 0, 4]]" in page.text
+    assert ", fp32, built by tc-deploy" in page.text
+
+
+@pytest.mark.parametrize("file", [f"{ONNX_FOLDER}/full.onnx", MANIFEST])
+def test_a_bundle_that_is_damaged(mixed: Made, tmp_path: Path, file: str) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    (bundle / file).unlink()
+    answer = run_cli("report", bundle, "-o", tmp_path / "report.html")
+    assert answer.code == BundleError.exit_code
+    assert ("half-written or damaged bundle" if file == MANIFEST else f"{file} is missing") in answer.error
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_latents_without_a_decoder(tmp_path: Path) -> None:
@@ -205,7 +217,7 @@ FULL = make_samples(points_of_the_demo())[FULL_POINT]
     [
         (lambda folder: (folder / PLAN).unlink(), "no plan.json in it; give a folder calibration/NAME or engines/NAME"),
         (_of_another_model, "the search is of another model than plan.json"),
-        (lambda folder: edit(folder / SEARCH, lambda search: search.update(colour="red")), "colour: Extra inputs"),
+        (lambda folder: edit(folder / SEARCH, lambda search: search.update(colour="red")), "colour: unknown key"),
         (_altered_samples, "samples.safetensors: expected SHA-256"),
         (lambda folder: (folder / SAMPLES).unlink(), "samples.safetensors is missing"),
         (_rewritten({CHOSEN: FULL}), "no 'full' in it"),

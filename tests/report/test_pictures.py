@@ -14,6 +14,7 @@ from report.png import pixels_of
 from tc_deploy.report.pictures import MOST_PICTURES, PEAK, amplification, needs_decoder, sample_sheet
 from tc_deploy.report.source import source_from_folder
 from tc_deploy.search.record import FULL_POINT
+from tc_deploy.sheet import GAP, GREY
 from tc_deploy.types import FloatArray
 
 
@@ -21,7 +22,8 @@ def tiles(uri: str, channels: int) -> FloatArray:
     """(n, C, H, W) from 0 to 255."""
     row = pixels_of(uri).astype(np.float32)
     side = row.shape[0]
-    return row.reshape(side, -1, side, channels).transpose(1, 3, 0, 2)
+    row = np.concatenate([row, np.full((side, GAP, *row.shape[2:]), GREY, np.float32)], axis=1)
+    return row.reshape(side, -1, side + GAP, channels)[:, :, :side].transpose(1, 3, 0, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

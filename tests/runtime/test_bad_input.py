@@ -104,8 +104,8 @@ def test_a_damaged_file_is_named(bundle: Path, name: str, damage: Callable[[Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document.pop("graphs"), "graphs: Field required"),
-        (lambda document: document.update(colour="red"), "colour: Extra inputs"),
+        (lambda document: document.pop("graphs"), "graphs: this key is required"),
+        (lambda document: document.update(colour="red"), "colour: unknown key"),
         (lambda document: document.update(format_version=2), "format_version"),
         (lambda document: document.update(kind="target"), "kind"),
         (lambda document: document.update(batch_size=0), "batch_size"),
@@ -235,6 +235,14 @@ BAD_REQUESTS = [
     ({"class_labels": [1], "seed": 2**64}, "seed must lie in"),
     ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance scale must be a finite number"),
     ({"class_labels": [1], "guidance_scale": float("-inf")}, "guidance scale must be a finite number"),
+    ({"class_labels": [1], "guidance_scale": -0.5}, "guidance scale must be a finite number from 0 on"),
+    ({"class_labels": [1], "guidance_scale": "2"}, "guidance scale must be a finite number from 0 on"),
+    ({"class_labels": 3}, "class_labels must be a list, found 3; for one picture give a list of one"),
+    ({"class_labels": [1.5]}, "class label must be a whole number, found 1.5"),
+    ({"class_labels": ["3"]}, "class label must be a whole number, found '3'"),
+    ({"class_labels": [None]}, "class label must be a whole number, found None"),
+    ({"class_labels": [1], "seed": "a"}, "seed must be a whole number, found 'a'"),
+    ({"class_labels": [1], "latents": np.zeros((1, 4, 8, 8), int)}, "latents: expected floating point numbers"),
     ({"class_labels": [1], "latents": noise(2)}, r"latents: expected shape \(1, 4, 8, 8\), found \(2, 4, 8, 8\)"),
     ({"class_labels": [1, 2], "latents": noise(1)}, "latents: expected shape"),
     # The batches before the last would fit.
@@ -277,10 +285,14 @@ def test_guidance_for_a_bundle_without_it_is_refused(unguided: Pipeline) -> None
             use(conditions={"class_labels": np.int32([1])}, unconditional={"class_labels": np.int32([1])})
 
 
-@pytest.mark.parametrize("label", [1.5, "1", None])
-def test_a_label_that_is_no_number_is_a_type_error(guided: Pipeline, label: Any) -> None:
-    with pytest.raises(TypeError):
-        guided(class_labels=[label])
+def test_a_batch_size_that_is_no_number(mixed: Made) -> None:
+    with pytest.raises(UsageError, match="batch size must be a whole number, found '4'"):
+        tc_deploy.load(mixed.bundle, batch_size="4")  # type: ignore[arg-type]
+
+
+def test_a_step_is_shown_by_its_number(guided: Pipeline) -> None:
+    step = next(iter(guided.steps(class_labels=[1])))
+    assert repr(step) == "Step(index=0, total=10, full=True)"
 
 
 def test_labels_may_be_numpy_s(guided: Pipeline) -> None:
