@@ -28,7 +28,8 @@ from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import load_model, load_scheduler, local_folder, model_folder
+from tc_deploy.models.hub import local_folder
+from tc_deploy.models.loading import load_model, load_scheduler, model_folder
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
