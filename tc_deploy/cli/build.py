@@ -15,11 +15,23 @@ from tc_deploy.errors import UsageError
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 TAKEN_BY = {
     "threads": ("onnxruntime", "openvino"),
+    "unfused": ("onnxruntime",),
+    "provider": ("onnxruntime",),
+    "weights": ("onnxruntime", "openvino"),
+    "compile": ("torch",),
+    "model": ("torch",),
     "precision": ("openvino",),
     "compute_capability": ("tensorrt-rtx",),
     "batch_profile": _TENSORRT,
+    "min_shapes": _TENSORRT,
+    "opt_shapes": _TENSORRT,
+    "max_shapes": _TENSORRT,
     "workspace_mib": _TENSORRT,
     "optimization_level": _TENSORRT,
+    "hardware_compatibility": ("tensorrt",),
+    "version_compatible": ("tensorrt",),
+    "refit": ("tensorrt",),
+    "strip_weights": ("tensorrt",),
 }
 """The engine kinds that take an option."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tc_deploy import __version__
-from tc_deploy.plan import Plan, plan_sha256
+from tc_deploy.plan import Plan, PromptsRecord, plan_sha256
 from tc_deploy.report.source import Source
 
 
@@ -121,8 +121,13 @@ def toml_from_plan(plan: Plan) -> str:
         case _:
             tables["cache"]["keep_counts"] = cache.keep_counts
     lines = [f"model = {_toml(plan.model.source)}  # relative to this file", f"seed = {plan.origin.seed}"]
-    sizes = {"latent_size": plan.model.latent_size, "text_tokens": plan.model.text_tokens}
-    lines += [f"{key} = {_toml(value)}" for key, value in sizes.items() if value is not None]
+    conditions = plan.origin.conditions
+    given = {
+        "latent_size": plan.model.latent_size,
+        "text_tokens": plan.model.text_tokens,
+        "conditions": conditions.file if isinstance(conditions, PromptsRecord) else conditions,
+    }
+    lines += [f"{key} = {_toml(value)}" for key, value in given.items() if value is not None]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
     return "\n".join(lines) + "\n"

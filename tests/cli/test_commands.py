@@ -20,7 +20,9 @@ from PIL import Image
 
 import tc_deploy
 from tc_deploy import errors
+from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
+from tc_deploy.cli import build
 from tc_deploy.inspect import remark_on
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
 from tc_deploy.plan import PLAN, load_plan
@@ -359,6 +361,13 @@ def test_recipes_that_cannot_be_used(tmp_path: Path, recipe: str | None, message
 )
 def test_an_option_of_another_engine_kind(mixed: Made, options: tuple[object, ...], message: str) -> None:
     refused(BAD_USE, message, "build", mixed.bundle, *options, unchanged=mixed.bundle)
+
+
+def test_every_option_of_a_build_belongs_to_an_engine_kind() -> None:
+    names = {parameter.name for parameter in build.command.params} - {"bundle", "backend"}
+    assert set(build.TAKEN_BY) == names
+    for name, kinds in build.TAKEN_BY.items():
+        assert set(kinds) <= set(BACKENDS), name
 
 
 def test_a_plan_of_another_model(mixed: Made, multistep: Made, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from report.folders import DIGITS
 
 from tc_deploy.calibrate.recipe import Recipe, read_recipe
-from tc_deploy.plan import Plan, load_plan
+from tc_deploy.plan import Plan, PromptsRecord, load_plan
 from tc_deploy.report.provenance import toml_from_plan
 
 RECIPE = DIGITS.parent / "recipes" / "digits.toml"
@@ -38,6 +38,17 @@ def test_settings_without_an_option_are_in_it(tmp_path: Path, change: dict[str, 
     found = read_back(changed, tmp_path)
     assert found.predictor.model_dump() == settings["predictor"]
     assert found.cache.multiple == 16
+
+
+def test_sizes_and_prompts_are_in_it(tmp_path: Path) -> None:
+    plan = load_plan(DIGITS)[0]
+    prompts = PromptsRecord(file=str(tmp_path / "prompts.safetensors"), sha256="0" * 64, prompts=3)
+    changes: dict[str, Any] = {
+        "model": plan.model.model_copy(update={"latent_size": (8, 16), "text_tokens": 7}),
+        "origin": plan.origin.model_copy(update={"conditions": prompts}),
+    }
+    found = read_back(plan.model_copy(update=changes), tmp_path)
+    assert (found.latent_size, found.text_tokens, found.conditions) == ((8, 16), 7, prompts.file)
 
 
 @given(
