@@ -6,7 +6,7 @@ trajectories. Never: writes a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from tc_deploy.manifest import (
     SAMPLE,
     SOLVER,
     GraphRecord,
-    TensorRecord,
     history_name,
     variant_name,
 )
@@ -124,11 +123,10 @@ def samples_of(
     samples = {}
     for graph in graphs.values():
         steps_of = tuple(step for step, made in wanted.items() if made is graph)
-        name = variant_name(graph.variant)
-        samples[name] = GraphSamples(
+        samples[variant_name(graph.variant)] = GraphSamples(
             steps=steps_of,
-            inputs=tuple(_rounded(run.inputs[step], records[name].inputs) for step in steps_of),
-            outputs=tuple(_rounded(run.outputs[step], records[name].outputs) for step in steps_of),
+            inputs=tuple(run.inputs[step] for step in steps_of),
+            outputs=tuple(run.outputs[step] for step in steps_of),
         )
     first = _array(noise) * np.float32(solver.init_noise_sigma)
     samples[SOLVER] = _solver_samples(run, records[SOLVER], solver, sampling, first)
@@ -230,14 +228,6 @@ def _bytes_per_row(record: GraphRecord) -> int:
         tensor.numpy_dtype.itemsize * int(np.prod([size for size in tensor.shape[1:] if isinstance(size, int)]))
         for tensor in tensors
     )
-
-
-def _rounded(feed: Feed, tensors: Sequence[TensorRecord]) -> Feed:
-    """What PyTorch computed in fp32 as a graph with half caches has it; files have no bf16 and hold it as fp32."""
-    rounded = {tensor.name: feed[tensor.name].astype(tensor.numpy_dtype, copy=False) for tensor in tensors}
-    return {
-        name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for name, array in rounded.items()
-    }
 
 
 def _array(tensor: Tensor) -> Any:
