@@ -12,13 +12,13 @@ times = st.lists(st.floats(0.001, 1e6), min_size=1)
 
 def test_percentiles() -> None:
     values = [float(value) for value in range(101)]
-    expected = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "iqr_ms": 50}
+    expected = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "max_ms": 100, "iqr_ms": 50}
     assert latency_of(values[::-1]) == expected
     assert median_of(values) == {"median": 50, "iqr": 50}
 
 
 def test_one_value_has_no_spread() -> None:
-    assert latency_of([3.0]) == {"p50_ms": 3, "p90_ms": 3, "p99_ms": 3, "iqr_ms": 0}
+    assert latency_of([3.0]) == {"p50_ms": 3, "p90_ms": 3, "p99_ms": 3, "max_ms": 3, "iqr_ms": 0}
 
 
 @given(times)
