@@ -64,10 +64,10 @@ def test_tensorrt_is_built_for_the_batch_that_is_timed(baselines: Baselines, tmp
 
 def test_a_model_that_takes_prompts_is_asked_with_both_halves_and_runs_as_in_pytorch(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
-    zoo.save("pixart", checkpoint / "transformer")
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    zoo.save("sd3", checkpoint / "transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.save_pretrained(checkpoint / "scheduler")
-    model = load_model(checkpoint, zoo.MODELS["pixart"][2])
+    model = load_model(checkpoint, zoo.MODELS["sd3"][2])
     sampling = Sampling(scheduler=scheduler, steps=3, guidance_scale=1.5, set_timesteps_kwargs={})
     full = Baselines(model, sampling, 0).full()
     maker = PointMaker(tmp_path / "work", checkpoint, "onnxruntime", 1, full)
