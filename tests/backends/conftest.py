@@ -16,7 +16,7 @@ def built(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
     words = ("--compute-capability", "8.6,8.9,12.0", "--batch-profile", 1, 2, 4)
     answer = run_cli("build", bundle, "--backend", RTX, *words)
     assert answer.code == 0, answer.err
-    assert answer.out == f"{bundle / RTX}: built with {RTX} {tensorrt_rtx.__version__}\n"
+    assert answer.out == f"{bundle / RTX}: built with {RTX} {tensorrt_rtx.__version__}, computes in fp32\n"
     for name in ("full", "cached-1", "cached-2", "solver"):
         assert f"building {name}" in answer.err
     return Made(model=mixed.model, plan=mixed.plan, bundle=bundle)

@@ -54,7 +54,10 @@ def test_a_target_says_what_its_engines_are_made_from_and_for(built: Made) -> No
 
 def test_a_target_is_shown(built: Made) -> None:
     out = run_cli("inspect", built.bundle).out
-    assert f"engines   {NAME} {tensorrt_rtx.__version__}, batch_profile 1 2 4, compute_capability 8.6 8.9 12.0" in out
+    assert (
+        f"engines   {NAME} {tensorrt_rtx.__version__}, fp32, batch_profile 1 2 4, compute_capability 8.6 8.9 12.0"
+        in out
+    )
     for name in GRAPHS:
         assert f"          {name}: " in out
     engines = json.loads(run_cli("inspect", built.bundle, "--json").out)["targets"][NAME]["engines"]
@@ -91,7 +94,9 @@ def test_a_bundle_of_a_fixed_batch_needs_no_profile(pixel: MadeByCommands, tmp_p
         record = read_engine_record(bundle / NAME / f"{name}.engine")
         assert record.axes == {}
         assert record.options["optimization_level"] == 1
-    with pytest.raises(UsageError, match=r"exported for a batch of exactly 2; leave --batch-profile out"):
+    with pytest.raises(
+        UsageError, match=r"exported for a batch of exactly 2; leave --batch-profile and the shapes out"
+    ):
         build_target(bundle, NAME, {"batch_profile": (1, 1, 1)})
 
 
@@ -108,7 +113,7 @@ def refused(bundle: Path, error: type[TcDeployError], message: str, *words: obje
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--threads", 2), "tensorrt-rtx: threads: "),
+        (("--threads", 2), "--threads is no option of tensorrt-rtx"),
         (("--compute-capability", "9.0"), "builds for compute capabilities 7.5, 8.0, "),
         (("--compute-capability", "89"), "tensorrt-rtx: compute_capability.0: "),
         (("--batch-profile", 2, 1, 4), "expected the least, the best and the largest number of samples"),
@@ -123,7 +128,7 @@ def test_an_option_that_does_not_fit_is_refused(mixed: Made, words: tuple[object
 
 
 def test_an_option_of_tensorrt_is_not_one_of_onnxruntime(mixed: Made) -> None:
-    refused(mixed.bundle, BackendError, "found 'workspace_mib'", "--workspace-mib", 64)
+    refused(mixed.bundle, UsageError, "--workspace-mib is no option of onnxruntime", "--workspace-mib", 64)
 
 
 def test_turing_takes_no_fp32_graph(mixed: Made, bf16: Made, tmp_path: Path) -> None:
