@@ -36,7 +36,7 @@ def built(
     copies = {name: bundle.copy(folder / name) for name, bundle in made.items()}
     answer = run_cli("build", copies["mixed"], "--backend", "torch", "--model", mixed.model)
     assert answer.code == 0, answer.err
-    assert answer.out == f"{copies['mixed'] / 'torch'}: built with torch {torch.__version__}\n"
+    assert answer.out == f"{copies['mixed'] / 'torch'}: built with torch {torch.__version__}, computes in fp32\n"
     build_target(copies["multistep"], "torch")
     build_target(copies["pixel"], "torch")
     return copies
