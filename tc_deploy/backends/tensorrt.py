@@ -264,12 +264,12 @@ class TensorRt:
 
     def check(self, bundle: Path, target: TargetManifest) -> None:
         """Compare version and GPU with what the target was built for."""
-        options = self._options(target.options)
+        version, options = self.version(), self._options(target.options)
         command = f"tc-deploy build {bundle} --backend {self.name}"
         where = bundle / self.name
-        if not _is_version_fit(self.version(), target.backend_version, options):
+        if not _is_version_fit(version, target.backend_version, options):
             raise BackendError(
-                f"{where}: built with {self.name} {target.backend_version}, found {self.version()} here;"
+                f"{where}: built with {self.name} {target.backend_version}, found {version} here;"
                 f" install that version or build again with: {command}"
             )
         _check_gpu(where, self._cuda().gpu(), target.gpu, options, command)
