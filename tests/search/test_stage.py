@@ -222,7 +222,7 @@ def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path
         (("-o", "x", "--from-flops", "--max-latency-ms", 5), "needs measured latencies"),
         ((), "missing option -o"),
         (("-o", "x", "--backend", "nonsense"), "unknown backend 'nonsense'"),
-        (("-o", "x", "--trials", 0), "search.trials"),
+        (("-o", "x", "--trials", 0), "--trials: must be greater than 0"),
     ],
 )
 def test_bad_arguments(searched: Searched, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
