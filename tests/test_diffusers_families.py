@@ -255,3 +255,9 @@ def test_another_shape_of_as_many_tokens_is_refused(made: Made, engine: EngineTr
 def test_the_configuration_is_the_model_s(made: Made, engine: EngineTransformer) -> None:
     shown = {name: value for name, value in made.original.config.items() if not name.startswith("_")}
     assert {name: engine.config[name] for name in shown} == shown
+
+
+@pytest.mark.parametrize("made", ["sd3"], indirect=True)
+def test_skipped_layers_are_refused(made: Made, engine: EngineTransformer) -> None:
+    with pytest.raises(UsageError, match="skip_layers: engines cannot honour it"):
+        made.run(engine, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
