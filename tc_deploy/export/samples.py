@@ -114,7 +114,7 @@ def samples_of(
             chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
         )
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
-    with half_products(model, precision):
+    with half_products(model, precision, stored=False):
         denoise(model, sampling, noise, conditions, run.step, run.note)
     cached = exact = np.stack(run.latents)
     if precision is not Precision.FP32:

@@ -112,7 +112,7 @@ def export_bundle(
     examples: dict[int, dict[str, Tensor]] = {}
     if graphs_from is None:
         progress("sampling with the plan in PyTorch, for inputs as they occur")
-        with half_products(model, precision):
+        with half_products(model, precision, stored=False):
             examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
         graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
     with new_folder(destination) as folder:

@@ -72,7 +72,7 @@ class Checkpoint:
     def outputs(self, variant: int, feed: Mapping[str, NDArray[Any]]) -> Feed:
         """Run a step once; returns its outputs by name."""
         graph = self.step_graph(variant)
-        with torch.no_grad(), half_products(self.model, self.precision):
+        with torch.no_grad(), half_products(self.model, self.precision, stored=False):
             made = graph(*(torch.from_numpy(np.array(feed[name])) for name in graph.input_names))
         return {name: tensor.numpy() for name, tensor in zip(graph.output_names, made, strict=True)}
 
@@ -111,7 +111,7 @@ class Checkpoint:
         runs = {}
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
             steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
-            with half_products(self.model, precision):
+            with half_products(self.model, precision, stored=False):
                 runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)
         return replace(saved, exact=runs[Precision.FP32], cached=runs[self.precision], full=full)

@@ -25,10 +25,11 @@ from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_inde
 from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import load_plan
+from tc_deploy.plan import CacheRecord, load_plan
 from tc_deploy.samples import read_samples
+from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
-from tc_deploy.types import Precision
+from tc_deploy.types import Attention, Precision, Reuse, Skip
 
 HALVES = (Precision.FP16, Precision.BF16)
 TORCH_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -76,6 +77,32 @@ def test_the_model_is_left_as_it_was(tiny_dit: DiffusionTransformer, precision: 
     assert all(after[name] is state[name] for name in state)
     assert not [module for module in tiny_dit.module.modules() if "forward" in vars(module)]
     assert torch.equal(tiny_dit.forward(given), before)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@torch.no_grad()
+def test_rounded_weights_compute_the_same_numbers(tiny_dit: DiffusionTransformer, precision: Precision) -> None:
+    given = inputs_of(tiny_dit, 2)
+    cache = CacheRecord(
+        keep_counts=((0, 8, 16), (0, 0, 0)),
+        attention=Attention.ALL,
+        reuse=Reuse.BRANCH,
+        forecast_order=1,
+        skip=Skip.MODEL,
+    )
+    before = dict(tiny_dit.module.named_parameters())
+    with half_products(tiny_dit, precision):
+        expected, noted = run_full(tiny_dit, cache, given)
+    with half_products(tiny_dit, precision, stored=False):
+        assert {parameter.dtype for parameter in tiny_dit.module.parameters()} == {torch.float32}
+        found, cached = run_full(tiny_dit, cache, given)
+    assert all(before[name] is after for name, after in tiny_dit.module.named_parameters())
+    allowed = tolerance(ENGINES[precision], precision, "max_abs")
+    assert float((found - expected).abs().max()) <= allowed
+    assert {name: tensor.dtype for name, tensor in cached.items()} == {
+        name: tensor.dtype for name, tensor in noted.items()
+    }
+    assert not torch.equal(found, tiny_dit.forward(given))
 
 
 def test_fp32_changes_nothing(tiny_dit: DiffusionTransformer) -> None:
