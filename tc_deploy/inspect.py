@@ -164,6 +164,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "path": str(path),
         "made_by": manifest.made_by,
         "precision": manifest.precision,
+        "fp32_blocks": list(manifest.fp32_blocks),
         "batch_size": manifest.batch_size,
         "latent_shape": list(manifest.latent_shape),
         "init_noise_sigma": manifest.solver.init_noise_sigma,

@@ -123,6 +123,8 @@ class Manifest(Document):
     format_version: Literal[1]
     made_by: str
     precision: Precision
+    fp32_blocks: tuple[str, ...] = ()
+    """Blocks that are in fp32 all the same."""
     batch_size: PositiveInt | None
     """Samples per batch where the graphs fix it; None where they take any."""
     latent_shape: tuple[PositiveInt, ...]

@@ -26,9 +26,22 @@ from tc_deploy.types import Precision
     show_default=True,
     help="What matrix products, their weights and the caches are in; everything else is fp32.",
 )
+@click.option(
+    "--fp32-block",
+    "fp32_blocks",
+    multiple=True,
+    metavar="NAME",
+    help="A block that stays in fp32, as transformer_blocks.3; repeatable.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(
-    plan: Path, output: Path, model: Path | None, static_batch: int | None, precision: str, check: bool
+    plan: Path,
+    output: Path,
+    model: Path | None,
+    static_batch: int | None,
+    precision: str,
+    fp32_blocks: tuple[str, ...],
+    check: bool,
 ) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
 
@@ -43,6 +56,7 @@ def command(
         model_path=model,
         batch_size=static_batch,
         precision=Precision(precision),
+        fp32_blocks=fp32_blocks,
         check=check,
         progress=log_step,
     )

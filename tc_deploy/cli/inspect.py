@@ -29,7 +29,8 @@ def command(path: Path, as_json: bool) -> None:
 
 def _show_bundle(facts: dict[str, Any]) -> None:
     batch = "any" if facts["batch_size"] is None else facts["batch_size"]
-    _line("bundle", f"{facts['path']}, {facts['precision']}, batch {batch}, made by {facts['made_by']}")
+    precision = " with ".join([facts["precision"], *(f"{block} in fp32" for block in facts["fp32_blocks"])])
+    _line("bundle", f"{facts['path']}, {precision}, batch {batch}, made by {facts['made_by']}")
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
         inputs, outputs = counted(graph["inputs"], "input"), counted(graph["outputs"], "output")

@@ -11,6 +11,8 @@ those of the blocks: latents rounded to 8 bits at the entry and the head show in
 63.1 dB from its fp32 run, and 53.4 dB with every layer in bf16; in fp16 it is 76.0 dB with every layer. Ten digits,
 PyTorch, 2026-11-24.)
 
+Single blocks can stay in fp32 altogether, with what is cached of them: where fp16, which ends at 65504, overflows.
+
 Never: changes the module for longer than it is asked to, names a parameter anew, or knows a family.
 """
 
@@ -25,6 +27,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users kn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.tokencache.points import replace_forward
 from tc_deploy.types import Precision
@@ -41,11 +44,14 @@ class _HalfProducts(TorchFunctionMode):
     def __init__(self, half: torch.dtype, rounded: Collection[int]) -> None:
         super().__init__()
         self.half, self.rounded = half, rounded
+        self.paused = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             # A mask that is added must have the queries' type; one of booleans, and indices, stay what they are.
             args, kwargs = (self.narrow(given) for given in (args, kwargs))
@@ -71,7 +77,9 @@ class _HalfProducts(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def half_products(model: DiffusionTransformer, precision: Precision, *, stored: bool = True) -> Iterator[None]:
+def half_products(
+    model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str] = (), *, stored: bool = True
+) -> Iterator[None]:
     """While open, ``model`` computes its matrix products in ``precision``; fp32 changes nothing.
 
     The cast weights lie beside the fp32 ones, which come back in the end. Not for two threads on one model at once.
@@ -79,10 +87,19 @@ def half_products(model: DiffusionTransformer, precision: Precision, *, stored: 
     Args:
         model: the model.
         precision: of its products.
+        fp32_blocks: names of blocks that stay as they are.
         stored: hold the weights in half, as a graph does. Otherwise they are rounded and stay in fp32, and operands and
             results of each product are rounded: the same numbers but for the order of summation, where a CPU has no
             fp16 arithmetic four times as fast, and so for whole sampling runs.
+
+    Raises:
+        UsageError: the model has no block of a name.
     """
+    unknown = [name for name in fp32_blocks if name not in model.block_names]
+    if unknown:
+        raise UsageError(
+            f"the model has no block {unknown[0]}; its blocks are {model.block_names[0]} to {model.block_names[-1]}"
+        )
     if precision is Precision.FP32:
         yield
         return
@@ -99,22 +116,69 @@ def half_products(model: DiffusionTransformer, precision: Precision, *, stored: 
         # gate, which is fp32, brings it back to fp32.
         return mode.narrow(original(*args, **kwargs))
 
+    def exact(original: Any, *args: Any, **kwargs: Any) -> Any:
+        mode.paused = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            mode.paused = False
+
     with contextlib.ExitStack() as stack:
-        for layer in _layers(model, precision):
+        for layer in _layers(model, precision, fp32_blocks).values():
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 stack.callback(setattr, layer, name, parameter)
                 cast = parameter.to(half) if stored else parameter.to(half).float()
                 setattr(layer, name, nn.Parameter(cast, requires_grad=False))
                 if not stored:
                     rounded.add(id(layer.get_parameter(name)))
-        for module, block in model.described_blocks:
+        for block_name, (module, block) in zip(model.block_names, model.described_blocks, strict=True):
+            if block_name in fp32_blocks:
+                stack.callback(replace_forward(module, exact))
+                continue
             for branch in block.branches:
                 stack.callback(replace_forward(module.get_submodule(branch.exit), leave))
         stack.callback(replace_forward(model.module, whole))
         yield
 
 
-def _layers(model: DiffusionTransformer, precision: Precision) -> dict[nn.Module, None]:
-    """The layers whose weights become half, each once."""
-    roots = (model.module,) if precision is Precision.FP16 else model.blocks
-    return {layer: None for root in roots for layer in root.modules() if isinstance(layer, _LAYERS)}
+@contextlib.contextmanager
+def overflow_refused(
+    model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str] = ()
+) -> Iterator[None]:
+    """While open, a half product of ``model`` that is not finite is an error.
+
+    Raises:
+        ExportError: names the layer, and its block where it is in one.
+    """
+    hooks = []
+    for name, layer in _layers(model, precision, fp32_blocks).items() if precision is not Precision.FP32 else ():
+        block = next((block for block in model.block_names if _is_within(name, block)), None)
+        way_out = f"keep its block in fp32 with --fp32-block {block}" if block else "export in fp32"
+        message = f"{name} overflows {precision.value} in a sampling run; {way_out}, or take --precision bf16"
+
+        def check(_: nn.Module, __: Any, output: Tensor, message: str = message) -> None:
+            if not bool(output.isfinite().all()):
+                raise ExportError(message)
+
+        hooks.append(layer.register_forward_hook(check))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str]) -> dict[str, nn.Module]:
+    """The layers whose weights become half, by name."""
+    roots = ("",) if precision is Precision.FP16 else model.block_names
+    return {
+        name: layer
+        for name, layer in model.module.named_modules()
+        if isinstance(layer, _LAYERS)
+        and any(_is_within(name, root) for root in roots)
+        and not any(_is_within(name, block) for block in fp32_blocks)
+    }
+
+
+def _is_within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")

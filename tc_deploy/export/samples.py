@@ -6,7 +6,7 @@ trajectories. Never: writes a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tc_deploy.export.check import step_inputs
 from tc_deploy.export.graphs import StepGraph
-from tc_deploy.export.precision import half_products
+from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
@@ -85,6 +85,7 @@ def samples_of(
     solver: SolverTable,
     batch: int,
     precision: Precision = Precision.FP32,
+    fp32_blocks: Collection[str] = (),
 ) -> tuple[dict[str, GraphSamples], Trajectory]:
     """Sample under the plan and in full.
 
@@ -97,9 +98,13 @@ def samples_of(
         solver: the sampler as a table.
         batch: samples in a batch.
         precision: what the graphs' products are in.
+        fp32_blocks: names of blocks that stay in fp32.
 
     Returns:
         By graph name its samples, and the trajectory.
+
+    Raises:
+        ExportError: a half product overflows.
     """
     model = next(iter(graphs.values())).model
     generator = torch.Generator().manual_seed(1)
@@ -114,7 +119,7 @@ def samples_of(
             chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
         )
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
-    with half_products(model, precision, stored=False):
+    with half_products(model, precision, fp32_blocks, stored=False), overflow_refused(model, precision, fp32_blocks):
         denoise(model, sampling, noise, conditions, run.step, run.note)
     cached = exact = np.stack(run.latents)
     if precision is not Precision.FP32:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.graphs import StepGraph, onnx_from_graph
-from tc_deploy.export.precision import half_products
+from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
@@ -61,6 +61,7 @@ def export_bundle(
     model_path: Path | None = None,
     batch_size: int | None = None,
     precision: Precision = Precision.FP32,
+    fp32_blocks: Collection[str] = (),
     check: bool = True,
     graphs_from: Path | None = None,
     samples: bool = True,
@@ -75,6 +76,7 @@ def export_bundle(
         batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
         precision: what matrix products, their weights and the caches are in (``precision.py``); inputs and outputs of
             the model stay fp32.
+        fp32_blocks: names of blocks that stay in fp32 altogether, where ``precision`` is half.
         check: compare every graph with PyTorch, under the same precision.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
             they are: of two plans that differ in schedule or sampler, the second costs no export.
@@ -85,13 +87,15 @@ def export_bundle(
     Raises:
         PlanError: the plan is malformed, or was made for another checkpoint.
         ModelError: the checkpoint cannot be loaded.
-        ExportError: a graph or the scheduler cannot be exported, or a graph departs from PyTorch.
+        ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         BackendError: the engine that the check runs in is not installed.
         StorageError: the destination cannot be written.
-        UsageError: ``batch_size`` is below 1, or ``graphs_from`` holds other graphs.
+        UsageError: ``batch_size`` is below 1, there is no block of a name, or ``graphs_from`` holds other graphs.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
+    if fp32_blocks and precision is Precision.FP32:
+        raise UsageError("in fp32 every block is; --fp32-block goes with --precision fp16 or bf16")
     check_replaceable(destination)
     plan, tables = load_plan(plan_folder)
     progress("loading the checkpoint")
@@ -112,7 +116,10 @@ def export_bundle(
     examples: dict[int, dict[str, Tensor]] = {}
     if graphs_from is None:
         progress("sampling with the plan in PyTorch, for inputs as they occur")
-        with half_products(model, precision, stored=False):
+        with (
+            half_products(model, precision, fp32_blocks, stored=False),
+            overflow_refused(model, precision, fp32_blocks),
+        ):
             examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
         graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
     with new_folder(destination) as folder:
@@ -120,10 +127,18 @@ def export_bundle(
         onnx.mkdir()
         if graphs_from is None:
             records = _exported(
-                model, graphs, examples, onnx, precision, dynamic=batch_size is None, check=check, progress=progress
+                model,
+                graphs,
+                examples,
+                onnx,
+                precision,
+                fp32_blocks,
+                dynamic=batch_size is None,
+                check=check,
+                progress=progress,
             )
         else:
-            records = _taken_graphs(graphs_from, plan, batch_size, precision, onnx)
+            records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx)
         geometry = model.geometry
         onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
         records[SOLVER] = _saved(onnx_model, onnx / f"{SOLVER}.onnx")
@@ -137,7 +152,9 @@ def export_bundle(
         if samples and check and graphs and precision is not Precision.BF16:
             progress("sampling with the plan and in full, to validate engines by")
             token_index = token_index_tables(plan, tables)
-            made = samples_of(graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision)
+            made = samples_of(
+                graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision, fp32_blocks
+            )
             sample_files = write_samples(*made, folder)
         write_plan_files(plan, tables, folder)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
@@ -154,6 +171,7 @@ def export_bundle(
             format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
             precision=precision,
+            fp32_blocks=tuple(sorted(fp32_blocks)),
             batch_size=batch_size,
             latent_shape=geometry.latent_shape,
             pixels=geometry.pixels,
@@ -219,6 +237,7 @@ def _exported(
     examples: Mapping[int, Mapping[str, Tensor]],
     onnx: Path,
     precision: Precision,
+    fp32_blocks: Collection[str],
     *,
     dynamic: bool,
     check: bool,
@@ -227,7 +246,7 @@ def _exported(
     """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them."""
     records: dict[str, GraphRecord] = {}
     samples: dict[int, Tensor] = {}
-    with half_products(model, precision):
+    with half_products(model, precision, fp32_blocks):
         with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
             for variant, graph in graphs.items():
                 name = variant_name(variant)
@@ -249,15 +268,16 @@ def _exported(
 
 
 def _taken_graphs(
-    bundle: Path, plan: Plan, batch_size: int | None, precision: Precision, onnx: Path
+    bundle: Path, plan: Plan, batch_size: int | None, precision: Precision, fp32_blocks: Collection[str], onnx: Path
 ) -> dict[str, GraphRecord]:
     """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
     other, _ = load_plan(bundle)
     guided = plan.sampling.guidance_scale is not None
-    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, manifest.precision)
-    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, precision):
+    types = (manifest.precision, set(manifest.fp32_blocks))
+    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, types)
+    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, (precision, set(fp32_blocks))):
         raise UsageError(
             f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
         )

@@ -176,6 +176,15 @@ class DiffusionTransformer:
         return tuple(module for module, _ in self.described_blocks)
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' names in the module, in the order in which they run: ``transformer_blocks.0``."""
+        return tuple(
+            f"{kind.modules}.{name}"
+            for kind in self.family.blocks
+            for name, _ in self.module.get_submodule(kind.modules).named_children()
+        )
+
+    @property
     def input_names(self) -> tuple[str, ...]:
         """The arguments of one step: latents, timestep, conditions."""
         return ("hidden_states", "timestep", *(condition.name for condition in self.geometry.conditions))

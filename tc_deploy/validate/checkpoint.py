@@ -45,14 +45,21 @@ class Checkpoint:
         bundle: ``engines/NAME``.
         model_path: the checkpoint, where it is not where the plan says.
         precision: what the graphs' products are in.
+        fp32_blocks: names of blocks that are in fp32 all the same.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
         PlanError: it is another than the plan was made for.
     """
 
-    def __init__(self, bundle: Path, model_path: Path | None = None, precision: Precision = Precision.FP32) -> None:
-        self.precision = precision
+    def __init__(
+        self,
+        bundle: Path,
+        model_path: Path | None = None,
+        precision: Precision = Precision.FP32,
+        fp32_blocks: Collection[str] = (),
+    ) -> None:
+        self.precision, self.fp32_blocks = precision, fp32_blocks
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
         self.model: DiffusionTransformer = load_model(
@@ -72,7 +79,7 @@ class Checkpoint:
     def outputs(self, variant: int, feed: Mapping[str, NDArray[Any]]) -> Feed:
         """Run a step once; returns its outputs by name."""
         graph = self.step_graph(variant)
-        with torch.no_grad(), half_products(self.model, self.precision, stored=False):
+        with torch.no_grad(), half_products(self.model, self.precision, self.fp32_blocks, stored=False):
             made = graph(*(torch.from_numpy(np.array(feed[name])) for name in graph.input_names))
         return {name: tensor.numpy() for name, tensor in zip(graph.output_names, made, strict=True)}
 
@@ -111,7 +118,7 @@ class Checkpoint:
         runs = {}
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
             steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
-            with half_products(self.model, precision, stored=False):
+            with half_products(self.model, precision, self.fp32_blocks, stored=False):
                 runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)
         return replace(saved, exact=runs[Precision.FP32], cached=runs[self.precision], full=full)

@@ -29,7 +29,7 @@ from tc_deploy.manifest import SOLVER, Manifest, TargetManifest, read_target, va
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
 from tc_deploy.schedule import FULL, PHASES
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FloatArray, Precision
 from tc_deploy.validate.blame import EngineSearch, ExportSearch, blame, onnxruntime_outputs
 from tc_deploy.validate.drift import Excess, Runs, drift_of, excesses, picture_failures
 from tc_deploy.validate.marking import MarkableGraph
@@ -130,7 +130,7 @@ class _Validation:
         except ModuleNotFoundError as error:
             raise BackendError(f"PyTorch as a reference needs {error.name}; install tc-deploy[compile]") from None
         self.progress("loading the checkpoint")
-        return Checkpoint(self.path, self.model_path, self.manifest.precision)
+        return Checkpoint(self.path, self.model_path, self.manifest.precision, self.manifest.fp32_blocks)
 
     def record(self) -> ValidationRecord:
         trajectory = self.checkpoint.trajectory(self.saved) if self.against == TORCH else self.saved
@@ -276,7 +276,8 @@ class _Validation:
                 if checkpoint is None or variant is None:
                     cause = f"; to find the block: {why_not}" if why_not else ""
                     return unknown(f"the ONNX graph itself departs from PyTorch{cause}", "export")
-                return blame(name, failure.step, ExportSearch(graph, feed, *own, checkpoint, variant), checkpoint)
+                search = ExportSearch(graph, feed, *own, checkpoint, variant)
+                return self._with_rebuild(blame(name, failure.step, search, checkpoint))
             device, graphs = self.engines
             runner = BackendRunner(lambda: (device, graphs[name]), record, self.backend)
             with runner:
@@ -287,11 +288,19 @@ class _Validation:
                 return unknown(
                     "the engine departs from its graph; it is built ahead, so no block was looked for", "engine"
                 )
-            found_blame = blame(name, failure.step, EngineSearch(graph, feed, self.backend, self.precision, device))
-            rebuild = (
-                f"tc-deploy build {self.path} --backend {self.backend} {_ISOLATING.get(self.backend, '')}".rstrip()
-            )
-            return found_blame.model_copy(update={"text": f"{found_blame.text}; to isolate it: {rebuild}"})
+            engine_search = EngineSearch(graph, feed, self.backend, self.precision, device)
+            return self._with_rebuild(blame(name, failure.step, engine_search))
+
+    def _with_rebuild(self, record: BlameRecord) -> BlameRecord:
+        """Say by which commands a cause is isolated."""
+        commands = []
+        if record.origin == "engine" and self.backend in _ISOLATING:
+            commands.append(f"tc-deploy build {self.path} --backend {self.backend} {_ISOLATING[self.backend]}")
+        if record.block is not None and self.manifest.precision is not Precision.FP32:
+            kept = " ".join(f"--fp32-block {block}" for block in (*self.manifest.fp32_blocks, record.block))
+            commands.append(f"tc-deploy export PLAN -o {self.path} --precision {self.manifest.precision} {kept}")
+        text = "; ".join((record.text, *(f"to isolate it: {command}" for command in commands)))
+        return record.model_copy(update={"text": text})
 
     def _excess_words(self, excess: Excess, blamed: tuple[BlameRecord, ...]) -> str:
         blocks = dict.fromkeys(record.block for record in blamed if record.block is not None)

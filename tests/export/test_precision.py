@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from bundles import Made, run_cli, snapshot
+from bundles import HALF, Made, SaveDit, make_plan, run_cli, snapshot
 from tolerances import tolerance
 from torch import Tensor
 
@@ -145,7 +145,77 @@ def test_what_overflows_in_fp16_is_kept_in_fp32(tiny_dit: DiffusionTransformer) 
     assert not everything(**given, return_dict=False)[0].isfinite().all()
 
 
+@torch.no_grad()
+def test_a_block_can_stay_in_fp32(tiny_dit: DiffusionTransformer) -> None:
+    given = inputs_of(tiny_dit, 2)
+    cache = CacheRecord(
+        keep_counts=((8, 8, 8), (8, 8, 8)),
+        attention=Attention.ALL,
+        reuse=Reuse.BRANCH,
+        forecast_order=0,
+        skip=Skip.BLOCKS,
+    )
+    exact, _ = run_full(tiny_dit, cache, given)
+    errors = {}
+    for kept in ((), ("transformer_blocks.1",), tiny_dit.block_names):
+        for stored in (True, False):
+            with half_products(tiny_dit, Precision.FP16, kept, stored=stored):
+                found, noted = run_full(tiny_dit, cache, given)
+                weights = dict(tiny_dit.module.named_parameters())
+            for number, block in enumerate(tiny_dit.block_names):
+                kind = torch.float32 if block in kept else torch.float16
+                mine = {tensor.dtype for name, tensor in noted.items() if name.startswith(f"cache.{number}.")}
+                assert mine == {kind}
+                assert weights[f"{block}.attn1.to_q.weight"].dtype == (kind if stored else torch.float32)
+            errors[len(kept), stored] = float((found - exact).abs().mean())
+    for stored in (True, False):
+        assert 0 < errors[3, stored] < errors[1, stored] < errors[0, stored]
+
+
 # ------------------------------------------------------------------------------------------------------- the graphs
+
+
+def overflowing(module: Any) -> None:
+    """Scale what the second block's MLP makes beyond fp16, and its gate down, so that fp32 sees no difference."""
+    block = module.transformer_blocks[1]
+    gates = block.norm1.linear
+    with torch.no_grad():
+        for layer, rows, scale in (
+            (block.ff.net[2], slice(None), 1e6),
+            (gates, slice(-gates.out_features // 6, None), 1e-6),
+        ):
+            layer.weight[rows] *= scale
+            layer.bias[rows] *= scale
+
+
+def test_a_block_that_overflows_is_named_and_can_stay_in_fp32(save_dit: SaveDit, tmp_path: Path) -> None:
+    plan = make_plan(save_dit(tmp_path / "model", edit=overflowing), tmp_path / "plan", **HALF)
+    command = ("export", plan, "-o", tmp_path / "bundle", "--precision", "fp16")
+    answer = run_cli(*command)
+    assert answer.code == ExportError.exit_code
+    assert "transformer_blocks.1.ff.net.2 overflows fp16 in a sampling run; keep its block" in answer.error
+    assert "--fp32-block transformer_blocks.1, or" in answer.error
+    assert not (tmp_path / "bundle").exists()
+    assert run_cli(*command, "--fp32-block", "transformer_blocks.1").code == 0
+    manifest = read_manifest(tmp_path / "bundle")
+    types = {tensor.name: tensor.dtype for tensor in manifest.graphs["full"].outputs}
+    assert types["cache.1.mlp"] == "float32"
+    assert {types[name] for name in types if name.startswith(("cache.0", "cache.2"))} == {"float16"}
+    assert (manifest.graphs["full"].snr_to_fp32_db or 0) > tolerance("onnxruntime", "fp16", "least_snr_db")
+    assert "fp16 with transformer_blocks.1 in fp32, batch any" in run_cli("inspect", tmp_path / "bundle").out
+    assert run_cli("build", tmp_path / "bundle", "--threads", 1).code == 0
+    assert run_cli("validate", tmp_path / "bundle").code == 0
+
+
+def test_a_block_that_is_not_there_is_refused(fp16: Made, tmp_path: Path) -> None:
+    command = ("export", fp16.plan, "-o", tmp_path / "bundle", "--fp32-block", "transformer_blocks.3")
+    answer = run_cli(*command, "--precision", "fp16")
+    assert answer.code == UsageError.exit_code
+    assert "no block transformer_blocks.3; its blocks are transformer_blocks.0 to transformer_blocks.2" in answer.error
+    answer = run_cli(*command)
+    assert answer.code == UsageError.exit_code
+    assert "in fp32 every block is" in answer.error
+    assert not (tmp_path / "bundle").exists()
 
 
 def step_graphs(made: Made, edit: Any = None) -> tuple[DiffusionTransformer, dict[int, StepGraph]]:
