@@ -38,7 +38,7 @@ from __future__ import annotations
 LARGEST_PSNR_DB = 140.0
 """What results count as that agree better than fp32 can tell, so that equal ones have a finite figure."""
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
 """The engine kinds that validation judges; TensorRT's figures are expectations, it has not run on a GPU."""
 
 _VALIDATION = {

@@ -1,5 +1,6 @@
 """Clean bundles pass on every engine that is here; bad input is refused in one line."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -9,14 +10,17 @@ import numpy as np
 import onnxruntime
 import pytest
 from bundles import Made, edit_manifest, reseal, run_cli, snapshot
+from tolerances import tolerance
 from validate import faults
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.openvino import precisions_of
+from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import SAMPLE, read_manifest
 from tc_deploy.samples import POLYGRAPHY, TRAJECTORY, read_samples
+from tc_deploy.types import Precision
 from tc_deploy.validate.blame import EngineSearch, blame
 from tc_deploy.validate.marking import MarkableGraph
 from tc_deploy.validate.record import read_validation
@@ -28,13 +32,14 @@ BF16 = "bf16" in precisions_of(openvino.Core())
 
 @pytest.fixture(scope="module")
 def bundle(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle with targets of both CPU engines."""
+    """The bundle with targets of all CPU engines."""
     folder = mixed.copy(tmp_path_factory.mktemp("validate") / "bundle")
     build_target(folder, "openvino", {"threads": 1})
+    build_target(folder, "torch")
     return folder
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
 def test_a_clean_bundle_passes(bundle: Path, backend: str) -> None:
     before = snapshot(bundle)
     record = validate_bundle(bundle, backend)
@@ -65,6 +70,12 @@ def test_every_reference(bundle: Path, against: str) -> None:
     record = validate_bundle(bundle, "onnxruntime", against=against)
     assert record.passed
     assert record.against == against
+
+
+def test_every_engine_kind_has_its_tolerances() -> None:
+    metrics = ("output_max_rel", "output_sqnr_db", "output_cosine", "drift_rel_l2", "picture_psnr_db")
+    for backend, precision, metric in itertools.product(BACKENDS, Precision, metrics):
+        assert tolerance(backend, precision, metric) > 0
 
 
 def test_a_solver_that_looks_back(multistep: Made) -> None:
