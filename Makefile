@@ -30,8 +30,9 @@ demo: $(INSTALLED) ## Export and build the shipped digits model, make digits wit
 calibrate-demo: $(INSTALLED) ## Make the digits model's plan again (it is committed)
 	$(BIN)/tc-deploy calibrate calibration/recipes/digits.toml -o calibration/digits
 
+# A file's tests share bundles that take long to make, so a file stays in one process.
 test: lint ## Check the style, the types and the imports, then run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow

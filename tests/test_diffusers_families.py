@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ from diffusers_pipelines import CachedTransformer, build_bundle, tiny_autoencode
 from tolerances import tolerance
 from torch import Tensor, nn
 
+from tc_deploy.backends.build import build_target
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import UsageError
+from tc_deploy.manifest import read_engine_record, read_manifest
 
 STEPS = 6
 BATCH = 2
@@ -226,6 +229,25 @@ def test_engines_are_pytorch_in_the_pipeline(made: Made, engine: EngineTransform
     assert relative_error(cached, made.run(CachedTransformer(made.bundle, made.model), **changes)) <= EQUAL
     assert relative_error(cached, original) > VISIBLE
     assert torch.equal(made.run(engine, **changes), cached)
+
+
+def test_openvino_is_pytorch_in_the_pipeline(made: Made, tmp_path: Path) -> None:
+    bundle = shutil.copytree(made.bundle, tmp_path / "bundle")
+    build_target(bundle, "openvino", {"threads": 1, "precision": "f32"})
+    cached = made.run(EngineTransformer(bundle, "openvino"))
+    equal = tolerance("openvino", "fp32", "trajectory_max_rel")
+    assert relative_error(cached, made.run(CachedTransformer(made.bundle, made.model))) <= equal
+
+
+def test_tensorrt_rtx_builds_every_graph(made: Made, tmp_path: Path) -> None:
+    """Real engines; running them needs a GPU."""
+    bundle = shutil.copytree(made.bundle, tmp_path / "bundle")
+    target = build_target(bundle, "tensorrt-rtx", {"batch_profile": (1, BATCH, BATCH)})
+    graphs = read_manifest(bundle).graphs
+    assert {"full", "cached-1", "solver"} <= {*graphs}
+    for name in graphs:
+        assert f"{name}.engine" in target.files
+        assert read_engine_record(bundle / "tensorrt-rtx" / f"{name}.engine").warnings == ()
 
 
 def test_other_steps_are_refused(made: Made, engine: EngineTransformer) -> None:
