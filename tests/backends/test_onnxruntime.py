@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from bundles import Made, edit_manifest, reseal, run_cli, snapshot
@@ -55,6 +56,18 @@ def test_options_change_no_picture(mixed: Made, tmp_path: Path, options: dict[st
             made.append(pipeline(class_labels=[1, 2]).latents)
     error = np.abs(made[0] - made[1]).max() / np.abs(made[0]).max()
     assert error <= tolerance("onnxruntime", "fp32", "trajectory_max_rel")
+
+
+def test_an_add_and_a_layer_norm_stay_two_operators_on_the_cpu(mixed: Made, tmp_path: Path) -> None:
+    def operators(options: Any) -> set[str]:
+        options.log_severity_level = 3  # the optimized graph fits this machine only, it warns
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(mixed.bundle / ONNX_FOLDER / "full.onnx", options)
+        return {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph.all_nodes()}
+
+    fused = "SkipLayerNormalization"
+    assert fused in operators(onnxruntime.SessionOptions()), "a graph that shows nothing"
+    assert fused not in operators(OrtDevice()._session_options(None, shared=False))
 
 
 def test_an_engine_that_computes_nonsense_is_refused_and_leaves_no_target(mixed: Made, tmp_path: Path) -> None:
