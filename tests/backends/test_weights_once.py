@@ -26,6 +26,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
+from tc_deploy.backends.base import BufferSpec
 
 def resident_mib():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -34,7 +35,7 @@ def resident_mib():
 device = registry.backend(sys.argv[1]).open({"threads": 1, "weights": sys.argv[2]})
 found, bound = [], []
 for number in range(int(sys.argv[4])):
-    x, y = (device.buffer(np.dtype("float32"), (8, int(sys.argv[5]))) for _ in range(2))
+    x, y = device.buffers(2 * [BufferSpec(dtype=np.dtype("float32"), shape=(8, int(sys.argv[5])))])
     x.write(np.full((8, int(sys.argv[5])), number + 1, np.float32))
     bound.append(device.load(Path(sys.argv[3]) / f"{number}.onnx").bind({"x": x}, {"y": y}))
     bound[-1].run()
