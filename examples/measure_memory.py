@@ -35,6 +35,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
+from tc_deploy.backends.base import BufferSpec
 from tc_deploy.manifest import TOKEN_INDEX, read_manifest
 
 def resident_mib():
@@ -52,7 +53,7 @@ for graph, record in manifest.graphs.items():
         shape = tuple(sizes.get(size, size) for size in tensor.shape)
         key = (tensor.name, graph if tensor.name == TOKEN_INDEX else "")
         if key not in buffers:
-            buffers[key] = device.buffer(np.dtype(tensor.dtype), shape)
+            [buffers[key]] = device.buffers([BufferSpec(dtype=np.dtype(tensor.dtype), shape=shape)])
         if tensor.name == TOKEN_INDEX:
             buffers[key].write(np.broadcast_to(np.arange(shape[1]) % 16, shape).astype(tensor.dtype))
 before_mib = resident_mib()

@@ -11,11 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tc_deploy.backends.arena import ALIGNMENT_BYTES
 from tc_deploy.bundle import MANIFEST, check_files
-from tc_deploy.errors import BundleError, counted
+from tc_deploy.errors import BundleError, UsageError, counted
 from tc_deploy.manifest import (
     ENGINE_SUFFIX,
     SOLVER,
+    Manifest,
     TargetManifest,
     check_is_whole,
     read_engine_record,
@@ -23,6 +25,7 @@ from tc_deploy.manifest import (
     read_target,
 )
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
+from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 
@@ -78,18 +81,25 @@ def departure(graph: str, max_abs_error: float | None, init_noise_sigma: float) 
     return f"PyTorch ± {max_abs_error:.1e}"
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
+def inspect_path(path: Path, batch_size: int | None = None) -> dict[str, Any]:
     """Describe a plan folder or a bundle.
+
+    Args:
+        path: the folder.
+        batch_size: samples that run together, for a bundle's device memory; None takes the bundle's own, or 1.
 
     Returns:
         ``kind`` is ``plan`` or ``bundle``; a bundle holds its plan's description under ``plan``.
 
     Raises:
+        UsageError: the batch size does not fit the bundle, or is given for a plan.
         BundleError: the folder is neither, or a file in it is missing, truncated or altered.
         PlanError: the plan is inconsistent.
     """
     if (path / MANIFEST).is_file():
-        return _bundle(path)
+        return _bundle(path, batch_size)
+    if batch_size is not None:
+        raise UsageError(f"{path}: a plan has no buffers; leave --batch-size out, or give a bundle engines/NAME")
     check_is_whole(path)
     if (path / PLAN).is_file():
         return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0])}
@@ -139,7 +149,33 @@ def _engines(folder: Path, target: TargetManifest) -> dict[str, Any]:
     return engines
 
 
-def _bundle(path: Path) -> dict[str, Any]:
+def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str, Any]:
+    """What a pipeline asks a device for, beside its engines: every buffer with its place."""
+    batch_size = checked_batch_size(manifest, batch_size)
+    layout = pipeline_layout(manifest, plan, batch_size)
+    by_kind = {kind: [one.size_bytes for one in layout.buffers if one.kind is kind] for kind in Kind}
+    return {
+        "batch_size": batch_size,
+        "size_bytes": layout.size_bytes,
+        "alignment_bytes": ALIGNMENT_BYTES,
+        "by_kind": {
+            kind.value: {"buffers": len(sizes), "size_bytes": sum(sizes)} for kind, sizes in by_kind.items() if sizes
+        },
+        "buffers": [
+            {
+                "name": one.name,
+                "kind": one.kind.value,
+                "dtype": one.tensor.dtype,
+                "shape": list(one.shape),
+                "offset_bytes": one.offset_bytes,
+                "size_bytes": one.size_bytes,
+            }
+            for one in layout.buffers
+        ],
+    }
+
+
+def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
     manifest = read_manifest(path)
     check_files(path, manifest.files)
     plan, _ = load_plan(path)
@@ -181,5 +217,6 @@ def _bundle(path: Path) -> dict[str, Any]:
         },
         "files": {name: record.model_dump() for name, record in manifest.files.items()},
         "targets": targets,
+        "memory": _memory(manifest, plan, batch_size),
         "plan": _plan(plan),
     }

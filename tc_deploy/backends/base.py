@@ -7,7 +7,9 @@ They are Protocols and not base classes because most backends share no code with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +20,21 @@ from tc_deploy.manifest import GpuRecord, GraphRecord, Manifest, TargetManifest
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferSpec:
+    """Memory that is asked for."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    exchanged: bool = False
+    """The host writes or reads it at every request, so it is worth pinned memory where a device has that."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensor."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Buffer(Protocol):
@@ -37,6 +54,17 @@ class BoundGraph(Protocol):
         """Run it; results lie in the output buffers when the device gets there."""
 
 
+class Capture(BoundGraph, Protocol):
+    """Bound graphs that run as one."""
+
+    def prepare(self) -> None:
+        """Do now what only the first run would do, but compute nothing; every engine in it has run once before.
+
+        Raises:
+            BackendError: the device cannot capture them.
+        """
+
+
 class Graph(Protocol):
     """A loaded graph."""
 
@@ -51,8 +79,20 @@ class Graph(Protocol):
 class Device(Protocol):
     """A place where graphs of one backend run."""
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
-        """Allocate, filled with zeros."""
+    def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
+        """Allocate all of an owner's memory, filled with zeros; it is freed when the last of the buffers is.
+
+        Raises:
+            BackendError: there is not that much.
+        """
+
+    def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
+        """Make one of several graphs that always run in this order.
+
+        A device that can launch recorded work at once records it at the first run and launches it at later ones, so
+        what is bound must stay as it is. Any other device runs them in turn, and so does every device with graphs that
+        are not its own, as those that somebody watches.
+        """
 
     def load(self, path: Path) -> Graph:
         """Load one graph.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_deploy.backends.base import Buffer, Device, Progress
+from tc_deploy.backends.base import Buffer, BufferSpec, Device, Progress
 from tc_deploy.errors import BackendError
 from tc_deploy.manifest import BATCH, GraphRecord, Manifest, TargetManifest, TensorRecord
 
@@ -73,14 +73,14 @@ def _run_once(device: Device, path: Path, record: GraphRecord, batch: int, *, gu
     """Load a graph and run it on zeros."""
 
     def buffers(tensors: tuple[TensorRecord, ...]) -> dict[str, Buffer]:
-        made = {}
+        specs = []
         for tensor in tensors:
             shape = tuple(
                 size if isinstance(size, int) else batch * (1 if size == BATCH or not guided else 2)
                 for size in tensor.shape
             )
-            made[tensor.name] = device.buffer(tensor.numpy_dtype, shape)
-        return made
+            specs.append(BufferSpec(dtype=tensor.numpy_dtype, shape=shape))
+        return {tensor.name: buffer for tensor, buffer in zip(tensors, device.buffers(specs), strict=True)}
 
     outputs = buffers(record.outputs)
     device.load(path).bind(buffers(record.inputs), outputs).run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import Buffer, Progress
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
 from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
 from tc_deploy.backends.host import HostBuffer, check_array
+from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.manifest import WEIGHTS, Manifest
 from tc_deploy.types import Precision
@@ -183,14 +184,21 @@ class OrtDevice:
         self._weights, self._unfused = weights, unfused
         self._mapped: dict[Path, NDArray[np.uint8]] = {}
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
+    def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
         """Allocate, filled with zeros."""
+        return [self._buffer(spec.dtype, spec.shape) for spec in specs]
+
+    def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
         if self._on_cpu:
             array = np.empty(shape, dtype)
             # On the CPU an OrtValue shares the array's memory.
             return HostBuffer(array, self._module.OrtValue.ortvalue_from_numpy(array))
         value = self._module.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), _GPU, 0)
         return OrtGpuBuffer(value, dtype, shape)
+
+    def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
+        """Run them in turn; on a GPU every binding has a CUDA graph of its own."""
+        return InTurn(graphs)
 
     def load(self, path: Path) -> OrtGraph:
         """Make a session of an ONNX file; its external data lies beside it.

@@ -8,15 +8,16 @@ weights again.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tc_deploy.backends.base import Buffer, Graph
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Graph
 from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
 from tc_deploy.backends.host import HostBuffer
+from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
 from tc_deploy.manifest import WEIGHTS
@@ -139,13 +140,20 @@ class OpenVinoDevice:
         """Whether a graph reads the weights file that lies beside it."""
         return are_shared(self._weights, path.parent / WEIGHTS)
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
+    def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
         """Allocate, filled with zeros."""
+        return [self._buffer(spec.dtype, spec.shape) for spec in specs]
+
+    def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
         module = _openvino()
         # OpenVINO knows numpy's own types only, and shows a bf16 tensor's memory as fp16.
         kind = module.Type.bf16 if dtype.name == "bfloat16" else module.Type(dtype)
         tensor = module.Tensor(kind, module.Shape(shape))
         return HostBuffer(tensor.data.view(dtype), tensor)
+
+    def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
+        """Run them in turn."""
+        return InTurn(graphs)
 
     def load(self, path: Path) -> Graph:
         """Read an ONNX file; its external data lies beside it."""

@@ -2,8 +2,8 @@
 
 In: the bundle's ONNX graphs. Out: one engine per graph in the target's folder (``tensorrt_build.py`` makes it).
 TensorRT builds for the GPU of this machine and needs it; TensorRT-RTX builds for a list of compute capabilities, on a
-machine without a GPU too. Running needs a GPU either way: one stream, tensors by name, no wait inside a run. Never:
-hands the deserialiser an engine for another version or GPU, or lets one bring its own host code.
+machine without a GPU too. Running (``tensorrt_run.py``) needs a GPU either way. Never: hands the deserialiser an engine
+for another version or GPU.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from __future__ import annotations
 import functools
 import importlib
 import shutil
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tc_deploy.backends.base import Buffer, Progress
+from tc_deploy.backends.base import Progress
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt_build import EngineJob, build_engine
-from tc_deploy.backends.tensorrt_options import TensorRtOptions, batch_axes, check_turing, checked_options
+from tc_deploy.backends.tensorrt_options import (
+    TensorRtOptions,
+    batch_axes,
+    check_turing,
+    checked_options,
+    engine_options,
+)
 from tc_deploy.backends.tensorrt_rtx import RtxExtras
+from tc_deploy.backends.tensorrt_run import TrtDevice
 from tc_deploy.bundle import MANIFEST, check_files, read_document
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
 from tc_deploy.manifest import (
@@ -32,163 +35,18 @@ from tc_deploy.manifest import (
     ONNX_FOLDER,
     WEIGHTS,
     EngineIdentity,
-    EngineRecord,
     GpuRecord,
     GraphRecord,
     Manifest,
     TargetManifest,
-    TensorRecord,
     read_engine_record,
 )
 
 TIMING_CACHE = "timing.cache"
-ALIGNMENT = 256
-"""Bytes; TensorRT wants every address to be a multiple of it."""
 AMPERE = 8
 """Major compute capability."""
 BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 400, 3.5
 """A build's peak of memory: measured with TensorRT-RTX 1.7 on random DiTs from 1 MiB to 2.7 GiB of weights."""
-
-
-class TrtBuffer:
-    """Device memory of one tensor."""
-
-    def __init__(self, cuda: Cuda, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self._cuda = dtype, shape, cuda
-        self.size_bytes = dtype.itemsize * int(np.prod(shape))
-        self.address = cuda.allocate(max(self.size_bytes, 1))
-        weakref.finalize(self, cuda.free, self.address)
-
-    def write(self, array: NDArray[Any]) -> None:
-        """Copy ``array`` in.
-
-        Raises:
-            ValueError: it has another dtype or shape; nothing is converted or broadcast.
-        """
-        if (array.dtype, array.shape) != (self.dtype, self.shape):
-            raise ValueError(f"expected {self.dtype} {self.shape}, found {array.dtype} {array.shape}")
-        self._cuda.write(self.address, array)
-
-    def read(self) -> NDArray[Any]:
-        """A copy, once the device is done with what it was told before."""
-        array = np.empty(self.shape, self.dtype)
-        self._cuda.read(self.address, array)
-        return array
-
-
-class TrtGraph:
-    """One engine and its execution context, which all that is bound to the graph shares: runs are one after another."""
-
-    def __init__(self, path: Path, context: Any, record: EngineRecord, stream: int) -> None:
-        self._path, self._context, self._record, self._stream = path, context, record, stream
-        self._current: weakref.ref[TrtBoundGraph] | None = None
-        """What the context's addresses are of; weak, so that a closed pipeline's memory is freed at once."""
-
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TrtBoundGraph:
-        """Fix the buffers by tensor name.
-
-        Raises:
-            BackendError: an axis lies outside what the engine was built for.
-        """
-        buffers = {}
-        for tensors, given in ((self._record.inputs, inputs), (self._record.outputs, outputs)):
-            for tensor in tensors:
-                buffers[tensor.name] = buffer = cast("TrtBuffer", given[tensor.name])
-                self._check_buffer(tensor, buffer)
-        return TrtBoundGraph(self, {name: buffers[name].shape for name in inputs}, buffers)
-
-    def _check_buffer(self, tensor: TensorRecord, buffer: TrtBuffer) -> None:
-        for size, found in zip(tensor.shape, buffer.shape, strict=True):
-            least, _, largest = self._record.axes[size] if isinstance(size, str) else (size, size, size)
-            if not least <= found <= largest:
-                raise BackendError(
-                    f"{self._path}: {tensor.name}: {size} is {found}, but the engine was built for {least} to"
-                    f" {largest}; load with another batch size, or build again with another --batch-profile"
-                )
-        if buffer.dtype != tensor.numpy_dtype or buffer.address % ALIGNMENT:
-            raise ValueError(f"{tensor.name}: expected {tensor.dtype} at a multiple of {ALIGNMENT}")
-
-    def run(self, bound: TrtBoundGraph) -> None:
-        """Queue one run on the stream.
-
-        Raises:
-            BackendError: TensorRT refuses a shape or address, or cannot queue.
-        """
-        if self._current is None or self._current() is not bound:
-            self._current = None
-            done = all(self._context.set_input_shape(name, shape) for name, shape in bound.shapes.items())
-            for name, buffer in bound.buffers.items():
-                done = done and self._context.set_tensor_address(name, buffer.address)
-            if not done:
-                raise BackendError(f"{self._path}: TensorRT refuses a tensor's shape or address")
-            self._current = weakref.ref(bound)
-        if not self._context.execute_async_v3(self._stream):
-            raise BackendError(f"{self._path}: TensorRT cannot run the engine")
-
-
-class TrtBoundGraph:
-    """A graph with all its tensors bound."""
-
-    def __init__(self, graph: TrtGraph, shapes: dict[str, tuple[int, ...]], buffers: dict[str, TrtBuffer]) -> None:
-        self.shapes, self.buffers, self._graph = shapes, buffers, graph
-
-    def run(self) -> None:
-        """Queue one run; a buffer's ``read`` waits for it."""
-        self._graph.run(self)
-
-
-class TrtDevice:
-    """A GPU.
-
-    Args:
-        name: the backend's.
-        runtime: what deserialises engines: a ``Runtime`` of the Python module.
-        cuda: the GPU's memory and stream.
-        errors: what the runtime has complained of, for messages.
-        rtx: what TensorRT-RTX has beyond TensorRT; None for TensorRT.
-        refit: puts the weights of an ONNX file into an engine that was stripped of them; says whether it could.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        runtime: Any,
-        cuda: Cuda,
-        errors: list[str],
-        *,
-        rtx: RtxExtras | None = None,
-        refit: Callable[[Any, Path], bool] = lambda engine, onnx: False,
-    ) -> None:
-        self._name, self._runtime, self._cuda, self._errors = name, runtime, cuda, errors
-        self._rtx, self._refit = rtx, refit
-        runtime.engine_host_code_allowed = False
-
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TrtBuffer:
-        """Allocate, filled with zeros."""
-        return TrtBuffer(self._cuda, dtype, shape)
-
-    def load(self, path: Path) -> TrtGraph:
-        """Deserialise an engine whose checksum and identity have been checked."""
-        record = read_engine_record(path)
-        self._errors.clear()
-        plan = path.read_bytes()
-        if self._rtx is not None:
-            self._rtx.check(path, self._runtime, plan)
-        engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise BackendError(f"{path}: {self._name} refuses the engine: {self._reason()}")
-        if record.options.get("strip_weights") and not self._refit(engine, onnx_of(path)):
-            raise BackendError(f"{path}: {self._name} cannot put the weights back: {self._reason()}")
-        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        if names != {tensor.name for tensor in (*record.inputs, *record.outputs)}:
-            raise BundleError(f"{path}: its tensors are not those of {path.with_suffix('.json').name}; build again")
-        context = engine.create_execution_context() if self._rtx is None else self._rtx.context(path, engine)
-        if context is None:
-            raise BackendError(f"{path}: {self._name} has no memory to run the engine: {self._reason()}")
-        return TrtGraph(path, context, record, self._cuda.stream)
-
-    def _reason(self) -> str:
-        return self._errors[0] if self._errors else "it gives no reason"
 
 
 class TensorRt:
@@ -230,7 +88,7 @@ class TensorRt:
             identity = EngineIdentity(
                 backend=self.name,
                 backend_version=self.version(),
-                options=chosen.model_dump(mode="json"),
+                options=engine_options(chosen, ahead_of_time=self._ahead_of_time),
                 onnx_sha256=manifest.files[graph.file].sha256,
                 weights_sha256=weights.sha256,
                 inputs=graph.inputs,
@@ -253,7 +111,7 @@ class TensorRt:
                 workspace_mib=chosen.workspace_mib,
                 optimization_level=chosen.optimization_level,
                 hardware_compatibility=chosen.hardware_compatibility,
-                flags=chosen.builder_flags(),
+                flags=chosen.builder_flags(ahead_of_time=self._ahead_of_time),
             )
             build_engine(job, functools.partial(progress, f"building {name}"))
         return gpu
@@ -274,8 +132,8 @@ class TensorRt:
             )
         _check_gpu(where, self._cuda().gpu(), target.gpu, options, command)
 
-    def open(self, options: Mapping[str, Any]) -> TrtDevice:  # noqa: ARG002 - they have gone into the engines
-        """Open the GPU."""
+    def open(self, options: Mapping[str, Any]) -> TrtDevice:
+        """Open the GPU; all options but ``use_cuda_graph`` have gone into the engines."""
         trt = self._import()
         errors: list[str] = []
         logger = _logger(trt, errors)
@@ -284,6 +142,7 @@ class TensorRt:
             trt.Runtime(logger),
             self._cuda(),
             errors,
+            use_cuda_graph=self._options(options).use_cuda_graph,
             rtx=RtxExtras(trt) if self._ahead_of_time else None,
             refit=functools.partial(_refit, trt, logger),
         )
@@ -359,11 +218,6 @@ def _check_gpu(where: Path, found: GpuRecord, built: GpuRecord | None, options: 
             f"{where}: built for compute capability {', '.join(capabilities)}, but this machine's {found.name} has"
             f" {found.compute_capability}; build again with: {command}"
         )
-
-
-def onnx_of(engine: Path) -> Path:
-    """The graph that an engine was built from, in the bundle whose files have been checked."""
-    return engine.parent.parent / ONNX_FOLDER / f"{engine.stem}.onnx"
 
 
 def _refit(trt: Any, logger: Any, engine: Any, onnx: Path) -> bool:

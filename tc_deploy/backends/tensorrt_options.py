@@ -47,6 +47,9 @@ class TensorRtOptions(Document):
     """TensorRT: the engine takes the same weights again."""
     strip_weights: bool = False
     """TensorRT: the engine holds no weights; they are taken from the bundle when it is loaded."""
+    use_cuda_graph: bool = True
+    """Runs are captured as CUDA graphs and replayed. A TensorRT-RTX engine is built for it; and whatever loads a target
+    runs it as it was built, so no command needs a switch of its own."""
 
     @field_validator("batch_profile")
     @classmethod
@@ -55,9 +58,12 @@ class TensorRtOptions(Document):
             raise ValueError("expected the least, the best and the largest number of samples, in this order")
         return profile
 
-    def builder_flags(self) -> tuple[str, ...]:
-        """Members of TensorRT's ``BuilderFlag``."""
+    def builder_flags(self, *, ahead_of_time: bool) -> tuple[str, ...]:
+        """Members of the ``BuilderFlag`` of TensorRT, or (``ahead_of_time``) of TensorRT-RTX."""
         flags = []
+        if ahead_of_time and self.use_cuda_graph:
+            # Otherwise an engine may allocate while it runs, which no capture allows.
+            flags.append("REQUIRE_USER_ALLOCATION")
         if self.version_compatible:
             # The lean runtime that a plan would bring is host code, which the loader does not allow.
             flags += ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
@@ -96,6 +102,11 @@ def checked_options(backend: str, options: Mapping[str, Any], *, ahead_of_time: 
             " on the GPUs of --compute-capability and with the version that built it; leave them out"
         )
     return chosen
+
+
+def engine_options(options: TensorRtOptions, *, ahead_of_time: bool) -> dict[str, Any]:
+    """The options that make engines differ; those of TensorRT are the same whether runs are captured or not."""
+    return options.model_dump(mode="json", exclude=None if ahead_of_time else {"use_cuda_graph"})
 
 
 def check_turing(backend: str, options: TensorRtOptions, manifest: Manifest) -> None:

@@ -44,13 +44,23 @@ class RtxExtras:
             f" build again with: tc-deploy build {path.parent.parent} --backend tensorrt-rtx"
         )
 
-    def context(self, path: Path, engine: Any) -> Any:
+    def context(self, path: Path, engine: Any, *, captured: bool) -> Any:
         """An execution context that begins with the kernels of earlier processes, and leaves its own behind.
+
+        Args:
+            path: of the engine.
+            engine: as deserialised.
+            captured: its runs will be: kernels for their shapes are compiled at once, for one that came later, in the
+                place of a general one, would not be in a graph that is captured already.
 
         Returns:
             The context; None where there is no memory for it.
         """
         config = engine.create_runtime_config()
+        if captured:
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self._module.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
         kernels = config.create_runtime_cache()
         file, salt = path.with_suffix(KERNELS_SUFFIX), sha256_of_file(path).encode()
         known = _sealed(file, salt)

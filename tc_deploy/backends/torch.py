@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import Buffer
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import check_array
+from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.manifest import SOLVER, Manifest, history_name, read_manifest, variant_name
 from tc_deploy.plan import load_plan
@@ -162,10 +163,15 @@ class TorchDevice:
         self.pool: Any = torch.cuda.graph_pool_handle() if self.place.type == "cuda" else None
         self._source, self._models = model, dict[Path, "DiffusionTransformer"]()
 
-    def buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> TorchBuffer:
+    def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
         """Allocate, filled with zeros."""
         torch = _torch()
-        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype.name), device=self.place))
+        tensors = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype.name), device=self.place) for spec in specs]
+        return [TorchBuffer(tensor) for tensor in tensors]
+
+    def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
+        """Run them in turn; on a GPU every binding has a CUDA graph of its own."""
+        return InTurn(graphs)
 
     def load(self, path: Path) -> TorchGraph:
         """Make the step that an ONNX graph of a bundle was exported from.

@@ -56,6 +56,10 @@ class Clock:
         return Run(wall_ms=wall_ms, calls_ms=self._calls_ms)
 
 
+def step_by_step(first: int, step: object) -> None:
+    """An ``on_step`` that looks at nothing: with it a pipeline runs one graph after another, which a clock can time."""
+
+
 class _ClockedGraph:
     """A bound graph with the clock around it."""
 

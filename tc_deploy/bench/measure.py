@@ -15,7 +15,7 @@ from typing import Any
 
 from tc_deploy import __version__
 from tc_deploy.backends import registry
-from tc_deploy.bench.clock import Clock, Run
+from tc_deploy.bench.clock import Clock, Run, step_by_step
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.report import FULL_RUN, PLAN_RUN, host_share, runs_report, start_up_report, variants_report
 from tc_deploy.bench.start_up import start_up
@@ -43,8 +43,11 @@ class _Contender:
 
     def run(self, kind: str) -> Run:
         asked = self.pipeline.placeholders(self.pipeline.batch_size)
+        watched = kind == _WATCHED_RUN
         request = functools.partial(self.pipeline, **asked, full=kind == FULL_RUN)
-        return self.clock.timed(request, graphs=kind == _WATCHED_RUN)
+        return self.clock.timed(
+            functools.partial(request, on_step=step_by_step) if watched else request, graphs=watched
+        )
 
     def facts(self) -> dict[str, Any]:
         schedule = self.pipeline.plan.tprr()

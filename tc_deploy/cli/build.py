@@ -32,6 +32,7 @@ TAKEN_BY = {
     "version_compatible": ("tensorrt",),
     "refit": ("tensorrt",),
     "strip_weights": ("tensorrt",),
+    "use_cuda_graph": _TENSORRT,
 }
 """The engine kinds that take an option."""
 
@@ -99,6 +100,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     is_flag=True,
     default=None,
     help="tensorrt: engines without weights, which loading takes from the bundle.",
+)
+@click.option(
+    "--use-cuda-graph/--no-cuda-graph",
+    "use_cuda_graph",
+    default=None,
+    help="tensorrt, tensorrt-rtx: engines whose runs are captured once and replayed (the default), or not.",
 )
 def command(bundle: Path, backend: str, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""

@@ -12,13 +12,17 @@ from tc_deploy.errors import counted
 from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
 
+LARGEST_SHOWN = 3
+"""Buffers; JSON has all of them."""
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--batch-size", type=int, help="Pictures that run together, for the device memory of engines/NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def command(path: Path, as_json: bool) -> None:
-    """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, hashes."""
-    facts = inspect_path(path)
+def command(path: Path, batch_size: int | None, as_json: bool) -> None:
+    """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, memory, hashes."""
+    facts = inspect_path(path, batch_size)
     if as_json:
         click.echo(canonical_json(facts), nl=False)
         return
@@ -46,6 +50,18 @@ def _show_bundle(facts: dict[str, Any]) -> None:
             _line("", f"{graph}: {_engine_line(engine)}")
     if not facts["targets"]:
         _line("engines", f"none yet: tc-deploy build {facts['path']}")
+    _show_memory(facts["memory"])
+
+
+def _show_memory(memory: dict[str, Any]) -> None:
+    whole = f"{_size(memory['size_bytes'])} of buffers for a batch of {memory['batch_size']}"
+    _line("memory", f"{whole}, beside what the engines hold; on the device from load to close")
+    for kind, part in memory["by_kind"].items():
+        _line("", f"{kind}: {counted(part['buffers'], 'buffer')}, {_size(part['size_bytes'])}")
+    largest = sorted(memory["buffers"], key=lambda buffer: -buffer["size_bytes"])[:LARGEST_SHOWN]
+    for buffer in largest:
+        shape = " x ".join(map(str, buffer["shape"]))
+        _line("", f"largest: {buffer['name']}, {buffer['dtype']} {shape}, {_size(buffer['size_bytes'])}")
 
 
 def _target_line(name: str, target: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ place; a constant buffer holds its step's row of a table from the start. Never: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from tc_deploy.backends import registry
-from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import FORECAST_WEIGHTS, RUNTIME_TABLES, TOKEN_INDEX, Manifest, TensorRecord, read_manifest
+from tc_deploy.manifest import FORECAST_WEIGHTS, RUNTIME_TABLES, TOKEN_INDEX, Manifest, read_manifest
 from tc_deploy.plan import Plan, index_row, load_plan, token_index_name
-from tc_deploy.runtime.program import Call, table_row
+from tc_deploy.runtime.layout import Layout
+from tc_deploy.runtime.program import Call, row_of
 from tc_deploy.types import FloatArray, IntArray
-
-Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
-"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
-what runs in its place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,14 +85,16 @@ def read_bundle(path: Path, backend: str | None) -> Bundle:
 
 
 class Binder:
-    """Binds calls to one set of buffers, each made at its first mention.
+    """Binds calls to one set of buffers, which are all made at once.
 
     Args:
-        bundle: names the graphs' tensors and fills the tables.
+        bundle: names the graphs' tensors and fills the tables, whose rows are written here and never again.
         device: where the buffers are made.
         graphs: loaded on that device, by name.
-        axes: the size of each batch axis.
-        watch: sees every graph as it is bound.
+        layout: the buffers that the calls mention.
+
+    Raises:
+        BackendError: the device has not that much memory.
     """
 
     def __init__(
@@ -103,35 +102,27 @@ class Binder:
         bundle: Bundle,
         device: Device,
         graphs: Mapping[str, Graph],
-        axes: Mapping[str, int],
-        watch: Watch | None = None,
+        layout: Layout,
     ) -> None:
-        self._bundle, self._device, self._graphs, self._axes, self._watch = bundle, device, graphs, axes, watch
-        self.buffers: dict[str, Buffer] = {}
+        self._manifest, self._graphs = bundle.manifest, graphs
+        made = device.buffers([planned.spec() for planned in layout.buffers])
+        self.buffers = {planned.name: buffer for planned, buffer in zip(layout.buffers, made, strict=True)}
+        for planned in layout.buffers:
+            row = row_of(planned.name)
+            if row is not None:
+                values = np.broadcast_to(bundle.row(*row), planned.shape).astype(planned.tensor.numpy_dtype)
+                self.buffers[planned.name].write(values)
 
-    def bind(self, call: Call, step: int) -> BoundGraph:
+    def bind(self, call: Call) -> BoundGraph:
         """Fix a call's buffers.
 
         Raises:
             BackendError: the engine refuses them.
         """
-        record = self._bundle.manifest.graphs[call.graph]
-
-        def buffers(names: Mapping[str, str], tensors: Sequence[TensorRecord]) -> dict[str, Buffer]:
-            return {tensor.name: self._buffer(names[tensor.name], tensor, step) for tensor in tensors}
-
-        outputs = buffers(call.outputs, record.outputs)
-        bound = self._graphs[call.graph].bind(buffers(call.inputs, record.inputs), outputs)
-        return bound if self._watch is None else self._watch(call.graph, bound, next(iter(outputs.values())))
-
-    def _buffer(self, name: str, tensor: TensorRecord, step: int) -> Buffer:
-        """The buffer of that name; a table's row is filled when it is made and never again."""
-        if name not in self.buffers:
-            shape = tuple(self._axes[size] if isinstance(size, str) else size for size in tensor.shape)
-            buffer = self.buffers[name] = self._device.buffer(tensor.numpy_dtype, shape)
-            if name == table_row(tensor.name, step):
-                buffer.write(np.broadcast_to(self._bundle.row(tensor.name, step), shape).astype(tensor.numpy_dtype))
-        return self.buffers[name]
+        record = self._manifest.graphs[call.graph]
+        inputs = {tensor.name: self.buffers[call.inputs[tensor.name]] for tensor in record.inputs}
+        outputs = {tensor.name: self.buffers[call.outputs[tensor.name]] for tensor in record.outputs}
+        return self._graphs[call.graph].bind(inputs, outputs)
 
 
 def _chosen_backend(path: Path, backend: str | None) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.conditions import (
     Arrays,
@@ -31,13 +31,17 @@ from tc_deploy.conditions import (
     whole_number,
 )
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, Manifest, variant_name
-from tc_deploy.runtime.binding import Binder, Watch, read_bundle
-from tc_deploy.runtime.program import program_of, slot
-from tc_deploy.schedule import FULL, Schedule, full_schedule
+from tc_deploy.manifest import SOLVER, variant_name
+from tc_deploy.runtime.binding import Binder, read_bundle
+from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
+from tc_deploy.runtime.program import ProgramStep, slot
+from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
 MAX_SEED = 2**64 - 1
+Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
+"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
+what runs in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,9 @@ def load(path: str | Path, backend: str | None = None, *, batch_size: int | None
 class Pipeline:
     """A loaded bundle; see :func:`load` for the arguments and errors.
 
-    ``watch`` sees every graph as it is bound. ``engines`` are run in place of the target's: a device and the bundle's
-    graphs on it.
+    ``watch`` sees every graph as it is bound; what it makes of them runs when a run is taken step by step. A call that
+    neither looks at a step nor may cancel is one piece to the device, and nobody watches its graphs.
+    ``engines`` are run in place of the target's: a device and the bundle's graphs on it.
     """
 
     def __init__(
@@ -102,16 +107,16 @@ class Pipeline:
         bundle = read_bundle(path, backend)
         self.path = path
         self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
-        self.batch_size = _checked_batch_size(self.manifest, batch_size)
+        self.batch_size = checked_batch_size(self.manifest, batch_size)
         self._first_scale = bundle.first_scale
         self._lock = threading.Lock()
 
         device, graphs = engines or load_target(path, self.manifest, self.backend)
-        axes = {BATCH: self.batch_size, MODEL_BATCH: self.batch_size * (2 if self.manifest.guided else 1)}
-        binder = Binder(bundle, device, graphs, axes, watch)
+        binder = Binder(bundle, device, graphs, pipeline_layout(self.manifest, self.plan, self.batch_size))
         self._buffers = binder.buffers
-        self._cached_program = self._program(binder, self.plan.tprr())
-        self._full_program = self._program(binder, full_schedule(self.plan.schedule.steps))
+        planned, full = pipeline_programs(self.manifest, self.plan)
+        self._cached_program: BoundProgram | None = _bound_program(planned, binder, device, watch)
+        self._full_program: BoundProgram | None = _bound_program(full, binder, device, watch)
 
     def __enter__(self) -> Self:
         return self
@@ -123,18 +128,20 @@ class Pipeline:
 
     def close(self) -> None:
         """Free buffers and engines as soon as no run holds them; the pipeline cannot be used afterwards."""
-        self._cached_program, self._full_program = [], []
+        self._cached_program = self._full_program = None
         self._buffers = {}
 
     def warmup(self) -> None:
-        """Run every graph once, so that the first request meets no first-time cost.
+        """Run every graph once and capture the plan's run where the device can: the first request pays for nothing.
 
         Raises:
             UsageError: the pipeline is closed, or is running a request.
+            BackendError: an engine fails, or the device cannot capture the run.
         """
         with self._claimed():
             for graph in self.variants().values():
                 graph.run()
+            self._opened(full=False).whole.prepare()
 
     def variants(self) -> dict[str, BoundGraph]:
         """Every graph of the schedule once, by name, bound as at its first step; for timing, on whatever lies there.
@@ -142,9 +149,9 @@ class Pipeline:
         Raises:
             UsageError: the pipeline is closed.
         """
-        program = self._opened(full=False)
-        bound = {variant_name(step.variant): step.model for step in reversed(program)}
-        return {name: bound[name] for name in sorted(bound, reverse=True)} | {SOLVER: program[0].solver}
+        steps = self._opened(full=False).steps
+        bound = {variant_name(step.variant): step.model for step in reversed(steps)}
+        return {name: bound[name] for name in sorted(bound, reverse=True)} | {SOLVER: steps[0].solver}
 
     def __call__(
         self,
@@ -160,6 +167,8 @@ class Pipeline:
         should_cancel: Callable[[], bool] | None = None,
     ) -> Result:
         """Make one picture per label, or per row of the conditions. All arguments are checked before anything runs.
+
+        Without ``on_step`` and ``should_cancel`` the steps of a batch are queued at once and waited for at its end.
 
         Args:
             class_labels: n labels, for a model that takes labels; otherwise give ``conditions``, one of the two.
@@ -177,13 +186,18 @@ class Pipeline:
             UsageError: an argument is out of range or does not fit the bundle, the pipeline is closed, or it is
                 running another request.
             Cancelled: ``should_cancel`` said so.
+            BackendError: an engine fails, or the device cannot capture the run.
         """
         request = self._checked_request(class_labels, conditions, unconditional, seed, guidance_scale, latents)
-        variants = [step.variant for step in self._opened(full=full)]
+        variants = [step.variant for step in self._opened(full=full).steps]
+        in_steps = on_step is not None or should_cancel is not None
         made = []
         with self._claimed():
             for start in range(0, request.conditions.count, self.batch_size):
                 part = slice(start, start + self.batch_size)
+                if not in_steps:
+                    made.append(self._run_whole(request, part, full=full))
+                    continue
                 for step in self._run(request, part, full=full, should_cancel=should_cancel):
                     if on_step is not None:
                         on_step(start, step)
@@ -249,30 +263,43 @@ class Pipeline:
         finally:
             self._lock.release()
 
-    def _opened(self, *, full: bool) -> list[BoundStep]:
+    def _opened(self, *, full: bool) -> BoundProgram:
         program = self._full_program if full else self._cached_program
-        if not program:
+        if program is None:
             raise UsageError("the pipeline is closed; load the bundle again")
         return program
+
+    def _run_whole(self, request: _Request, part: slice, *, full: bool) -> FloatArray:
+        """Run the part of a request that makes one batch, in one piece; the caller holds the pipeline.
+
+        Returns:
+            (n, *latent shape) the latents that it makes.
+        """
+        program = self._opened(full=full)
+        self._write(request, part)
+        program.whole.run()
+        return _first_samples(program.steps[-1].latents, request.conditions.rows(part).count)
 
     def _run(
         self, request: _Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
     ) -> Iterator[Step]:
-        """Run the part of a request that makes one batch; the caller holds the pipeline."""
-        program = self._opened(full=full)
-        for name, array in self._arrays(request, part).items():
-            self._buffers[name].write(array)
-        for index, step in enumerate(program):
+        """Run the part of a request that makes one batch, step by step; the caller holds the pipeline."""
+        steps = self._opened(full=full).steps
+        self._write(request, part)
+        for index, step in enumerate(steps):
             if should_cancel is not None and should_cancel():
-                raise Cancelled(f"cancelled after {index} of {len(program)} steps")
-            step.model.run()
-            step.solver.run()
+                raise Cancelled(f"cancelled after {index} of {len(steps)} steps")
+            step.whole.run()
             yield Step(
                 index=index,
-                total=len(program),
+                total=len(steps),
                 full=step.variant == FULL,
                 read_latents=functools.partial(_first_samples, step.latents, request.conditions.rows(part).count),
             )
+
+    def _write(self, request: _Request, part: slice) -> None:
+        for name, array in self._arrays(request, part).items():
+            self._buffers[name].write(array)
 
     def placeholders(self, count: int) -> dict[str, Any]:
         """Arguments for ``count`` pictures whose looks do not matter, for runs that are timed."""
@@ -353,27 +380,42 @@ class Pipeline:
             guidance_scale=self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
         )
 
-    def _program(self, binder: Binder, schedule: Schedule) -> list[BoundStep]:
-        steps = program_of(self.manifest.graphs, schedule, self.plan.cache.forecast_order, self.manifest.solver.history)
-        return [
-            BoundStep(
-                variant=step.variant,
-                model=binder.bind(step.model, index),
-                solver=binder.bind(step.solver, index),
-                latents=self._buffers[step.latents],
-            )
-            for index, step in enumerate(steps)
-        ]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BoundStep:
-    """A step of the program, bound to an engine."""
+    """A step of the program, bound to an engine; its graphs are those that a watch has made of them."""
 
     variant: int
     model: BoundGraph
     solver: BoundGraph
+    whole: Capture
+    """The two."""
     latents: Buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundProgram:
+    """A program, bound to an engine."""
+
+    steps: tuple[BoundStep, ...]
+    whole: Capture
+    """All steps, which nobody watches."""
+
+
+def _bound_program(program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None) -> BoundProgram:
+    steps, calls = [], []
+    for step in program:
+        seen = []
+        for call in (step.model, step.solver):
+            bound = binder.bind(call)
+            calls.append(bound)
+            output = binder.buffers[next(iter(call.outputs.values()))]
+            seen.append(bound if watch is None else watch(call.graph, bound, output))
+        model, solver = seen
+        latents = binder.buffers[step.latents]
+        whole = device.capture(seen)
+        steps.append(BoundStep(variant=step.variant, model=model, solver=solver, whole=whole, latents=latents))
+    return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -424,16 +466,3 @@ def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
     """
     pixels = ((latents.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
-
-
-def _checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
-    if batch_size is not None and whole_number(batch_size, "batch size") < 1:
-        raise UsageError(f"batch size must be at least 1, found {batch_size}")
-    if manifest.batch_size is None:
-        return batch_size or 1
-    if batch_size not in (None, manifest.batch_size):
-        raise UsageError(
-            f"this bundle was exported for a batch of exactly {manifest.batch_size}, found {batch_size};"
-            " export again with another --static-batch, or without it"
-        )
-    return manifest.batch_size

@@ -59,6 +59,17 @@ def table_row(table: str, step: int) -> str:
     return f"{table}#{step}"
 
 
+def row_of(buffer: str) -> tuple[str, int] | None:
+    """The table and the step that :func:`table_row` made a buffer's name of; None for any other buffer."""
+    table, mark, step = buffer.partition("#")
+    return (table, int(step)) if mark else None
+
+
+def tensor_of(buffer: str) -> str:
+    """The tensor that :func:`slot` made a buffer's name of; where slots do not rotate, the name itself."""
+    return buffer.partition("@")[0]
+
+
 def program_of(
     graphs: Mapping[str, GraphRecord], schedule: Schedule, forecast_order: int, solver_history: int
 ) -> tuple[ProgramStep, ...]:

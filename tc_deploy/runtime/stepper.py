@@ -18,6 +18,7 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import MODEL_BATCH, SAMPLE, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Binder, Bundle
+from tc_deploy.runtime.layout import layout_of
 from tc_deploy.runtime.program import STEP_TABLES, program_of
 from tc_deploy.schedule import FULL, full_schedule
 from tc_deploy.types import FloatArray
@@ -81,13 +82,15 @@ class Engines:
         plan, manifest = self.bundle.plan, self.bundle.manifest
         schedule = full_schedule(plan.schedule.steps) if full else plan.tprr()
         program = program_of(manifest.graphs, schedule, plan.cache.forecast_order, manifest.solver.history)
-        binder = Binder(self.bundle, self._device, self._graphs, {MODEL_BATCH: model_batch})
+        layout = layout_of(manifest.graphs, [step.model for step in program], {MODEL_BATCH: model_batch})
+        binder = Binder(self.bundle, self._device, self._graphs, layout)
         names = [tensor.name for tensor in self.inputs]
         calls = [
             _BoundCall(
-                graph=binder.bind(step.model, index), reads=tuple(name for name in names if name in step.model.inputs)
+                graph=self._device.capture([binder.bind(step.model)]),
+                reads=tuple(name for name in names if name in step.model.inputs),
             )
-            for index, step in enumerate(program)
+            for step in program
         ]
         return Stepper(calls, {name: binder.buffers[name] for name in (*names, SAMPLE)})
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from pathlib import Path
 
-from tc_deploy.bench.clock import Clock, Run
+from tc_deploy.bench.clock import Clock, Run, step_by_step
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.runtime.pipeline import Pipeline
 
@@ -37,6 +37,8 @@ def runs_in_turn(
             watch = clock.watch if graphs else None
             pipeline = stack.enter_context(Pipeline(path, backend, batch_size=batch_size, watch=watch))
             request = functools.partial(pipeline, **pipeline.placeholders(batch_size))
+            if graphs:
+                request = functools.partial(request, on_step=step_by_step)
             requests[place] = functools.partial(clock.timed, request, graphs=graphs)
         interleaved(requests, 1)
         runs = interleaved(requests, rounds)

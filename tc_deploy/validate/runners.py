@@ -15,7 +15,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from tc_deploy.backends.base import Buffer, Device, Graph
+from tc_deploy.backends.base import BufferSpec, Device, Graph
 from tc_deploy.manifest import GraphRecord, TensorRecord
 from tc_deploy.samples import Feed
 
@@ -93,19 +93,20 @@ def run_graph(device: Device, graph: Graph, record: GraphRecord, feed: Mapping[s
         BackendError: the engine refuses the shapes, or fails.
     """
     axes: dict[str, int] = {}
-    inputs: dict[str, Buffer] = {}
+    arrays: Feed = {}
     for tensor in record.inputs:
         # A file of samples holds bf16 as fp32.
-        array = np.asarray(feed[tensor.name]).astype(tensor.numpy_dtype, copy=False)
+        arrays[tensor.name] = array = np.asarray(feed[tensor.name]).astype(tensor.numpy_dtype, copy=False)
         axes |= {axis: size for axis, size in zip(tensor.shape, array.shape, strict=True) if isinstance(axis, str)}
-        inputs[tensor.name] = device.buffer(array.dtype, array.shape)
-        inputs[tensor.name].write(array)
-    outputs = {
-        tensor.name: device.buffer(
-            tensor.numpy_dtype, tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        )
-        for tensor in record.outputs
-    }
+    specs = {name: BufferSpec(dtype=array.dtype, shape=array.shape) for name, array in arrays.items()}
+    for tensor in record.outputs:
+        shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        specs[tensor.name] = BufferSpec(dtype=tensor.numpy_dtype, shape=shape)
+    buffers = dict(zip(specs, device.buffers(list(specs.values())), strict=True))
+    for name, array in arrays.items():
+        buffers[name].write(array)
+    inputs = {name: buffers[name] for name in arrays}
+    outputs = {tensor.name: buffers[tensor.name] for tensor in record.outputs}
     graph.bind(inputs, outputs).run()
     return {name: buffer.read() for name, buffer in outputs.items()}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backends.buffers import buffer_of
 from bundles import Made, snapshot
 from numpy.typing import NDArray
 from tolerances import tolerance
@@ -88,7 +89,9 @@ def buffers_of(device: Device, record: GraphRecord) -> tuple[dict[str, HostBuffe
     sizes = {"batch": 1, "model_batch": ROWS}
     inputs, outputs = (
         {
-            tensor.name: device.buffer(np.dtype(tensor.dtype), tuple(sizes.get(size, size) for size in tensor.shape))
+            tensor.name: buffer_of(
+                device, np.dtype(tensor.dtype), tuple(sizes.get(size, size) for size in tensor.shape)
+            )
             for tensor in tensors
         }
         for tensors in (record.inputs, record.outputs)
@@ -104,7 +107,7 @@ def buffers_of(device: Device, record: GraphRecord) -> tuple[dict[str, HostBuffe
 def test_a_buffer_starts_at_zero_and_keeps_a_copy_of_what_is_written(
     engine: Engine, device: Device, dtype: str, shape: tuple[int, ...]
 ) -> None:
-    buffer = device.buffer(np.dtype(dtype), shape)
+    buffer = buffer_of(device, np.dtype(dtype), shape)
     assert (buffer.read() == np.zeros(shape, dtype)).all()
     values = np.arange(1, 1 + np.prod(shape), dtype=dtype).reshape(shape)
     kept = values.copy()
@@ -132,7 +135,7 @@ def test_a_buffer_starts_at_zero_and_keeps_a_copy_of_what_is_written(
     ids=lambda array: f"{array.dtype}{array.shape}",
 )
 def test_nothing_is_converted_or_broadcast_into_a_buffer(device: Device, array: np.ndarray) -> None:
-    buffer = device.buffer(np.dtype("float32"), (2, 4))
+    buffer = buffer_of(device, np.dtype("float32"), (2, 4))
     with pytest.raises(ValueError, match=r"expected float32 \(2, 4\), found"):
         buffer.write(array)
     assert not buffer.read().any()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from backends.buffers import buffer_of
 from bundles import PIXEL_BATCH, Made, MadeByCommands, edit_manifest, run_cli, snapshot
 from numpy.typing import NDArray
 from tolerances import tolerance
@@ -93,11 +94,13 @@ def outputs_of(backend: str, bundle: Path, name: str) -> dict[str, FloatArray]:
     batch = manifest.batch_size or 1
     inputs = {}
     for key, array in input_arrays(record, batch, guided=manifest.guided).items():
-        inputs[key] = device.buffer(array.dtype, array.shape)
+        inputs[key] = buffer_of(device, array.dtype, array.shape)
         inputs[key].write(array)
     sizes = {BATCH: batch, MODEL_BATCH: batch * (2 if manifest.guided else 1)}
     outputs = {
-        tensor.name: device.buffer(np.dtype(tensor.dtype), tuple(sizes.get(str(size), size) for size in tensor.shape))
+        tensor.name: buffer_of(
+            device, np.dtype(tensor.dtype), tuple(sizes.get(str(size), size) for size in tensor.shape)
+        )
         for tensor in record.outputs
     }
     device.load(bundle / record.file).bind(inputs, outputs).run()
@@ -143,12 +146,12 @@ def test_a_run_works_in_the_memory_of_its_buffers_and_nowhere_else(mixed: Made, 
     record = read_manifest(mixed.bundle).graphs[SOLVER]
     graph = device.load(mixed.bundle / record.file)
     arrays = input_arrays(record, 1, guided=True)
-    inputs = {name: device.buffer(array.dtype, array.shape) for name, array in arrays.items()}
+    inputs = {name: buffer_of(device, array.dtype, array.shape) for name, array in arrays.items()}
     for name, array in arrays.items():
         inputs[name].write(array)
-    after, scaled = (device.buffer(arrays[name].dtype, arrays[name].shape) for name in ("latents", "model_output"))
+    after, scaled = (buffer_of(device, arrays[name].dtype, arrays[name].shape) for name in ("latents", "model_output"))
     before = inputs["latents"]
-    scaled = device.buffer(np.dtype("float32"), (2, *before.read().shape[1:]))
+    scaled = buffer_of(device, np.dtype("float32"), (2, *before.read().shape[1:]))
     forth = graph.bind(inputs, {"next_latents": after, "hidden_states": scaled})
     back = graph.bind({**inputs, "latents": after}, {"next_latents": before, "hidden_states": scaled})
     every = [*inputs.values(), after, scaled]
@@ -185,11 +188,11 @@ def test_two_pipelines_in_two_threads_are_independent(built: dict[str, Path]) ->
 def test_buffers_that_do_not_fit_are_a_backend_error(mixed: Made, device: OpenVinoDevice) -> None:
     record = read_manifest(mixed.bundle).graphs["full"]
     arrays = input_arrays(record, 1, guided=True)
-    inputs = {name: device.buffer(array.dtype, array.shape) for name, array in arrays.items()}
+    inputs = {name: buffer_of(device, array.dtype, array.shape) for name, array in arrays.items()}
     graph = device.load(mixed.bundle / record.file)
     for wrong in (
-        {**inputs, "timestep": device.buffer(np.dtype("float32"), (3,))},
-        {**inputs, "timestep": device.buffer(np.dtype("int32"), (2,))},
+        {**inputs, "timestep": buffer_of(device, np.dtype("float32"), (3,))},
+        {**inputs, "timestep": buffer_of(device, np.dtype("int32"), (2,))},
         {**inputs, "colour": inputs["timestep"]},
     ):
         with pytest.raises(BackendError, match=r"full\.onnx: OpenVINO refuses the graph: "):

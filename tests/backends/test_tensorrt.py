@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tensorrt_rtx
-from backends.gpu_stand_in import StandInContext, StandInCudaRuntime, StandInEngine, StandInRuntime
+from backends.gpu_stand_in import StandInCudaRuntime
+from backends.tensorrt_stand_in import NAME, StandInRuntime, stand_in
 from bundles import Made, edit_manifest, reseal, run_cli
-from cuda.bindings import runtime as cuda_runtime
-from tolerances import tolerance
 
 import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.tensorrt import TensorRt, TrtBuffer, TrtDevice, _check_gpu, _is_version_fit, _logger
+from tc_deploy.backends.tensorrt import _check_gpu, _is_version_fit, _logger
 from tc_deploy.backends.tensorrt_options import TensorRtOptions
 from tc_deploy.backends.tensorrt_rtx import KERNELS_SUFFIX, RtxExtras
+from tc_deploy.backends.tensorrt_run import TrtDevice
 from tc_deploy.bundle import canonical_json
 from tc_deploy.errors import BackendError, BundleError, TcDeployError
 from tc_deploy.hardware import nvidia_gpus
-from tc_deploy.manifest import ONNX_FOLDER, SOLVER, read_manifest
+from tc_deploy.manifest import read_manifest
 
-NAME = "tensorrt-rtx"
 SUBOPTIMAL = tensorrt_rtx.EngineValidity.SUBOPTIMAL
 HOPPER = {"name": "Stand-in Hopper", "compute_capability": "9.0"}
 
@@ -99,30 +96,6 @@ def test_what_does_not_match_is_refused_before_a_gpu_is_looked_for(
         tc_deploy.load(bundle, NAME)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def stand_in(
-    bundle: Path,
-    gpu: StandInCudaRuntime,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    rtx: RtxExtras | None = None,
-    verdict: tuple[tensorrt_rtx.EngineValidity, int] = (tensorrt_rtx.EngineValidity.VALID, 0),
-) -> StandInRuntime:
-    """Let the registry's TensorRT-RTX run on the stand-in."""
-    engines = {
-        (bundle / NAME / f"{name}.engine").read_bytes(): (name, str(bundle / ONNX_FOLDER / f"{name}.onnx"))
-        for name in read_manifest(bundle).graphs
-    }
-    runtime = StandInRuntime(gpu, engines, verdict)
-
-    class OnStandIn(TensorRt):
-        def open(self, options: object) -> TrtDevice:  # noqa: ARG002 - as the base class does
-            errors = ["the stand-in knows no such engine"]
-            return TrtDevice(self.name, runtime, self._cuda(), errors, rtx=rtx, refit=runtime.refit)
-
-    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: Cuda(gpu)))
-    return runtime
 
 
 def test_an_engine_for_another_gpu_is_refused_before_it_is_read(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +181,8 @@ def test_compiled_kernels_are_kept_beside_their_engine(
 
     def given_kernels() -> dict[str, bytes | None]:
         runtime = stand_in(bundle, StandInCudaRuntime(), monkeypatch, rtx=extras)
-        device, graphs = load_target(bundle, manifest, NAME)
-        given = {kernels.name: kernels.given for kernels in runtime.kernels}
-        del device, graphs
+        with tc_deploy.load(bundle, NAME):
+            given = {kernels.name: kernels.given for kernels in runtime.kernels}
         gc.collect()
         return given
 
@@ -283,130 +255,3 @@ def test_a_machine_without_tensorrt_is_told_the_extra(built: Made, tmp_path: Pat
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     assert answer.returncode == BackendError.exit_code
     assert "error: tensorrt is not installed; install tc-deploy[tensorrt]" in answer.stderr
-
-
-# ----------------------------------------------------------------------------------------------------- run: a stand-in
-
-
-def test_the_engines_are_bound_and_run_as_onnx_runtime_s_are(built: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = StandInCudaRuntime()
-    stand_in(built.bundle, gpu, monkeypatch)
-    request = {"class_labels": [1, 2, 3], "seed": 5}
-    with tc_deploy.load(built.bundle, "onnxruntime", batch_size=2) as pipeline:
-        expected = [pipeline(**request, full=full).latents for full in (False, True)]
-    with tc_deploy.load(built.bundle, NAME, batch_size=2) as pipeline:
-        pipeline.warmup()
-        for full, latents in zip((False, True), expected, strict=True):
-            gpu.wait()
-            gpu.runs.clear()
-            gpu.waits = 0
-            found = pipeline(**request, full=full)
-            error = np.abs(found.latents - latents).max() / np.abs(latents).max()
-            assert error <= tolerance("onnxruntime", "fp32", "trajectory_max_rel")
-            # Three pictures in batches of two: nothing but the latents at the end of a batch was waited for.
-            assert gpu.waits == 2
-            first, second = ["full", "cached-1", "cached-1"], ["full", "cached-2"] * 3 + ["full"]
-            schedule = first + second
-            steps = ["full"] * len(schedule) if full else schedule
-            assert gpu.runs == [name for step in steps * 2 for name in (step, SOLVER)]
-        assert gpu.live_bytes > 0
-    assert gpu.live_bytes == 0
-
-
-def test_a_batch_outside_the_profile_is_refused_before_anything_runs(
-    built: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = StandInCudaRuntime()
-    stand_in(built.bundle, gpu, monkeypatch)
-    with pytest.raises(
-        BackendError, match=r"model_batch is 10, but the engine was built for 2 to 8; load with another batch size, or"
-    ):
-        tc_deploy.load(built.bundle, NAME, batch_size=5)
-    gpu.wait()
-    assert gpu.runs == []
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
-def test_a_buffer_starts_at_zero_and_keeps_what_is_written(shape: tuple[int, ...]) -> None:
-    buffer = TrtBuffer(Cuda(StandInCudaRuntime()), np.dtype("int32"), shape)
-    assert (buffer.read() == np.zeros(shape)).all()
-    values = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    buffer.write(values)
-    kept = values.copy()
-    values[...] = -1
-    assert np.array_equal(buffer.read(), kept)
-    for wrong in (kept.astype(np.int64), np.zeros((5, *shape), np.int32)):
-        with pytest.raises(ValueError, match="expected int32"):
-            buffer.write(wrong)
-
-
-def test_a_gpu_without_that_much_memory_says_so() -> None:
-    device = TrtDevice(NAME, StandInRuntime(StandInCudaRuntime(), {}), Cuda(StandInCudaRuntime(memory_bytes=1000)), [])
-    kept = device.buffer(np.dtype("float32"), (200,))
-    with pytest.raises(BackendError, match=r"^CUDA fails in cudaMalloc: out of memory$"):
-        device.buffer(np.dtype("float32"), (200,))
-    assert not kept.read().any()
-    del kept
-    device.buffer(np.dtype("float32"), (200,))
-
-
-def test_the_stand_in_takes_what_cuda_takes() -> None:
-    ours = {
-        name: value for name, value in vars(StandInCudaRuntime).items() if name.startswith("cuda") and callable(value)
-    }
-    functions = {name: value for name, value in ours.items() if inspect.isfunction(value)}
-    assert len(functions) > 10
-    for name, function in functions.items():
-        signature = (getattr(cuda_runtime, name).__doc__ or "").splitlines()[0]
-        arguments = signature.partition("(")[2].partition(")")[0]
-        assert len(inspect.signature(function).parameters) - 1 == len([word for word in arguments.split(",") if word])
-
-
-def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        built.bundle / ONNX_FOLDER / "solver.onnx", providers=["CPUExecutionProvider"]
-    )
-    gpu = StandInCudaRuntime()
-    cuda = Cuda(gpu)
-    engine = StandInEngine(gpu, SOLVER, session)
-
-    def context() -> StandInContext:
-        made = engine.create_execution_context()
-        for tensor in session.get_inputs():
-            shape = [{"batch": 1, "model_batch": 2}.get(size, size) for size in tensor.shape]
-            assert made.set_input_shape(tensor.name, shape)
-            assert made.set_tensor_address(tensor.name, cuda.allocate(4 * int(np.prod(shape))))
-        return made
-
-    addresses = {"next_latents": cuda.allocate(4 * 256), "hidden_states": cuda.allocate(4 * 512)}
-    unset = context()
-    assert not unset.set_tensor_address("no such tensor", addresses["next_latents"])
-    assert not unset.set_tensor_address("next_latents", addresses["next_latents"] + 4)
-    assert not unset.execute_async_v3(cuda.stream)
-
-    def bound(**changes: int) -> StandInContext:
-        ready = context()
-        for name, address in (addresses | changes).items():
-            assert ready.set_tensor_address(name, address)
-        return ready
-
-    def run(stream: int = cuda.stream, **changes: int) -> None:
-        assert bound(**changes).execute_async_v3(stream)
-        gpu.wait()
-
-    run()
-    with pytest.raises(AssertionError, match="two outputs share memory"):
-        run(hidden_states=addresses["next_latents"])
-    with pytest.raises(AssertionError, match="overlaps an input"):
-        run(latents=addresses["next_latents"])
-    with pytest.raises(AssertionError, match="size of the memory"):
-        run(next_latents=addresses["hidden_states"], hidden_states=cuda.allocate(4 * 512))
-    with pytest.raises(AssertionError, match="another stream"):
-        run(stream=0)
-    ready = bound()
-    cuda.free(addresses["next_latents"])
-    assert ready.execute_async_v3(cuda.stream)
-    with pytest.raises(KeyError):
-        gpu.wait()

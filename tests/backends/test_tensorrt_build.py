@@ -168,6 +168,17 @@ def test_shapes_give_the_same_engines_as_a_profile(built: Made, tmp_path: Path) 
     assert "full is unchanged" in answer.err
 
 
+def test_engines_that_are_not_captured_are_others(built: Made, tmp_path: Path) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    words = ("--compute-capability", ",".join(CAPABILITIES), "--batch-profile", *PROFILE)
+    answer = run_cli("build", bundle, "--backend", NAME, *words, "--no-cuda-graph")
+    assert answer.code == 0, answer.err
+    assert "is unchanged" not in answer.err
+    assert read_target(bundle, NAME).options["use_cuda_graph"] is False
+    assert "use_cuda_graph False" in run_cli("inspect", bundle).out
+    refused(bundle, UsageError, "--use-cuda-graph is no option of onnxruntime", "--no-cuda-graph")
+
+
 def test_flags_reach_the_builder(mixed: Made, tmp_path: Path) -> None:
     # With the runtime left out it builds here; stripped it asks for the GPU that is not there.
     flags = ("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME")

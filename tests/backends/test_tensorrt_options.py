@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tc_deploy.backends.tensorrt_options import TensorRtOptions, batch_axes, check_turing, checked_options
+from tc_deploy.backends.tensorrt_options import (
+    TensorRtOptions,
+    batch_axes,
+    check_turing,
+    checked_options,
+    engine_options,
+)
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, GraphRecord, Manifest, SolverRecord, TensorRecord
 from tc_deploy.types import Precision
@@ -103,7 +109,7 @@ def test_what_tensorrt_rtx_cannot_do_is_refused_with_the_reason(options: dict[st
 
 def test_tensorrt_takes_them() -> None:
     def flags(**options: object) -> tuple[str, ...]:
-        return checked_options("tensorrt", options, ahead_of_time=False).builder_flags()
+        return checked_options("tensorrt", options, ahead_of_time=False).builder_flags(ahead_of_time=False)
 
     assert flags() == ()
     assert flags(version_compatible=True) == ("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME")
@@ -111,6 +117,16 @@ def test_tensorrt_takes_them() -> None:
     assert flags(strip_weights=True) == ("REFIT_IDENTICAL", "STRIP_PLAN")
     with pytest.raises(UsageError, match="tensorrt builds for this machine's GPU; --compute-capability is for"):
         flags(compute_capability=("8.9",))
+
+
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_engines_of_tensorrt_rtx_are_built_to_be_captured(use_cuda_graph: bool) -> None:
+    options = checked_options("tensorrt-rtx", {"use_cuda_graph": use_cuda_graph}, ahead_of_time=True)
+    assert options.builder_flags(ahead_of_time=True) == (("REQUIRE_USER_ALLOCATION",) if use_cuda_graph else ())
+    # TensorRT's are the same either way, so none is built again when the other is asked for.
+    assert options.builder_flags(ahead_of_time=False) == ()
+    assert ("use_cuda_graph" in engine_options(options, ahead_of_time=True)) is True
+    assert ("use_cuda_graph" in engine_options(options, ahead_of_time=False)) is False
 
 
 def test_turing_takes_fp16_alone() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backends.buffers import buffer_of
 from bundles import Made, MadeByCommands, run_cli, snapshot
 from tolerances import tolerance
 
@@ -57,7 +58,7 @@ def test_a_trajectory_is_onnx_runtime_s(built: dict[str, Path], bundle: str) -> 
 
 
 def test_a_buffer_keeps_a_copy_of_what_is_written() -> None:
-    buffer = registry.backend("torch").open({}).buffer(np.dtype("int32"), (2, 3))
+    buffer = buffer_of(registry.backend("torch").open({}), np.dtype("int32"), (2, 3))
     assert not buffer.read().any()
     values = np.arange(6, dtype=np.int32).reshape(2, 3)
     buffer.write(values)

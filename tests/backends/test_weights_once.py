@@ -28,6 +28,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
+from tc_deploy.backends.base import BufferSpec
 
 def resident_mib():
     """Memory of its own and pages of the weights file; those of libraries depend on who else has them open."""
@@ -44,7 +45,7 @@ device = registry.backend(sys.argv[1]).open({"threads": 1, "weights": sys.argv[2
 before_mib = resident_mib()
 found, bound = [], []
 for number in range(int(sys.argv[4])):
-    x, y = (device.buffer(np.dtype("float32"), (8, int(sys.argv[5]))) for _ in range(2))
+    x, y = device.buffers(2 * [BufferSpec(dtype=np.dtype("float32"), shape=(8, int(sys.argv[5])))])
     x.write(np.full((8, int(sys.argv[5])), number + 1, np.float32))
     bound.append(device.load(Path(sys.argv[3]) / f"{number}.onnx").bind({"x": x}, {"y": y}))
     bound[-1].run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from bundles import MULTISTEP, PIXEL_BATCH, Made, MadeByCommands, run_cli, snapshot
 
 from tc_deploy import errors
-from tc_deploy.bench.clock import Clock
+from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.bench.measure import bench_bundles, bundle_and_backend
 from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.schedule import FULL, Schedule
@@ -70,7 +71,9 @@ def test_the_clock_sees_every_call_while_it_is_on_and_changes_nothing(mixed: Mad
     plain, watched = Pipeline(mixed.bundle), Pipeline(mixed.bundle, watch=clock.watch)
     made = []
     for graphs, calls in ((True, {"full": 5, "cached-1": 2, "cached-2": 3, "solver": 10}), (False, {})):
-        run = clock.timed(lambda: made.append(watched(class_labels=[3], seed=5)), graphs=graphs)
+        on_step = step_by_step if graphs else None
+        request = functools.partial(watched, class_labels=[3], seed=5, on_step=on_step)
+        run = clock.timed(lambda request=request: made.append(request()), graphs=graphs)
         assert {name: len(times) for name, times in run.calls_ms.items()} == calls
         assert sum(map(sum, run.calls_ms.values())) <= run.wall_ms
     expected = plain(class_labels=[3], seed=5).latents

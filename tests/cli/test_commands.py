@@ -190,6 +190,35 @@ def test_a_bundle_is_shown(mixed: Made, pixel: MadeByCommands, tmp_path: Path) -
     assert facts["batch_size"] is None
 
 
+def test_the_device_memory_of_a_bundle_is_shown(mixed: Made, pixel: MadeByCommands) -> None:
+    for size in (1, 3):
+        memory = json.loads(run_cli("inspect", mixed.bundle, "--batch-size", size, "--json").out)["memory"]
+        assert (memory["batch_size"], memory["alignment_bytes"]) == (size, 256)
+        assert set(memory["by_kind"]) == {"caches", "latents", "tables", "conditions", "outputs"}
+        latents = [buffer for buffer in memory["buffers"] if buffer["name"] == "latents@1"]
+        assert latents == [
+            {
+                "name": "latents@1",
+                "kind": "latents",
+                "dtype": "float32",
+                "shape": [size, 4, 8, 8],
+                "offset_bytes": latents[0]["offset_bytes"],
+                "size_bytes": 1024 * size,
+            }
+        ]
+        for kind, part in memory["by_kind"].items():
+            sizes = [buffer["size_bytes"] for buffer in memory["buffers"] if buffer["kind"] == kind]
+            assert part == {"buffers": len(sizes), "size_bytes": sum(sizes)}
+        assert sum(part["size_bytes"] for part in memory["by_kind"].values()) <= memory["size_bytes"]
+    out = run_cli("inspect", pixel.bundle).out
+    assert f"KiB of buffers for a batch of {PIXEL_BATCH}, beside what the engines hold" in out
+    assert out.count("largest: ") == 3
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(line.startswith("caches: ") and line.endswith(" KiB") for line in words)
+    assert "a batch of exactly 2, found 3; export again" in run_cli("inspect", pixel.bundle, "--batch-size", 3).error
+    assert "a plan has no buffers; leave --batch-size out" in run_cli("inspect", mixed.plan, "--batch-size", 1).error
+
+
 def test_engines_that_are_stale_or_missing_are_shown_as_such(mixed: Made, tmp_path: Path) -> None:
     bundle = mixed.copy(tmp_path / "bundle")
     manifest = json.loads((bundle / MANIFEST).read_text())

@@ -1,5 +1,7 @@
 """Every installed engine on this machine: numbers against PyTorch, time of full and cached steps, as JSON.
 
+For TensorRT also whether captured runs compute what launched ones do, bit for bit, and what that is worth.
+
 An engine that refuses (a GPU that TensorRT-RTX does not know, say) is not passed over: its refusal is the result.
 ``run.sh`` calls this; it runs on a machine without a GPU too, with the backends that need none.
 """
@@ -7,6 +9,7 @@ An engine that refuses (a GPU that TensorRT-RTX does not know, say) is not passe
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import subprocess
 import sys
@@ -19,9 +22,14 @@ import numpy as np
 import torch
 
 import tc_deploy
+from tc_deploy.backends.base import BoundGraph
 from tc_deploy.backends.build import build_target
+from tc_deploy.backends.load import load_target
 from tc_deploy.backends.onnxruntime import CPU, PROVIDERS
 from tc_deploy.backends.registry import BACKENDS
+from tc_deploy.bench.clock import Clock, step_by_step
+from tc_deploy.bench.interleave import interleaved
+from tc_deploy.bench.spread import latency_of, ratio_of
 from tc_deploy.bundle import canonical_json, write_bytes
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
@@ -31,6 +39,7 @@ from tc_deploy.hardware import hardware_line, nvidia_gpus
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
+from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "make_random_dit.py"
@@ -90,6 +99,39 @@ def bench(bundle: Path, backend: str, batch: int, rounds: int) -> Any:
     return json.loads(answer.stdout)
 
 
+class Launched:
+    """A bound graph that a device does not take for its own, so it is launched by itself and never captured."""
+
+    def __init__(self, graph: BoundGraph) -> None:
+        self.run = graph.run
+
+
+def captured_and_launched(bundle: Path, backend: str, batch: int, rounds: int) -> dict[str, Any]:
+    """The plan's run on the same engines: as one CUDA graph, as one per step, and every engine launched by itself."""
+    engines = load_target(bundle, read_manifest(bundle), backend)
+    captured = Pipeline(bundle, backend, batch_size=batch, engines=engines)
+    launched = Pipeline(
+        bundle, backend, batch_size=batch, engines=engines, watch=lambda name, graph, output: Launched(graph)
+    )
+    request = {**captured.placeholders(batch), "seed": SEED}
+    ways = {
+        "launched": functools.partial(launched, **request, on_step=step_by_step),
+        "graph_per_step": functools.partial(captured, **request, on_step=step_by_step),
+        "one_graph": functools.partial(captured, **request),
+    }
+    # The first run of each captures, and is launched for it; the second is what later ones are.
+    latents = {way: [run().latents for _ in range(2)][-1] for way, run in ways.items()}
+    clock = Clock()
+    timed = {way: functools.partial(clock.timed, run, graphs=False) for way, run in ways.items()}
+    times_ms = {way: [run.wall_ms for run in runs] for way, runs in interleaved(timed, rounds).items()}
+    return {
+        "batch_size": batch,
+        "equal_to_launched": {way: bool(np.array_equal(made, latents["launched"])) for way, made in latents.items()},
+        "latency": {way: latency_of(times) for way, times in times_ms.items()},
+        "ratio_to_launched": {way: ratio_of(times, times_ms["launched"]) for way, times in times_ms.items()},
+    }
+
+
 def say_once(what: str, done: int, total: int) -> None:
     if done == total:
         click.echo(what)
@@ -106,6 +148,8 @@ def result_of(folder: Path, engine: str, batches: tuple[int, ...], rounds: int, 
         result["version"] = target.backend_version
         result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
         result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
+        if backend.startswith("tensorrt"):
+            result["cuda_graphs"] = [captured_and_launched(bundle, backend, batch, rounds) for batch in batches]
     except TcDeployError as error:
         result["refused"] = str(error)
         click.echo(f"{engine}: {error}")

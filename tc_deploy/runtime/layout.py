@@ -1,0 +1,160 @@
+"""The device memory of a sampling run as data: every buffer with its place in the one piece that holds them all.
+
+In: the graphs' tensors, the calls of the programs that share the buffers, the sizes of the batch axes. Out: a list of
+buffers. A device that takes its memory in one piece uses these very offsets; the others only the sizes. What an engine
+holds beside its buffers (weights, scratch memory) is its own and not in here. Never: touches a device.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tc_deploy.backends.arena import arena_offsets
+from tc_deploy.backends.base import BufferSpec
+from tc_deploy.conditions import whole_number
+from tc_deploy.errors import UsageError
+from tc_deploy.manifest import (
+    BATCH,
+    CACHE_PREFIX,
+    MODEL_BATCH,
+    SAMPLE,
+    GraphRecord,
+    Manifest,
+    TensorRecord,
+)
+from tc_deploy.plan import Plan
+from tc_deploy.runtime.program import Call, ProgramStep, program_of, row_of, tensor_of
+from tc_deploy.schedule import full_schedule
+
+
+class Kind(enum.StrEnum):
+    """What a buffer is for."""
+
+    CACHE = "caches"
+    LATENTS = "latents"
+    """And what is made of them: the model's input, the history of the solver."""
+    TABLE = "tables"
+    """A step's row, written at load and never again."""
+    CONDITION = "conditions"
+    OUTPUT = "outputs"
+    """The model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBuffer:
+    """A buffer and its place."""
+
+    name: str
+    """As the programs call it."""
+    kind: Kind
+    tensor: TensorRecord
+    """One of the tensors that are bound to it; all are alike."""
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+    def spec(self) -> BufferSpec:
+        """What to ask a device for.
+
+        Raises:
+            BackendError: as for :attr:`TensorRecord.numpy_dtype`.
+        """
+        exchanged = self.kind not in (Kind.CACHE, Kind.TABLE)
+        return BufferSpec(dtype=self.tensor.numpy_dtype, shape=self.shape, exchanged=exchanged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All buffers of one owner, in the order of their offsets."""
+
+    buffers: tuple[PlannedBuffer, ...]
+    size_bytes: int
+
+
+def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Mapping[str, int]) -> Layout:
+    """Lay out every buffer that some call mentions.
+
+    Args:
+        graphs: the bundle's.
+        calls: of all programs that are to share the buffers.
+        axes: the size of each batch axis.
+
+    Returns:
+        Each buffer once, in the order of first mention.
+    """
+    found: dict[str, tuple[TensorRecord, tuple[int, ...]]] = {}
+    for call in calls:
+        record = graphs[call.graph]
+        for names, tensors in ((call.inputs, record.inputs), (call.outputs, record.outputs)):
+            for tensor in tensors:
+                shape = tuple(axes[size] if isinstance(size, str) else size for size in tensor.shape)
+                found.setdefault(names[tensor.name], (tensor, shape))
+    sizes_bytes = [_itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
+    offsets, size_bytes = arena_offsets(sizes_bytes)
+    buffers = tuple(
+        PlannedBuffer(
+            name=name, kind=_kind(name), tensor=tensor, shape=shape, offset_bytes=offset, size_bytes=buffer_bytes
+        )
+        for (name, (tensor, shape)), offset, buffer_bytes in zip(found.items(), offsets, sizes_bytes, strict=True)
+    )
+    return Layout(buffers=buffers, size_bytes=size_bytes)
+
+
+def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep, ...], tuple[ProgramStep, ...]]:
+    """What a pipeline can run: the plan, and every step in full."""
+    schedules = (plan.tprr(), full_schedule(plan.schedule.steps))
+    order, history = plan.cache.forecast_order, manifest.solver.history
+    planned, full = (program_of(manifest.graphs, schedule, order, history) for schedule in schedules)
+    return planned, full
+
+
+def pipeline_layout(manifest: Manifest, plan: Plan, batch_size: int) -> Layout:
+    """The buffers of a pipeline, whose two programs share them."""
+    calls = [
+        call for steps in pipeline_programs(manifest, plan) for step in steps for call in (step.model, step.solver)
+    ]
+    axes = {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if manifest.guided else 1)}
+    return layout_of(manifest.graphs, calls, axes)
+
+
+def checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
+    """The samples that run together.
+
+    Args:
+        manifest: the bundle's.
+        batch_size: what is asked for; None takes the bundle's own, or 1.
+
+    Raises:
+        UsageError: it is no whole number from 1 on, or not the one that the bundle was exported for.
+    """
+    if batch_size is not None and whole_number(batch_size, "batch size") < 1:
+        raise UsageError(f"batch size must be at least 1, found {batch_size}")
+    if manifest.batch_size is None:
+        return batch_size or 1
+    if batch_size not in (None, manifest.batch_size):
+        raise UsageError(
+            f"this bundle was exported for a batch of exactly {manifest.batch_size}, found {batch_size};"
+            " export again with another --static-batch, or without it"
+        )
+    return manifest.batch_size
+
+
+def _kind(name: str) -> Kind:
+    if row_of(name) is not None:
+        return Kind.TABLE
+    tensor = tensor_of(name)
+    if tensor.startswith(CACHE_PREFIX):
+        return Kind.CACHE
+    if tensor == SAMPLE:
+        return Kind.OUTPUT
+    return Kind.LATENTS if tensor in ("latents", "guided_output", "hidden_states") else Kind.CONDITION
+
+
+def _itemsize(tensor: TensorRecord) -> int:
+    # numpy knows bfloat16 only where ml_dtypes is installed, and its size is no secret.
+    return 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
