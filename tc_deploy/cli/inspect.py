@@ -118,4 +118,6 @@ def _line(name: str, text: str, *, nl: bool = True) -> None:
 
 
 def _size(size_bytes: int) -> str:
+    if size_bytes < 2**10:
+        return f"{size_bytes} B"
     return f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 2**20 else f"{size_bytes / 2**10:.1f} KiB"

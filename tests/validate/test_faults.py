@@ -10,7 +10,7 @@ from bundles import Made
 from validate import faults
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.runtime import pipeline
+from tc_deploy.runtime import layout
 from tc_deploy.runtime.program import ProgramStep, program_of
 from tc_deploy.validate.record import ValidationRecord
 from tc_deploy.validate.stage import validate_bundle
@@ -106,7 +106,7 @@ def test_cache_stale_by_one_step(planted: Callable[..., ValidationRecord], monke
             steps.append(replace(step, model=replace(step.model, inputs=inputs)))
         return tuple(steps)
 
-    monkeypatch.setattr(pipeline, "program_of", stale)
+    monkeypatch.setattr(layout, "program_of", stale)
     record = planted(lambda bundle: None)
     # F c1 c1 | F c2 F c2 ...: the first step whose history holds two full steps.
     (fault,) = record.wiring
