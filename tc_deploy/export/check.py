@@ -98,15 +98,34 @@ def check_graph(
         BackendError: the engine is not installed.
     """
     feed = {name: example[name] for name in graph.input_names}
-    run = _run_in_openvino if precision is Precision.BF16 else _run_in_onnxruntime
-    found = run(path, feed, graph.output_names)
     with torch.no_grad():
-        expected = graph(*feed.values())
+        expected = dict(zip(graph.output_names, graph(*feed.values()), strict=True))
+    error, found = check_outputs(path, feed, expected, precision)
+    return error, found[SAMPLE]
+
+
+def check_outputs(
+    path: Path,
+    feed: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    precision: Precision = Precision.FP32,
+) -> tuple[float, dict[str, Tensor]]:
+    """Run an exported graph in an engine, and compare its outputs with PyTorch's.
+
+    Returns:
+        The largest absolute difference over all outputs, and the engine's outputs by name.
+
+    Raises:
+        ExportError: as for :func:`check_graph`.
+        BackendError: the engine is not installed.
+    """
+    run = _run_in_openvino if precision is Precision.BF16 else _run_in_onnxruntime
+    found = dict(zip(expected, run(path, feed, list(expected)), strict=True))
     worst = 0.0
-    for name, mine, theirs in zip(graph.output_names, found, expected, strict=True):
+    for name, theirs in expected.items():
         where = f"{path.name}: output {name}"
-        worst = max(worst, _checked_error(mine.float().numpy(), theirs.float().numpy(), where, precision))
-    return worst, found[graph.output_names.index(SAMPLE)]
+        worst = max(worst, _checked_error(found[name].float().numpy(), theirs.float().numpy(), where, precision))
+    return worst, found
 
 
 def snr_to_fp32_db(graph: StepGraph, example: Mapping[str, Tensor], sample: Tensor) -> float | None:
