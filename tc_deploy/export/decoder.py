@@ -119,7 +119,7 @@ def export_decoder(
             return ExportedPart(graph=record, samples=None), component
         progress(f"comparing {DECODER} with PyTorch")
         (images,) = graph(example)
-    error, _ = check_outputs(path, {LATENTS: example}, {IMAGES: images})
+    error = check_outputs(path, {LATENTS: example}, {IMAGES: images})
     samples = None
     if trajectory is not None:
         read, made = {LATENTS: real.numpy()}, {IMAGES: images[: len(real)].numpy()}

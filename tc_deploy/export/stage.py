@@ -31,6 +31,7 @@ from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
     FORMAT_VERSION,
+    FP32_GRAPHS,
     ONNX_FOLDER,
     RUNTIME_TABLES,
     SOLVER,
@@ -341,7 +342,7 @@ def _taken_graphs(
         raise UsageError(
             f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
         )
-    records = {name: record for name, record in manifest.graphs.items() if name != SOLVER}
+    records = {name: record for name, record in manifest.graphs.items() if name not in (SOLVER, *FP32_GRAPHS)}
     for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *(record.file for record in records.values())):
         shutil.copyfile(bundle / name, onnx / Path(name).name)
     return records

@@ -196,7 +196,7 @@ def export_text_encoder(
     samples = None
     if check:
         progress(f"comparing {TEXT_ENCODER} with PyTorch")
-        error, _ = check_outputs(path, feed, conditions)
+        error = check_outputs(path, feed, conditions)
         graph = graph.model_copy(update={"max_abs_error": error})
         samples = GraphSamples(steps=(0,), inputs=(_arrays(feed),), outputs=(_arrays(conditions),))
     return ExportedPart(graph=graph, samples=samples), record.model_copy(update={"components": tuple(components)})

@@ -152,6 +152,11 @@ class PipelineFolder:
                 f"{folder}: {type(tokenizer).__name__} has no fast form, so nothing but transformers can run it; encode"
                 " prompts with examples/encode_prompts.py instead, and export without --with-text-encoder"
             )
+        # Without its vocabulary transformers makes one that knows no words, and says nothing.
+        names = dict(type(tokenizer).vocab_files_names)
+        whole = [folder / names.pop("tokenizer_file", "tokenizer.json")], [folder / name for name in names.values()]
+        if not any(files and all(file.is_file() for file in files) for files in whole):
+            raise ModelError(f"{folder}: the tokenizer's vocabulary is missing, as {whole[0][0].name}; {AGAIN}")
         if tokenizer.pad_token_id is None:
             raise ModelError(f"{folder}: the tokenizer has no padding token; {AGAIN}")
         return tokenizer
