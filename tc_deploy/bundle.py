@@ -132,7 +132,7 @@ def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> D
         return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
         where, reason = first_problem(error)
-        reason = f"{where}: {reason}"
+        reason = f"{where}: {reason}" if where else reason
     except ValueError as error:
         reason = f"cut short or altered, no JSON: {error}"
     article = "an" if what[0] in "aeiou" else "a"

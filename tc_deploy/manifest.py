@@ -7,22 +7,30 @@ is written last.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
 from tc_deploy.errors import BackendError, BundleError
 from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
-from tc_deploy.types import Precision
+from tc_deploy.types import Cleaning, Precision
 
 FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
 WEIGHTS = "weights.bin"
 SOLVER = "solver"
+DECODER = "decoder"
+"""Graph that makes pictures of the last step's latents."""
+TEXT_ENCODER = "text-encoder"
+"""Graph that makes conditions of token ids."""
+FP32_GRAPHS = (DECODER, TEXT_ENCODER)
+"""They compute in fp32, whatever the precision of the others: autoencoders and T5 overflow fp16."""
+TOKENIZERS_FOLDER = "tokenizers"
 ENGINE_SUFFIX = ".engine"
 """Of an engine that is built ahead of its use; its :class:`EngineRecord` lies beside it, with ``.json``."""
 RUNTIME_TABLES = "runtime.safetensors"
@@ -32,6 +40,10 @@ MODEL_BATCH = "model_batch"
 """The model's batch axis: one row per sample, or two with guidance (all conditional ones, then all unconditional)."""
 BATCH = "batch"
 """The samples' own batch axis."""
+
+LATENTS = "latents"
+IMAGES = "images"
+"""The decoder's output: (B, 3, H, W), or (B, 3, F, H, W) for video, in [-1, 1] where the decoder does not overshoot."""
 
 SAMPLE = "sample"
 """Output of every step's graph: the model's output."""
@@ -116,6 +128,43 @@ class SolverRecord(Document):
     guidance_scale: float | None
 
 
+class ComponentRecord(Document):
+    """A part of a pipeline that a graph was exported from."""
+
+    name: str
+    """Its folder: ``vae``, ``text_encoder_2``."""
+    model_class: str
+    weights_sha256: str
+
+
+class TokenizerRecord(Document):
+    """A tokenizer, as the ``tokenizers`` library reads it, and the text encoder's inputs that it makes."""
+
+    file: str
+    """``tokenizers/NAME.json``."""
+    ids: str
+    """Input of token ids, (B, tokens) int32."""
+    mask: str | None
+    """Input that tells the prompt, 1, from padding, 0: (B, tokens) int32."""
+    tokens: PositiveInt
+    """What every prompt is padded or cut to."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs by name."""
+        return (self.ids,) if self.mask is None else (self.ids, self.mask)
+
+
+class TextRecord(Document):
+    """How a prompt becomes conditions."""
+
+    cleaning: Cleaning
+    tokenizers: tuple[TokenizerRecord, ...] = Field(min_length=1)
+    defaults: dict[str, float]
+    """Conditions that no text makes, with what stands for them where a request gives none."""
+    components: tuple[ComponentRecord, ...]
+
+
 class Manifest(Document):
     """An exported bundle."""
 
@@ -134,12 +183,47 @@ class Manifest(Document):
     conditions: tuple[ConditionRecord, ...]
     solver: SolverRecord
     graphs: dict[str, GraphRecord]
+    decoder: ComponentRecord | None = None
+    """The autoencoder that the graph ``decoder`` is of; None where there is no such graph."""
+    text: TextRecord | None = None
+    """What the graph ``text-encoder`` reads and is of; None where there is no such graph."""
     files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        for name, record in ((DECODER, self.decoder), (TEXT_ENCODER, self.text)):
+            if (name in self.graphs) != (record is not None):
+                raise ValueError(f"the graph {name} and what is said of it go together, found one without the other")
+        if self.decoder is not None:
+            _check_names(DECODER, self.graphs[DECODER], {LATENTS: self.latent_shape}, {IMAGES: None})
+        if self.text is not None:
+            needed: dict[str, tuple[int, ...] | None] = {item.name: item.shape for item in self.conditions}
+            given = {name: (item.tokens,) for item in self.text.tokenizers for name in item.inputs}
+            made = {name: shape for name, shape in needed.items() if name not in self.text.defaults}
+            _check_names(TEXT_ENCODER, self.graphs[TEXT_ENCODER], given, made)
+        return self
 
     @property
     def guided(self) -> bool:
         """Whether the model batch holds an unconditional half."""
         return self.solver.guidance_scale is not None
+
+
+def _check_names(
+    name: str,
+    graph: GraphRecord,
+    inputs: Mapping[str, tuple[int, ...]],
+    outputs: Mapping[str, tuple[int, ...] | None],
+) -> None:
+    """Check that a graph has these tensors, of these shapes behind the batch axis; None stands for any.
+
+    Raises:
+        ValueError: it has not.
+    """
+    for what, tensors, expected in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
+        found = {tensor.name: tensor.shape[1:] for tensor in tensors}
+        if found.keys() != expected.keys() or any(shape not in (None, found[key]) for key, shape in expected.items()):
+            raise ValueError(f"the graph {name}: expected the {what} {dict(expected)}, found {found}")
 
 
 class GpuRecord(Document):
@@ -230,6 +314,7 @@ def read_manifest(folder: Path) -> Manifest:
         RUNTIME_TABLES,
         f"{ONNX_FOLDER}/{WEIGHTS}",
         *(graph.file for graph in manifest.graphs.values()),
+        *(item.file for item in (manifest.text.tokenizers if manifest.text else ())),
     }
     unknown = sorted(read - manifest.files.keys())
     if unknown:

@@ -39,6 +39,17 @@ class Skip(StrEnum):
     """It runs embeddings, adaLN and head; what the blocks add is forecast, as ``Reuse`` says."""
 
 
+class Cleaning(StrEnum):
+    """What a pipeline does to a prompt before it is cut into tokens."""
+
+    NONE = "none"
+    LOWER = "lower"
+    """Lower case, and no space at the ends, as PixArt's do."""
+    WEB = "web"
+    """HTML entities resolved and spaces collapsed, as Wan's does; text that was decoded wrongly is mended where ftfy is
+    installed."""
+
+
 class Precision(StrEnum):
     """What a graph's matrix products, their weights and the caches are in; everything else is fp32."""
 

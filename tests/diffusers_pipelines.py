@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
+import transformers
 from bundles import make_plan
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
 from tc_deploy.tokencache.sampler import TokenCachedSteps
+
+CLIP_TOKENS = 77
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", "on", "mat", "red", "bridge", "dog"]
 
 
 class CachedTransformer(nn.Module):
@@ -65,6 +70,41 @@ def tiny_autoencoder(channels: int, levels: int = 1) -> diffusers.AutoencoderKL:
         norm_num_groups=4,
         layers_per_block=1,
     ).eval()
+
+
+def tiny_tokenizer(length: int = CLIP_TOKENS) -> Any:
+    """Words by number; a prompt ends in ``</s>``."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, model_max_length=length, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_t5(
+    width: int = 16, kind: Any = transformers.T5EncoderModel, config: Any = transformers.T5Config, seed: int = 0
+) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
+    return kind(config(**sizes)).eval()
+
+
+def tiny_umt5(width: int = 16) -> Any:
+    return tiny_t5(width, transformers.UMT5EncoderModel, transformers.UMT5Config)
+
+
+def tiny_clip(kind: Any, width: int = 8, projection: int = 8, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 8, "projection_dim": projection, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(
+        **sizes, num_hidden_layers=2, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return kind(config).eval()
 
 
 def build_bundle(model: Path, folder: Path, **settings: Any) -> Path:

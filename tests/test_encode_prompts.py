@@ -13,12 +13,10 @@ import safetensors.torch
 import torch
 import transformers
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from diffusers_pipelines import CLIP_TOKENS, tiny_clip, tiny_t5, tiny_tokenizer, tiny_umt5
 
 WIDTH, TOKENS = 16, 7
-CLIP_TOKENS = 77
 PROMPTS = ["a cat on a mat", "a red bridge"]
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", "on", "mat", "red", "bridge", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +30,13 @@ def example() -> ModuleType:
     return module
 
 
-def tokenizer(length: int) -> Any:
-    """Words by number; a prompt ends in ``</s>``."""
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, model_max_length=length, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def t5(kind: Any = transformers.T5EncoderModel, config: Any = transformers.T5Config) -> Any:
-    torch.manual_seed(0)
-    sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
-    return kind(config(**sizes)).eval()
-
-
-def clip(kind: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "projection_dim": 8, "num_attention_heads": 2}
-    config = transformers.CLIPTextConfig(
-        **sizes, num_hidden_layers=2, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return kind(config).eval()
-
-
 def pixart() -> Any:
     return diffusers.PixArtSigmaPipeline(
-        tokenizer=tokenizer(300), text_encoder=t5(), vae=None, transformer=None, scheduler=diffusers.DDIMScheduler()
+        tokenizer=tiny_tokenizer(300),
+        text_encoder=tiny_t5(),
+        vae=None,
+        transformer=None,
+        scheduler=diffusers.DDIMScheduler(),
     )
 
 
@@ -69,12 +46,12 @@ def sd3() -> Any:
         transformer=None,
         vae=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=clip(kind),
-        tokenizer=tokenizer(CLIP_TOKENS),
-        text_encoder_2=clip(kind),
-        tokenizer_2=tokenizer(CLIP_TOKENS),
-        text_encoder_3=t5(),
-        tokenizer_3=tokenizer(256),
+        text_encoder=tiny_clip(kind),
+        tokenizer=tiny_tokenizer(CLIP_TOKENS),
+        text_encoder_2=tiny_clip(kind),
+        tokenizer_2=tiny_tokenizer(CLIP_TOKENS),
+        text_encoder_3=tiny_t5(),
+        tokenizer_3=tiny_tokenizer(256),
     )
 
 
@@ -83,18 +60,17 @@ def flux() -> Any:
         transformer=None,
         vae=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=clip(transformers.CLIPTextModel),
-        tokenizer=tokenizer(CLIP_TOKENS),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(512),
+        text_encoder=tiny_clip(transformers.CLIPTextModel),
+        tokenizer=tiny_tokenizer(CLIP_TOKENS),
+        text_encoder_2=tiny_t5(),
+        tokenizer_2=tiny_tokenizer(512),
     )
 
 
 def wan() -> Any:
-    encoder = t5(transformers.UMT5EncoderModel, transformers.UMT5Config)
     return diffusers.WanPipeline(
-        tokenizer=tokenizer(512),
-        text_encoder=encoder,
+        tokenizer=tiny_tokenizer(512),
+        text_encoder=tiny_umt5(),
         vae=None,
         transformer=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),

@@ -6,6 +6,7 @@ has not been checked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tc_deploy.backends import registry
@@ -15,8 +16,16 @@ from tc_deploy.errors import BundleError
 from tc_deploy.manifest import Manifest, read_target
 
 
-def load_target(bundle: Path, manifest: Manifest, backend: str) -> tuple[Device, dict[str, Graph]]:
+def load_target(
+    bundle: Path, manifest: Manifest, backend: str, wanted: Callable[[str], bool] = lambda graph: True
+) -> tuple[Device, dict[str, Graph]]:
     """Load the engines of a bundle whose own files have been checked.
+
+    Args:
+        bundle: ``engines/NAME``.
+        manifest: its manifest.
+        backend: which of its targets.
+        wanted: says of a graph, by its name, whether it is loaded.
 
     Raises:
         BundleError: there is no such target, it was built from another plan or export, or a file of it is missing,
@@ -28,7 +37,7 @@ def load_target(bundle: Path, manifest: Manifest, backend: str) -> tuple[Device,
     target = read_target(bundle, backend)
     check_files(bundle / backend, target.files)
     checked = manifest.files.keys() | {f"{backend}/{name}" for name in target.files}
-    files = {name: engine.engine_file(name, record) for name, record in manifest.graphs.items()}
+    files = {name: engine.engine_file(name, record) for name, record in manifest.graphs.items() if wanted(name)}
     for file in files.values():
         if file not in checked:
             raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")

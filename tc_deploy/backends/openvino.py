@@ -20,7 +20,7 @@ from tc_deploy.backends.host import HostBuffer
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import WEIGHTS
+from tc_deploy.manifest import FP32_GRAPHS, WEIGHTS
 
 if TYPE_CHECKING:
     import openvino
@@ -95,7 +95,10 @@ class OpenVinoGraph:
         try:
             if shapes != self._shapes:
                 self._model.reshape(shapes)
-                self._compiled = self._device.core.compile_model(self._model, _DEVICE, self._device.settings)
+                settings = self._device.settings
+                if self._path.stem in FP32_GRAPHS:
+                    settings = {**settings, "INFERENCE_PRECISION_HINT": DEFAULT_PRECISION}
+                self._compiled = self._device.core.compile_model(self._model, _DEVICE, settings)
                 self._shapes = shapes
             request = self._compiled.create_infer_request()
             for name, tensor in {**tensors, **(self._weights.tensors if self._weights else {})}.items():
@@ -110,7 +113,8 @@ class OpenVinoDevice:
 
     Args:
         threads: 0 leaves the choice to OpenVINO (the physical cores).
-        precision: what matrix products and most else are computed in; inputs, outputs and caches stay as they are.
+        precision: what matrix products and most else are computed in; inputs, outputs and caches stay as they are, and
+            so do a decoder and text encoders, which half precision overflows.
         weights: whether all graphs read the mapping of the weights file (``shared``), or each keeps a copy, arranged
             and converted for its matrix products (``packed``); None decides by the size of the weights.
 

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, StringConstraints, ValidationError, fie
 
 from tc_deploy.bundle import Document
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, Manifest, TensorRecord
+from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, Manifest, TensorRecord
 from tc_deploy.types import Precision
 
 DEFAULT_BATCH_PROFILE = (1, 1, 8)
@@ -119,6 +119,12 @@ def check_turing(backend: str, options: TensorRtOptions, manifest: Manifest) -> 
         raise UsageError(
             f"{backend}: compute capability {TURING} (Turing) takes matrix products in fp16 alone, and this bundle's"
             f" are in {manifest.precision}; leave {TURING} out, or export a bundle for it with --precision fp16"
+        )
+    kept = [name for name in FP32_GRAPHS if name in manifest.graphs]
+    if TURING in options.compute_capability and kept:
+        raise UsageError(
+            f"{backend}: compute capability {TURING} (Turing) takes matrix products in fp16 alone, and this bundle's"
+            f" {kept[0]} is in fp32; leave {TURING} out, or export without --with-decoder and --with-text-encoder"
         )
 
 

@@ -21,7 +21,7 @@ from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import check_array
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
-from tc_deploy.manifest import SOLVER, Manifest, history_name, read_manifest, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest, variant_name
 from tc_deploy.plan import load_plan
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Precision
@@ -184,6 +184,11 @@ class TorchDevice:
         manifest = read_manifest(bundle)
         if manifest.precision is not Precision.FP32:
             raise BackendError(f"{bundle}: torch runs fp32 bundles only, found {manifest.precision}; export again")
+        if name in FP32_GRAPHS:
+            raise BackendError(
+                f"{bundle}: torch runs the steps' graphs only, and this bundle has a {name}; build it with another"
+                " backend, or export without --with-decoder and --with-text-encoder"
+            )
         record = manifest.graphs[name]
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:

@@ -44,7 +44,7 @@ class _Contender:
     def run(self, kind: str) -> Run:
         asked = self.pipeline.placeholders(self.pipeline.batch_size)
         watched = kind == _WATCHED_RUN
-        request = functools.partial(self.pipeline, **asked, full=kind == FULL_RUN)
+        request = functools.partial(self.pipeline, **asked, full=kind == FULL_RUN, decode=False)
         return self.clock.timed(
             functools.partial(request, on_step=step_by_step) if watched else request, graphs=watched
         )

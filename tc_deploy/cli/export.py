@@ -33,6 +33,18 @@ from tc_deploy.types import Precision
     metavar="NAME",
     help="A block that stays in fp32, as transformer_blocks.3; repeatable.",
 )
+@click.option(
+    "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."
+)
+@click.option(
+    "--with-text-encoder", is_flag=True, help="Also export the pipeline's text encoders: prompts, not embeddings."
+)
+@click.option(
+    "--pipeline",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="The diffusers pipeline that holds vae/, text_encoder/ and tokenizer/, if it is not where the model is.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(
     plan: Path,
@@ -41,6 +53,9 @@ def command(
     static_batch: int | None,
     precision: str,
     fp32_blocks: tuple[str, ...],
+    with_decoder: bool,
+    with_text_encoder: bool,
+    pipeline: Path | None,
     check: bool,
 ) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
@@ -58,6 +73,9 @@ def command(
         precision=Precision(precision),
         fp32_blocks=fp32_blocks,
         check=check,
+        with_decoder=with_decoder,
+        with_text_encoder=with_text_encoder,
+        pipeline_path=pipeline,
         progress=log_step,
     )
     for name, graph in manifest.graphs.items():
@@ -66,5 +84,7 @@ def command(
         if graph.snr_to_fp32_db is not None:
             error += f", {graph.snr_to_fp32_db:.1f} dB above its error to fp32"
         click.echo(f"{output / graph.file}: {name}, {inputs}, {outputs}, {error}")
+    for tokenizer in manifest.text.tokenizers if manifest.text else ():
+        click.echo(f"{output / tokenizer.file}: prompts are padded or cut to {counted(tokenizer.tokens, 'token')}")
     if lost:
         click.echo(f"{output}: the engines of the earlier export are gone ({', '.join(lost)}); build them again")

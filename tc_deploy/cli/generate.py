@@ -27,22 +27,27 @@ LATENTS = (".safetensors", ".npy")
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--class-label", "labels", type=int, multiple=True, help="Repeat it for several.")
+@click.option("--prompt", "prompts", multiple=True, help="For a bundle with a text encoder. Repeat it for several.")
+@click.option("--negative-prompt", help="What guidance goes away from, for all prompts alike.")
 @click.option(
     "--conditions",
-    "prompts",
+    "file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Instead of labels: a safetensors file of prompt embeddings, as examples/encode_prompts.py writes it.",
+    help="Instead: a safetensors file of prompt embeddings, as examples/encode_prompts.py writes it.",
 )
 @click.option("-n", "--count", type=int, help="Pictures to make, labels or prompts in turn; one of each if not given.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture i has seed SEED + i.")
 @click.option("--guidance-scale", type=float, help="Instead of the plan's.")
 @click.option(
+    "--distilled-guidance", type=float, help="Strength that a model like FLUX is told, instead of the pipeline's own."
+)
+@click.option(
     "-o",
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="A .png sheet, or latents as .safetensors or .npy.",
+    help="A .png sheet (of video a row of frames each), or latents as .safetensors or .npy.",
 )
 @click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
 @click.option("--backend", help="Which of the bundle's engines.")
@@ -53,10 +58,13 @@ LATENTS = (".safetensors", ".npy")
 def command(
     bundle: Path,
     labels: tuple[int, ...],
-    prompts: Path | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str | None,
+    file: Path | None,
     count: int | None,
     seed: int,
     guidance_scale: float | None,
+    distilled_guidance: float | None,
     output: Path,
     full: bool,
     backend: str | None,
@@ -68,13 +76,17 @@ def command(
 
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
-    if bool(labels) == (prompts is not None):
-        raise UsageError("give either --class-label or --conditions FILE, and not both")
-    wanted, unconditional = ({}, {}) if prompts is None else read_conditions(prompts)
-    given = len(labels) or max((len(array) for array in wanted.values() if array.ndim), default=0)
+    if bool(labels) + bool(prompts) + (file is not None) != 1:
+        raise UsageError("give --class-label, --prompt or --conditions FILE, one of them")
+    if (negative_prompt is not None or distilled_guidance is not None) and not prompts:
+        raise UsageError(
+            "--negative-prompt and --distilled-guidance go with --prompt; a file of conditions holds its own"
+        )
+    wanted, unconditional = ({}, {}) if file is None else read_conditions(file)
+    given = len(labels) or len(prompts) or max((len(array) for array in wanted.values() if array.ndim), default=0)
     count = given if count is None else count
     if count < 1:
-        raise UsageError(f"-n must be at least 1, found {count}" if given else f"{prompts}: no prompt in it")
+        raise UsageError(f"-n must be at least 1, found {count}" if given else f"{file}: no prompt in it")
     if count < given:
         raise UsageError(
             f"-n {count} is less than the {given} labels or prompts given; give -n at least that, or fewer of them"
@@ -83,16 +95,21 @@ def command(
     if batch_size is None:
         batch_size = _default_batch(bundle, count)
     with load(bundle, backend, batch_size=batch_size) as pipeline:
-        if output.suffix == PNG and not pipeline.manifest.pixels:
+        if output.suffix == PNG and not pipeline.manifest.pixels and pipeline.manifest.decoder is None:
             raise UsageError(
-                f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.safetensors')}"
+                f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.safetensors')},"
+                " or export it with one: tc-deploy export PLAN -o BUNDLE --with-decoder"
             )
         request: dict[str, Any]
-        if prompts is None:
+        if labels:
             request = {"class_labels": [labels[turn] for turn in turns]}
+        elif prompts:
+            request = {"prompts": [prompts[turn] for turn in turns], "negative_prompts": negative_prompt}
+            if distilled_guidance is not None:
+                request["conditions"] = {"guidance": np.full(count, distilled_guidance, np.float32)}
         else:
             needed, guided = pipeline.manifest.conditions, pipeline.manifest.guided
-            checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(prompts)).rows(turns)
+            checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
         check_writable(output)
         pipeline.warmup()
@@ -103,6 +120,7 @@ def command(
                 seed=seed,
                 guidance_scale=guidance_scale,
                 full=full,
+                decode=output.suffix == PNG,
                 on_step=lambda first, step: report(
                     "denoising",
                     first // pipeline.batch_size * step.total + step.index + 1,
@@ -136,6 +154,8 @@ def _png(images: NDArray[np.uint8], zoom: int) -> bytes:
     from PIL import Image
 
     stream = io.BytesIO()
-    sheet = Image.fromarray(sheet_of(images))
+    # Of video each row of the sheet holds one's frames.
+    frames = images.shape[1] if images.ndim == 5 else None
+    sheet = Image.fromarray(sheet_of(images.reshape(-1, *images.shape[-3:]) if frames else images, frames))
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(stream, format="PNG")
     return stream.getvalue()

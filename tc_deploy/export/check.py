@@ -99,14 +99,24 @@ def check_graph(
     """
     feed = {name: example[name] for name in graph.input_names}
     run = _run_in_openvino if precision is Precision.BF16 else _run_in_onnxruntime
-    found = run(path, feed, graph.output_names)
+    found = dict(zip(graph.output_names, run(path, feed, graph.output_names), strict=True))
     with torch.no_grad():
-        expected = graph(*feed.values())
-    worst = 0.0
-    for name, mine, theirs in zip(graph.output_names, found, expected, strict=True):
-        where = f"{path.name}: output {name}"
-        worst = max(worst, _checked_error(mine.float().numpy(), theirs.float().numpy(), where, precision))
-    return worst, found[graph.output_names.index(SAMPLE)]
+        expected = dict(zip(graph.output_names, graph(*feed.values()), strict=True))
+    return _worst_error(path, found, expected, precision), found[SAMPLE]
+
+
+def check_outputs(path: Path, feed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Run an exported fp32 graph in ONNX Runtime, and compare its outputs with what PyTorch made before.
+
+    Returns:
+        The largest absolute difference over all outputs.
+
+    Raises:
+        ExportError: as for :func:`check_graph`.
+        BackendError: ONNX Runtime is not installed.
+    """
+    found = dict(zip(expected, _run_in_onnxruntime(path, feed, list(expected)), strict=True))
+    return _worst_error(path, found, expected, Precision.FP32)
 
 
 def snr_to_fp32_db(graph: StepGraph, example: Mapping[str, Tensor], sample: Tensor) -> float | None:
@@ -230,6 +240,16 @@ def _session(path: Path) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a class of its own per status, without a common base
         raise ExportError(f"{path.name}: ONNX Runtime refuses the graph: {str(error).strip()}") from error
+
+
+def _worst_error(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: Precision
+) -> float:
+    worst = 0.0
+    for name, theirs in expected.items():
+        where = f"{path.name}: output {name}"
+        worst = max(worst, _checked_error(found[name].float().numpy(), theirs.float().numpy(), where, precision))
+    return worst
 
 
 def _checked_error(

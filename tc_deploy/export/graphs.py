@@ -1,4 +1,4 @@
-"""The full and the cached step as modules with flat, named tensors, and as ONNX models.
+"""The full and the cached step as modules with flat, named tensors, and any such module as an ONNX model.
 
 In: a model and a plan. Out: one :class:`StepGraph` per variant, whose inputs and outputs are tensors in a fixed order
 with fixed names, and its ONNX model. Never: writes a file.
@@ -30,13 +30,45 @@ from tc_deploy.types import Precision
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
 """The lowest that knows every operator for the type: Conv takes bf16 from 22 on."""
+EXAMPLE_BATCH = 2
+"""Samples to export a dynamic batch with: of one the exporter would make a constant."""
 FOLDED_ELEMENTS = 2**26
 """Largest constant that export computes once, so that no step does: rotary tables and sine-cosine positions follow from
 the token grid alone. PyTorch's exporter stops at 2**18, which FLUX's 4608 x 128 exceeds."""
 
 
-class StepGraph(nn.Module):
-    """One variant of a step, as an exporter wants it: positional tensors in, a tuple of tensors out.
+class NamedGraph(nn.Module):
+    """What an exporter wants: positional tensors in, a tuple of tensors out, and what they are called.
+
+    What the graph is made of stands in its attribute ``module``, after whose parameters its weights are named.
+    """
+
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    title: str
+    """What messages call it."""
+    batch_axis = MODEL_BATCH
+    """Name of the batch axis where it is left open."""
+    folded_elements = FOLDED_ELEMENTS
+
+    def is_shared(self, name: str) -> bool:  # noqa: ARG002 - a variant has such an input
+        """Whether an input has no batch axis."""
+        return False
+
+    def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The inputs by name; the exporter is told that they have one batch.
+
+        Without being told it gives every input a batch of its own, which views that mix two cannot have.
+        """
+        given = dict(zip(self.input_names, tensors, strict=True))
+        for name, tensor in given.items():
+            if not self.is_shared(name):
+                torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
+        return given
+
+
+class StepGraph(NamedGraph):
+    """One variant of a step.
 
     Args:
         model: the model.
@@ -49,6 +81,7 @@ class StepGraph(nn.Module):
         super().__init__()
         self.module = model.module
         self.model, self.cache, self.variant = model, cache, variant
+        self.title = f"variant {variant}"
         depth = cache.forecast_order + 1
         if variant == FULL:
             self.cache_names = cached_tensors(model, cache, phases)
@@ -72,11 +105,7 @@ class StepGraph(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
-        given = dict(zip(self.input_names, tensors, strict=True))
-        # Without being told the exporter gives every input a batch of its own, which views that mix two cannot have.
-        for name, tensor in given.items():
-            if not self.is_shared(name):
-                torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
+        given = self.named(tensors)
         inputs = {name: given[name] for name in self.model.input_names if name in given}
         if self.variant == FULL:
             sample, noted = run_full(self.model, self.cache, inputs)
@@ -89,16 +118,16 @@ class StepGraph(nn.Module):
 
 
 def onnx_from_graph(
-    graph: StepGraph,
+    graph: NamedGraph,
     example: Mapping[str, Tensor],
     *,
     dynamic_batch: bool,
     precision: Precision = Precision.FP32,
 ) -> ir.Model:
-    """Export one variant.
+    """Export one graph.
 
     Args:
-        graph: the variant.
+        graph: the graph, such as a variant of a step.
         example: a tensor for each of ``graph.input_names``; at least 2 samples where the batch is dynamic.
         dynamic_batch: leave the batch axis open; otherwise it is fixed to the example's. Token counts are static.
         precision: what the model's products are in now (``half_products``); nothing is converted here.
@@ -110,7 +139,7 @@ def onnx_from_graph(
     Raises:
         ExportError: PyTorch's exporter refuses the graph, or fixes the batch that was to be left open.
     """
-    batch = {0: torch.export.Dim(MODEL_BATCH, min=1)}
+    batch = {0: torch.export.Dim(graph.batch_axis, min=1)}
     axes = tuple({} if graph.is_shared(name) else batch for name in graph.input_names)
     arguments = tuple(example[name] for name in graph.input_names)
     try:
@@ -129,28 +158,26 @@ def onnx_from_graph(
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         # The exporter's own words are advice on how to report a defect; what it met is the cause.
-        raise ExportError(
-            f"PyTorch cannot export variant {graph.variant}: {first_line(error.__cause__ or error)}"
-        ) from error
+        raise ExportError(f"PyTorch cannot export {graph.title}: {first_line(error.__cause__ or error)}") from error
     if program is None:
-        raise ExportError(f"PyTorch exported nothing for variant {graph.variant}")
+        raise ExportError(f"PyTorch exported nothing for {graph.title}")
     model: ir.Model = program.model
     if dynamic_batch:
         _check_dynamic(model, graph)
     with _quiet():
-        optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+        optimizer.optimize(model, input_size_limit=graph.folded_elements, output_size_limit=graph.folded_elements)
     _strip_notes(model)
     return model
 
 
-def _check_dynamic(model: ir.Model, graph: StepGraph) -> None:
+def _check_dynamic(model: ir.Model, graph: NamedGraph) -> None:
     """See that the batch axis is open: the exporter fixes it without a word where a forward asks for its number."""
     shapes = {str(value.name): value.shape for value in model.graph.inputs}
     for name in graph.input_names:
         shape = shapes[name]
         if shape is not None and isinstance(shape[0], int) and not graph.is_shared(name):
             raise ExportError(
-                f"variant {graph.variant}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
+                f"{graph.title}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
                 " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
                 " export with --static-batch"
             )

@@ -2,7 +2,7 @@
 
 Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cached-2,solver}.onnx``, one
 ``onnx/weights.bin`` that all of them refer to, the tables that the runtime reads, ``polygraphy/`` with samples to
-validate engines by, and ``manifest.json`` last.
+validate engines by, and ``manifest.json`` last; where it is asked to, the pipeline's decoder and text encoders too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import safetensors.numpy
 from torch import Tensor
 
@@ -22,13 +22,16 @@ from tc_deploy.bundle import check_files, check_replaceable, file_records, new_f
 from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
-from tc_deploy.export.graphs import StepGraph, onnx_from_graph
+from tc_deploy.export.graphs import EXAMPLE_BATCH, StepGraph, onnx_from_graph
+from tc_deploy.export.parts import PipelineParts
 from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.samples import samples_of
+from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
     FORMAT_VERSION,
+    FP32_GRAPHS,
     ONNX_FOLDER,
     RUNTIME_TABLES,
     SOLVER,
@@ -37,7 +40,6 @@ from tc_deploy.manifest import (
     GraphRecord,
     Manifest,
     SolverRecord,
-    TensorRecord,
     read_manifest,
     variant_name,
     write_manifest,
@@ -47,11 +49,9 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
-from tc_deploy.samples import write_samples
+from tc_deploy.samples import GraphSamples, Trajectory, write_samples
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray, Precision
-
-EXAMPLE_BATCH = 2
 
 
 def export_bundle(
@@ -65,6 +65,9 @@ def export_bundle(
     check: bool = True,
     graphs_from: Path | None = None,
     samples: bool = True,
+    with_decoder: bool = False,
+    with_text_encoder: bool = False,
+    pipeline_path: Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Export a plan's graphs.
@@ -75,95 +78,78 @@ def export_bundle(
         model_path: the checkpoint, where it is not where the plan says.
         batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
         precision: what matrix products, their weights and the caches are in (``precision.py``); inputs and outputs of
-            the model stay fp32.
+            the model stay fp32, and so do decoder and text encoders.
         fp32_blocks: names of blocks that stay in fp32 altogether, where ``precision`` is half.
         check: compare every graph with PyTorch, under the same precision.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
             they are: of two plans that differ in schedule or sampler, the second costs no export.
         samples: also write what engines are validated by, unless ``graphs_from`` is given, ``check`` is off, or the
             graphs are in bf16.
+        with_decoder: also export the decoder of the pipeline's autoencoder.
+        with_text_encoder: also export the pipeline's text encoders, and its tokenizers.
+        pipeline_path: the folder that holds these; None looks where the checkpoint is.
         progress: told what is being done.
 
     Raises:
         PlanError: the plan is malformed, or was made for another checkpoint.
-        ModelError: the checkpoint cannot be loaded.
+        ModelError: the checkpoint or a part of the pipeline is missing or cannot be loaded.
         ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         BackendError: the engine that the check runs in is not installed.
         StorageError: the destination cannot be written.
-        UsageError: ``batch_size`` is below 1, there is no block of a name, or ``graphs_from`` holds other graphs.
+        UsageError: ``batch_size`` is below 1, there is no block of a name, ``graphs_from`` holds other graphs, or the
+            model has no use for a decoder or a text encoder.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
     if fp32_blocks and precision is Precision.FP32:
         raise UsageError("in fp32 every block is; --fp32-block goes with --precision fp16 or bf16")
+    if pipeline_path is not None and not (with_decoder or with_text_encoder):
+        raise UsageError(
+            "--pipeline names where decoder and text encoders are; give --with-decoder or --with-text-encoder with it"
+        )
     check_replaceable(destination)
     plan, tables = load_plan(plan_folder)
     progress("loading the checkpoint")
-    model = load_model(model_path or Path(plan.model.source), ModelOptions.of(plan.model))
+    source = model_path or Path(plan.model.source)
+    model = load_model(source, ModelOptions.of(plan.model))
     check_model(plan, model, str(plan_folder))
-    guided = plan.sampling.guidance_scale is not None
-    prompts = prompts_of_plan(model, plan.origin, guided=guided, progress=progress)
-    sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
-    progress("reading the solver's coefficients off the scheduler")
-    solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
-    if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
-        raise PlanError(
-            f"{plan_folder}: the plan was made for other timesteps than {plan.sampling.scheduler_class} gives with the"
-            " installed diffusers; install the version that it was made with, or calibrate again"
-        )
-    batch = batch_size or EXAMPLE_BATCH
-    graphs: dict[int, StepGraph] = {}
-    examples: dict[int, dict[str, Tensor]] = {}
-    if graphs_from is None:
-        progress("sampling with the plan in PyTorch, for inputs as they occur")
-        with (
-            half_products(model, precision, fp32_blocks, stored=False),
-            overflow_refused(model, precision, fp32_blocks),
-        ):
-            examples = example_inputs(model, plan, token_index_tables(plan, tables), sampling, batch)
-        graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
+    family, geometry = model.family, model.geometry
+    parts = PipelineParts(
+        pipeline_path or source, family, geometry, decoder=with_decoder, text_encoder=with_text_encoder
+    )
     with new_folder(destination) as folder:
-        onnx = folder / ONNX_FOLDER
-        onnx.mkdir()
-        if graphs_from is None:
-            records = _exported(
-                model,
-                graphs,
-                examples,
-                onnx,
-                precision,
-                fp32_blocks,
-                dynamic=batch_size is None,
-                check=check,
-                progress=progress,
-            )
-        else:
-            records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx)
-        geometry = model.geometry
-        onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
-        records[SOLVER] = _saved(onnx_model, onnx / f"{SOLVER}.onnx")
-        if check:
-            progress(f"comparing {SOLVER} with the scheduler")
-            half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
-            error = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
-            records[SOLVER] = records[SOLVER].model_copy(update={"max_abs_error": error})
+        (folder / ONNX_FOLDER).mkdir()
+        steps = _exported_steps(
+            model,
+            plan,
+            tables,
+            folder,
+            str(plan_folder),
+            batch_size=batch_size,
+            precision=precision,
+            fp32_blocks=fp32_blocks,
+            check=check,
+            graphs_from=graphs_from,
+            samples=samples,
+            progress=progress,
+        )
+        # The transformer's memory is free before an autoencoder or a text encoder takes some.
+        del model
+        made = parts.export(folder, batch_size=batch_size, trajectory=steps.trajectory, check=check, progress=progress)
+        records = steps.records | {name: part.graph for name, part in made.graphs.items()}
         sample_files: list[str] = []
-        # Polygraphy's files have no bfloat16.
-        if samples and check and graphs and precision is not Precision.BF16:
-            progress("sampling with the plan and in full, to validate engines by")
-            token_index = token_index_tables(plan, tables)
-            made = samples_of(
-                graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision, fp32_blocks
-            )
-            sample_files = write_samples(*made, folder)
+        if steps.trajectory is not None:
+            more = {name: part.samples for name, part in made.graphs.items() if part.samples is not None}
+            sample_files = write_samples(steps.samples | more, steps.trajectory, folder)
         write_plan_files(plan, tables, folder)
-        (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(solver)))
+        (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(steps.solver)))
         names = [
             PLAN,
             TABLES,
             RUNTIME_TABLES,
             *(record.file for record in records.values()),
             f"{ONNX_FOLDER}/{WEIGHTS}",
+            *(item.file for item in (made.text.tokenizers if made.text else ())),
             *sample_files,
         ]
         manifest = Manifest(
@@ -180,15 +166,90 @@ def export_bundle(
                 for item in geometry.conditions
             ),
             solver=SolverRecord(
-                history=solver.history,
-                init_noise_sigma=solver.init_noise_sigma,
+                history=steps.solver.history,
+                init_noise_sigma=steps.solver.init_noise_sigma,
                 guidance_scale=plan.sampling.guidance_scale,
             ),
             graphs=records,
+            decoder=made.decoder,
+            text=made.text,
             files=file_records(folder, names),
         )
         write_manifest(manifest, folder)
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """What was exported of the model and its solver."""
+
+    records: dict[str, GraphRecord]
+    solver: SolverTable
+    samples: dict[str, GraphSamples]
+    """By graph; empty where none are wanted."""
+    trajectory: Trajectory | None
+
+
+def _exported_steps(
+    model: DiffusionTransformer,
+    plan: Plan,
+    tables: Mapping[str, FloatArray | IntArray],
+    folder: Path,
+    where: str,
+    *,
+    batch_size: int | None,
+    precision: Precision,
+    fp32_blocks: Collection[str],
+    check: bool,
+    graphs_from: Path | None,
+    samples: bool,
+    progress: Callable[[str], None],
+) -> _Steps:
+    """Write the graphs of the model and of its solver; see :func:`export_bundle`. Keeps nothing of the model."""
+    guided = plan.sampling.guidance_scale is not None
+    prompts = prompts_of_plan(model, plan.origin, guided=guided, progress=progress)
+    sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
+    progress("reading the solver's coefficients off the scheduler")
+    solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
+    if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
+        raise PlanError(
+            f"{where}: the plan was made for other timesteps than {plan.sampling.scheduler_class} gives with the"
+            " installed diffusers; install the version that it was made with, or calibrate again"
+        )
+    batch = batch_size or EXAMPLE_BATCH
+    token_index = token_index_tables(plan, tables)
+    graphs: dict[int, StepGraph] = {}
+    onnx = folder / ONNX_FOLDER
+    if graphs_from is None:
+        progress("sampling with the plan in PyTorch, for inputs as they occur")
+        with (
+            half_products(model, precision, fp32_blocks, stored=False),
+            overflow_refused(model, precision, fp32_blocks),
+        ):
+            examples = example_inputs(model, plan, token_index, sampling, batch)
+        graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
+        dynamic = batch_size is None
+        records = _exported(
+            model, graphs, examples, onnx, precision, fp32_blocks, dynamic=dynamic, check=check, progress=progress
+        )
+    else:
+        records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx)
+    geometry = model.geometry
+    onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
+    records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx")
+    if check:
+        progress(f"comparing {SOLVER} with the scheduler")
+        half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
+        error = check_solver_graph(solver, sampling, half, onnx / f"{SOLVER}.onnx")
+        records[SOLVER] = records[SOLVER].model_copy(update={"max_abs_error": error})
+    # Polygraphy's files have no bfloat16.
+    if not (samples and check and graphs and precision is not Precision.BF16):
+        return _Steps(records=records, solver=solver, samples={}, trajectory=None)
+    progress("sampling with the plan and in full, to validate engines by")
+    made, trajectory = samples_of(
+        graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision, fp32_blocks
+    )
+    return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory)
 
 
 def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
@@ -253,7 +314,7 @@ def _exported(
                 progress(f"exporting {name}")
                 onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=dynamic, precision=precision)
                 weights.pack(onnx_model)
-                records[name] = _saved(onnx_model, onnx / f"{name}.onnx")
+                records[name] = saved_graph(onnx_model, onnx / f"{name}.onnx")
         for variant, graph in graphs.items() if check else ():
             name = variant_name(variant)
             progress(f"comparing {name} with PyTorch")
@@ -281,24 +342,10 @@ def _taken_graphs(
         raise UsageError(
             f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
         )
-    records = {name: record for name, record in manifest.graphs.items() if name != SOLVER}
+    records = {name: record for name, record in manifest.graphs.items() if name not in (SOLVER, *FP32_GRAPHS)}
     for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *(record.file for record in records.values())):
         shutil.copyfile(bundle / name, onnx / Path(name).name)
     return records
-
-
-def _saved(model: ir.Model, path: Path) -> GraphRecord:
-    """Write a graph; returns how the manifest names it."""
-    ir.save(model, path)
-    inputs, outputs = (tuple(map(_tensor, values)) for values in (model.graph.inputs, model.graph.outputs))
-    return GraphRecord(file=f"{ONNX_FOLDER}/{path.name}", inputs=inputs, outputs=outputs, max_abs_error=None)
-
-
-def _tensor(value: ir.Value) -> TensorRecord:
-    assert value.dtype is not None, "the exporter writes a type"
-    assert value.shape is not None, "and a shape"
-    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorRecord(name=str(value.name), dtype=str(value.dtype.numpy()), shape=shape)
 
 
 def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:

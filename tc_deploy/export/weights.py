@@ -1,7 +1,8 @@
 """Several graphs, one weights file: initializers go to ``weights.bin`` by content, once each.
 
 A tensor that stands in three graphs (or twice in one) is written once, at a page boundary so that engines can map it.
-Graphs are packed one after the other, so only one is in memory at a time.
+Graphs are packed one after the other, so only one is in memory at a time; the decoder's and the text encoders' weights
+are appended when the transformer is out of memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class WeightsFile:
     """The shared weights file while a bundle is written; use as a context manager.
 
     Args:
-        path: the file to make; the graphs that refer to it must stand in the same folder.
+        path: the file to make, or to go on with; the graphs that refer to it must stand in the same folder.
         parameters: the model's parameters by name, after which folded copies are named (``<name>.T``).
     """
 
@@ -37,7 +38,7 @@ class WeightsFile:
         self._parameters = parameters.keys()
         self._names = _names_by_content(parameters)
         self._offsets: dict[str, int] = {}
-        self._file = path.open("wb")
+        self._file = path.open("ab")
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tc_deploy.errors import ModelError
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.rows import Rows
+from tc_deploy.models.text import TextEncoding
 from tc_deploy.plan import ModelRecord
 
 
@@ -136,6 +137,10 @@ class Family:
     """Makes an empty module from a configuration; None: the class is diffusers' own."""
     timestep_divisor: float = 1.0
     """What the model's pipelines divide the scheduler's timesteps by."""
+    text: TextEncoding | None = None
+    """How its pipelines encode a prompt; None where they take none, or it is not described."""
+    unpacked: Callable[[Tensor, Geometry], Tensor] = lambda latents, geometry: latents
+    """The latents (B, latent shape) as an autoencoder takes them, (B, C, H, W) or (B, C, F, H, W)."""
 
     @property
     def shares_index(self) -> bool:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, text_length, token_grid
 from tc_deploy.models.rows import Rows
+from tc_deploy.models.text import TextEncoding, TextPart, last_states, own_tokens, pooled, prompt_tokens
 
 TEXT_TOKENS = 512
 LATENT_SIZE = (128, 128)
 PACKING = (2, 2)
 """The pipelines pack 2 x 2 latents into the channels of one token."""
+GUIDANCE = 3.5
+"""Strength of the distilled guidance where the pipeline is told none."""
 
 
 def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
@@ -53,6 +56,44 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
     return None if made in (None, channels) else f"{channels} channels in and {made} out (fill, canny, depth)"
 
 
+def _unpacked(latents: Tensor, geometry: Geometry) -> Tensor:
+    """(B, N, 4 C) to (B, C, H, W): each token's channels are C times 2 x 2 latents."""
+    rows, columns = geometry.grid
+    latents = latents.reshape(latents.shape[0], rows, columns, -1, *PACKING)  # (B, H/2, W/2, C, 2, 2)
+    latents = latents.permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(latents.shape[0], -1, rows * PACKING[0], columns * PACKING[1])
+
+
+def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:  # noqa: ARG001
+    return {
+        "encoder_hidden_states": made["text_encoder_2.states"],
+        "pooled_projections": made["text_encoder.pooled"],
+    }
+
+
+TEXT = TextEncoding(
+    parts=(
+        TextPart(
+            encoder="text_encoder",
+            tokenizer="tokenizer",
+            model_class="CLIPTextModel",
+            tokens=own_tokens,
+            encode=pooled,
+            outputs=("pooled",),
+        ),
+        TextPart(
+            encoder="text_encoder_2",
+            tokenizer="tokenizer_2",
+            model_class="T5EncoderModel",
+            tokens=prompt_tokens,
+            encode=last_states,
+            outputs=("states",),
+        ),
+    ),
+    join=_conditions,
+    defaults={"guidance": GUIDANCE},
+)
+
 _ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
 _ATTENTION = SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY)
 _STREAMS: dict[str, Any] = {
@@ -88,4 +129,6 @@ FAMILY = Family(
     check=_check,
     call=_call,
     timestep_divisor=1000.0,
+    text=TEXT,
+    unpacked=_unpacked,
 )

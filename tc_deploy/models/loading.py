@@ -6,9 +6,7 @@ Out: the module in fp32 on the CPU, in evaluation mode, hashed. Never: reads a p
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,15 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from tc_deploy.bundle import portable_path, sha256_of_file
+from tc_deploy.bundle import portable_path
 from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
+from tc_deploy.models.files import AGAIN, check_whole, read_json, refuse_pickles, weight_files, weights_sha256
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
 
@@ -34,10 +33,6 @@ _REGISTERED: dict[str, Family] = {}
 LEGACY_CLASS = "Transformer2DModel"
 """What older checkpoints call DiT and PixArt; ``norm_type`` tells which."""
 _LEGACY = {"ada_norm_zero": dit.FAMILY, "ada_norm_single": pixart.FAMILY}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-_AGAIN = "download or save the checkpoint again"
 
 
 def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTransformer:
@@ -53,10 +48,10 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     """
     options = options or ModelOptions()
     folder = model_folder(local_folder(path))
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     family = family_of(config, folder / "config.json")
-    files = _weight_files(folder)
-    _check_whole(files)
+    files = weight_files(folder)
+    check_whole(files)
     try:
         if family.build is not None:
             module, info = _built(family.build, config, files)
@@ -68,14 +63,14 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         # diffusers' advice that follows would fill missing weights with random ones.
         reason = first_line(error).partition(". If you want to instead overwrite")[0]
         raise ModelError(
-            f"{folder}: config.json and the weights do not make a {family.model_class}: {reason}; {_AGAIN}"
+            f"{folder}: config.json and the weights do not make a {family.model_class}: {reason}; {AGAIN}"
         ) from error
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             keys = sorted(info[problem])
             raise ModelError(
                 f"{folder}: the weights do not fit config.json: {len(keys)} {problem.replace('_', ' ')},"
-                f" first {keys[0]}; the checkpoint is of another model or incomplete, {_AGAIN}"
+                f" first {keys[0]}; the checkpoint is of another model or incomplete, {AGAIN}"
             )
     module.eval().requires_grad_(False)
     try:
@@ -92,7 +87,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         family=family,
         geometry=geometry,
         config={key: value for key, value in config.items() if not key.startswith("_")},
-        weights_sha256=_weights_sha256(files),
+        weights_sha256=weights_sha256(files),
         options=options,
     )
 
@@ -157,7 +152,7 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
             " shows how to describe another"
         )
     pipeline = where.parent.parent / "model_index.json"
-    uncovered = family.check(config, _read_json(pipeline) if pipeline.is_file() else {})
+    uncovered = family.check(config, read_json(pipeline) if pipeline.is_file() else {})
     if uncovered is not None:
         raise ModelError(
             f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"
@@ -181,7 +176,7 @@ def load_scheduler(path: Path) -> Any:
     local = local_folder(path)
     for folder in (local / "scheduler", model_folder(local).parent / "scheduler"):
         if (folder / "scheduler_config.json").is_file():
-            config = _read_json(folder / "scheduler_config.json")
+            config = read_json(folder / "scheduler_config.json")
             return scheduler_from_config(str(config.get("_class_name")), config, str(folder))
     raise ModelError(
         f"{path}: no scheduler/scheduler_config.json in it or beside it; save the pipeline's scheduler there"
@@ -219,7 +214,7 @@ def model_folder(path: Path) -> Path:
         ModelError: there is none.
     """
     if path.is_file():
-        _refuse_pickles([path])
+        refuse_pickles([path])
         raise ModelError(f"{path}: a single file; save the model as a diffusers folder, with save_pretrained(folder)")
     if not path.is_dir():
         raise ModelError(
@@ -229,60 +224,8 @@ def model_folder(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    _refuse_pickles(path.iterdir())
+    refuse_pickles(path.iterdir())
     raise ModelError(
         f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder;"
         " give one that save_pretrained wrote"
     )
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    # Where shards and one file stand side by side diffusers reads the shards, and the hash must be of what is read.
-    if not (folder / _INDEX).is_file():
-        if (folder / _WEIGHTS).is_file():
-            return (folder / _WEIGHTS,)
-        _refuse_pickles(folder.iterdir())
-        raise ModelError(f"{folder}: {_WEIGHTS} is missing; {_AGAIN}")
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not shards or not all(isinstance(shard, str) for shard in shards):
-        raise ModelError(f"{folder / _INDEX}: weight_map must name the shards' files; {_AGAIN}")
-    shards = sorted(set(shards))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ModelError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; {_AGAIN}")
-    return tuple(folder / shard for shard in shards)
-
-
-def _check_whole(files: tuple[Path, ...]) -> None:
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}; {_AGAIN}") from None
-
-
-def _refuse_pickles(files: Iterable[Path]) -> None:
-    pickles = sorted(file for file in files if file.suffix in _PICKLES)
-    if pickles:
-        raise ModelError(
-            f"{pickles[0]}: a pickle can run code when it is read, so it is refused; convert it on a machine that may,"
-            " with model.save_pretrained(folder, safe_serialization=True)"
-        )
-
-
-def _weights_sha256(files: tuple[Path, ...]) -> str:
-    """One hash for the weights: a single file's own SHA-256, or that over the shards' in name order."""
-    hashes = [sha256_of_file(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {first_line(error)}; {_AGAIN}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}; {_AGAIN}")
-    return value

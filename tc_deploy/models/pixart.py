@@ -19,6 +19,8 @@ from tc_deploy.models.geometry import (
     text_length,
     token_grid,
 )
+from tc_deploy.models.text import TextEncoding, TextPart, last_states, prompt_tokens
+from tc_deploy.types import Cleaning
 
 ALPHA_TEXT_TOKENS, SIGMA_TEXT_TOKENS = 120, 300
 AUTOENCODER_SCALE = 8
@@ -69,6 +71,29 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
     return None
 
 
+def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:  # noqa: ARG001
+    return {
+        "encoder_hidden_states": made["text_encoder.states"],
+        "encoder_attention_mask": made["attention_mask"].float(),
+    }
+
+
+TEXT = TextEncoding(
+    parts=(
+        TextPart(
+            encoder="text_encoder",
+            tokenizer="tokenizer",
+            model_class="T5EncoderModel",
+            tokens=prompt_tokens,
+            encode=last_states,
+            outputs=("states",),
+            masked=True,
+        ),
+    ),
+    join=_conditions,
+    cleaning=Cleaning.LOWER,
+)
+
 FAMILY = Family(
     model_class="PixArtTransformer2DModel",
     blocks=(
@@ -86,4 +111,5 @@ FAMILY = Family(
     geometry=_geometry,
     check=_check,
     call=_call,
+    text=TEXT,
 )

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import Block, Branch, Family, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
 from tc_deploy.models.rows import Rows
+from tc_deploy.models.text import TextEncoding, TextPart, last_states, own_tokens, penultimate_and_projected
 
 TEXT_TOKENS = 77 + 256
 """CLIP's and T5's embeddings, one behind the other."""
@@ -47,6 +50,48 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
     return None if made in (None, channels) else f"{channels} channels in and {made} out (control or inpainting)"
 
 
+def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+    clip = torch.cat([made["text_encoder.states"], made["text_encoder_2.states"]], dim=-1)
+    length, width = geometry.conditions[0].shape
+    clip = pad(clip, (0, width - clip.shape[-1]))
+    t5 = made.get("text_encoder_3.states")
+    if t5 is None:
+        # A pipeline without T5 puts zeros in its place.
+        t5 = clip.new_zeros(1, length - clip.shape[1], width).expand(clip.shape[0], -1, -1)
+    return {
+        "encoder_hidden_states": torch.cat([clip, t5], dim=-2),
+        "pooled_projections": torch.cat([made["text_encoder.pooled"], made["text_encoder_2.pooled"]], dim=-1),
+    }
+
+
+def _clip(number: str) -> TextPart:
+    return TextPart(
+        encoder=f"text_encoder{number}",
+        tokenizer=f"tokenizer{number}",
+        model_class="CLIPTextModelWithProjection",
+        tokens=own_tokens,
+        encode=penultimate_and_projected,
+        outputs=("states", "pooled"),
+    )
+
+
+TEXT = TextEncoding(
+    parts=(
+        _clip(""),
+        _clip("_2"),
+        TextPart(
+            encoder="text_encoder_3",
+            tokenizer="tokenizer_3",
+            model_class="T5EncoderModel",
+            tokens=lambda text_tokens, model_max_length: text_tokens - model_max_length,
+            encode=last_states,
+            outputs=("states",),
+            optional=True,
+        ),
+    ),
+    join=_conditions,
+)
+
 FAMILY = Family(
     model_class="SD3Transformer2DModel",
     blocks=(
@@ -71,4 +116,5 @@ FAMILY = Family(
     ),
     geometry=_geometry,
     check=_check,
+    text=TEXT,
 )

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
+from tc_deploy.models.text import TextEncoding, TextPart, last_states, prompt_tokens
+from tc_deploy.types import Cleaning
 
 TEXT_TOKENS = 512
 LATENT_SIZE = (21, 60, 104)
@@ -46,6 +48,28 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
     return None
 
 
+def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:  # noqa: ARG001
+    # What stands behind the prompt is zeros, whatever the encoder made of the padding.
+    states, mask = made["text_encoder.states"], made["attention_mask"]
+    return {"encoder_hidden_states": states * mask.to(states.dtype).unsqueeze(-1)}
+
+
+TEXT = TextEncoding(
+    parts=(
+        TextPart(
+            encoder="text_encoder",
+            tokenizer="tokenizer",
+            model_class="UMT5EncoderModel",
+            tokens=prompt_tokens,
+            encode=last_states,
+            outputs=("states",),
+            masked=True,
+        ),
+    ),
+    join=_conditions,
+    cleaning=Cleaning.WEB,
+)
+
 FAMILY = Family(
     model_class="WanTransformer3DModel",
     blocks=(
@@ -62,4 +86,5 @@ FAMILY = Family(
     ),
     geometry=_geometry,
     check=_check,
+    text=TEXT,
 )

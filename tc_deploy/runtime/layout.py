@@ -21,14 +21,24 @@ from tc_deploy.errors import UsageError
 from tc_deploy.manifest import (
     BATCH,
     CACHE_PREFIX,
+    IMAGES,
     MODEL_BATCH,
     SAMPLE,
+    TEXT_ENCODER,
     GraphRecord,
     Manifest,
     TensorRecord,
 )
 from tc_deploy.plan import Plan
-from tc_deploy.runtime.program import Call, ProgramStep, program_of, row_of, tensor_of
+from tc_deploy.runtime.program import (
+    Call,
+    ProgramStep,
+    decoder_call,
+    program_of,
+    row_of,
+    tensor_of,
+    text_call,
+)
 from tc_deploy.schedule import full_schedule
 
 
@@ -42,7 +52,7 @@ class Kind(enum.StrEnum):
     """A step's row, written at load and never again."""
     CONDITION = "conditions"
     OUTPUT = "outputs"
-    """The model's."""
+    """The model's and the decoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +125,12 @@ def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep
 
 def pipeline_layout(manifest: Manifest, plan: Plan, batch_size: int) -> Layout:
     """The buffers of a pipeline, whose two programs share them."""
-    calls = [
-        call for steps in pipeline_programs(manifest, plan) for step in steps for call in (step.model, step.solver)
-    ]
+    programs = pipeline_programs(manifest, plan)
+    calls = [call for steps in programs for step in steps for call in (step.model, step.solver)]
+    if manifest.decoder is not None:
+        calls.append(decoder_call(programs[0]))
+    if manifest.text is not None:
+        calls.append(text_call(manifest.graphs[TEXT_ENCODER]))
     axes = {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if manifest.guided else 1)}
     return layout_of(manifest.graphs, calls, axes)
 
@@ -150,7 +163,7 @@ def _kind(name: str) -> Kind:
     tensor = tensor_of(name)
     if tensor.startswith(CACHE_PREFIX):
         return Kind.CACHE
-    if tensor == SAMPLE:
+    if tensor in (SAMPLE, IMAGES):
         return Kind.OUTPUT
     return Kind.LATENTS if tensor in ("latents", "guided_output", "hidden_states") else Kind.CONDITION
 

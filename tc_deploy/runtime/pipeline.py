@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,23 +21,17 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device, Graph
 from tc_deploy.backends.load import load_target
-from tc_deploy.conditions import (
-    Arrays,
-    Conditions,
-    checked_conditions,
-    labelled_conditions,
-    placeholder_conditions,
-    whole_number,
-)
+from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.manifest import SOLVER, variant_name
+from tc_deploy.manifest import IMAGES, SOLVER, variant_name
 from tc_deploy.runtime.binding import Binder, read_bundle
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
-from tc_deploy.runtime.program import ProgramStep, slot
+from tc_deploy.runtime.program import ProgramStep, decoder_call, slot
+from tc_deploy.runtime.request import Request, checked_request, checked_seed
+from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
-MAX_SEED = 2**64 - 1
 Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
 """Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
 what runs in its place."""
@@ -65,7 +58,8 @@ class Result:
     latents: FloatArray
     """(n, *latent shape)."""
     images: NDArray[np.uint8] | None
-    """(n, H, W) or (n, H, W, 3); None where the bundle's latents are not pictures and it has no decoder."""
+    """(n, H, W) or (n, H, W, 3), of video (n, F, H, W, 3); None where the latents are not pictures and there is no
+    decoder, or none was to run."""
     steps_full: int
     steps_cached: int
 
@@ -117,6 +111,13 @@ class Pipeline:
         planned, full = pipeline_programs(self.manifest, self.plan)
         self._cached_program: BoundProgram | None = _bound_program(planned, binder, device, watch)
         self._full_program: BoundProgram | None = _bound_program(full, binder, device, watch)
+        self._decoder: BoundGraph | None = None
+        if self.manifest.decoder is not None:
+            # The last step leaves its latents in the same place whichever steps are full.
+            self._decoder = device.capture([binder.bind(decoder_call(planned))])
+        self._encoder: PromptEncoder | None = None
+        if self.manifest.text is not None:
+            self._encoder = PromptEncoder(bundle, self.manifest.text, binder, self.batch_size)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +130,7 @@ class Pipeline:
     def close(self) -> None:
         """Free buffers and engines as soon as no run holds them; the pipeline cannot be used afterwards."""
         self._cached_program = self._full_program = None
+        self._decoder = self._encoder = None
         self._buffers = {}
 
     def warmup(self) -> None:
@@ -141,6 +143,10 @@ class Pipeline:
         with self._claimed():
             for graph in self.variants().values():
                 graph.run()
+            if self._encoder is not None:
+                self._encoder.warmup()
+            if self._decoder is not None:
+                self._decoder.run()
             self._opened(full=False).whole.prepare()
 
     def variants(self) -> dict[str, BoundGraph]:
@@ -157,28 +163,36 @@ class Pipeline:
         self,
         *,
         class_labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         latents: FloatArray | None = None,
         full: bool = False,
+        decode: bool = True,
         on_step: Callable[[int, Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Result:
-        """Make one picture per label, or per row of the conditions. All arguments are checked before anything runs.
+        """Make one picture per label, prompt or row of the conditions. All arguments are checked before anything runs.
 
         Without ``on_step`` and ``should_cancel`` the steps of a batch are queued at once and waited for at its end.
 
         Args:
-            class_labels: n labels, for a model that takes labels; otherwise give ``conditions``, one of the two.
-            conditions: by the name that the manifest has, (n, ...), such as prompt embeddings and their masks.
+            class_labels: n labels, for a model that takes labels. Give these, ``prompts`` or ``conditions``.
+            prompts: n texts, for a bundle with a text encoder. One that is longer than a tokenizer's limit is cut, with
+                a warning in the log, as diffusers does.
+            negative_prompts: what guidance goes away from: one text for all pictures, or n; "" if not given.
+            conditions: by the name that the manifest has, (n, ...), such as prompt embeddings and their masks; beside
+                ``prompts`` those that no text makes, such as the distilled ``guidance`` of FLUX.
             unconditional: the same for the unconditional half of a guided batch, (n, ...) or (1, ...) for all pictures
                 alike; labels may be left out, which means "no class".
             seed: picture i has seed ``seed + i``; a seed gives the same picture whatever else is in the batch.
             guidance_scale: instead of the plan's; at least 0, which ignores the condition.
             latents: (n, *latent shape) standard normal noise to start from, instead of the seeds'.
             full: run every step in full, for comparison.
+            decode: make pictures of the latents, where the bundle has a decoder.
             on_step: called with the number of the first picture in the batch and the step.
             should_cancel: asked before every step.
 
@@ -188,25 +202,41 @@ class Pipeline:
             Cancelled: ``should_cancel`` said so.
             BackendError: an engine fails, or the device cannot capture the run.
         """
-        request = self._checked_request(class_labels, conditions, unconditional, seed, guidance_scale, latents)
+        request = checked_request(
+            self.manifest,
+            class_labels=class_labels,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            conditions=conditions,
+            unconditional=unconditional,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            latents=latents,
+        )
         variants = [step.variant for step in self._opened(full=full).steps]
         in_steps = on_step is not None or should_cancel is not None
         made = []
+        images = []
         with self._claimed():
-            for start in range(0, request.conditions.count, self.batch_size):
+            request = self._encoded(request)
+            for start in range(0, request.count, self.batch_size):
                 part = slice(start, start + self.batch_size)
-                if not in_steps:
+                if in_steps:
+                    for step in self._run(request, part, full=full, should_cancel=should_cancel):
+                        if on_step is not None:
+                            on_step(start, step)
+                        if step.index + 1 == step.total:
+                            made.append(step.read_latents())
+                else:
                     made.append(self._run_whole(request, part, full=full))
-                    continue
-                for step in self._run(request, part, full=full, should_cancel=should_cancel):
-                    if on_step is not None:
-                        on_step(start, step)
-                    if step.index + 1 == step.total:
-                        made.append(step.read_latents())
-        final = np.concatenate(made)
+                if decode and self._decoder is not None:
+                    self._decoder.run()
+                    images.append(images_from_pixels(_first_samples(self._buffers[IMAGES], len(made[-1]))))
+                elif decode and self.manifest.pixels:
+                    images.append(images_from_pixels(made[-1]))
         return Result(
-            latents=final,
-            images=images_from_latents(final) if self.manifest.pixels else None,
+            latents=np.concatenate(made),
+            images=np.concatenate(images) if images else None,
             steps_full=variants.count(FULL),
             steps_cached=len(variants) - variants.count(FULL),
         )
@@ -215,6 +245,8 @@ class Pipeline:
         self,
         *,
         class_labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
         seed: int = 0,
@@ -226,6 +258,8 @@ class Pipeline:
 
         Args:
             class_labels: at most ``batch_size`` labels.
+            prompts: as for a call, at most ``batch_size``.
+            negative_prompts: as for a call.
             conditions: as for a call, for at most ``batch_size`` pictures.
             unconditional: as for a call.
             seed: as for a call.
@@ -240,18 +274,35 @@ class Pipeline:
             UsageError: an argument is out of range, does not fit the bundle, or the pipeline is closed (at once); it
                 is running another request (at the first step).
         """
-        request = self._checked_request(class_labels, conditions, unconditional, seed, guidance_scale, latents)
-        if request.conditions.count > self.batch_size:
+        request = checked_request(
+            self.manifest,
+            class_labels=class_labels,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            conditions=conditions,
+            unconditional=unconditional,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            latents=latents,
+        )
+        if request.count > self.batch_size:
             raise UsageError(
                 f"steps makes at most {self.batch_size} pictures at a time, the batch size, found"
-                f" {request.conditions.count}; load with a larger batch size"
+                f" {request.count}; load with a larger batch size"
             )
         self._opened(full=full)
         return self._claimed_steps(request, full=full)
 
-    def _claimed_steps(self, request: _Request, *, full: bool) -> Iterator[Step]:
+    def _claimed_steps(self, request: Request, *, full: bool) -> Iterator[Step]:
         with self._claimed():
-            yield from self._run(request, slice(self.batch_size), full=full)
+            yield from self._run(self._encoded(request), slice(self.batch_size), full=full)
+
+    def _encoded(self, request: Request) -> Request:
+        """A request with the conditions of its prompts; the caller holds the pipeline."""
+        if request.prompts is None:
+            return request
+        assert self._encoder is not None, "a bundle without a text encoder takes no prompts"
+        return request.encoded(self.manifest, self._encoder.encode((*request.prompts.given, *request.prompts.negative)))
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -269,7 +320,7 @@ class Pipeline:
             raise UsageError("the pipeline is closed; load the bundle again")
         return program
 
-    def _run_whole(self, request: _Request, part: slice, *, full: bool) -> FloatArray:
+    def _run_whole(self, request: Request, part: slice, *, full: bool) -> FloatArray:
         """Run the part of a request that makes one batch, in one piece; the caller holds the pipeline.
 
         Returns:
@@ -278,10 +329,10 @@ class Pipeline:
         program = self._opened(full=full)
         self._write(request, part)
         program.whole.run()
-        return _first_samples(program.steps[-1].latents, request.conditions.rows(part).count)
+        return _first_samples(program.steps[-1].latents, request.rows(part).count)
 
     def _run(
-        self, request: _Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
+        self, request: Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
     ) -> Iterator[Step]:
         """Run the part of a request that makes one batch, step by step; the caller holds the pipeline."""
         steps = self._opened(full=full).steps
@@ -294,10 +345,10 @@ class Pipeline:
                 index=index,
                 total=len(steps),
                 full=step.variant == FULL,
-                read_latents=functools.partial(_first_samples, step.latents, request.conditions.rows(part).count),
+                read_latents=functools.partial(_first_samples, step.latents, request.rows(part).count),
             )
 
-    def _write(self, request: _Request, part: slice) -> None:
+    def _write(self, request: Request, part: slice) -> None:
         for name, array in self._arrays(request, part).items():
             self._buffers[name].write(array)
 
@@ -316,14 +367,14 @@ class Pipeline:
         Raises:
             UsageError: ``seed`` is out of range.
         """
-        return noise_of(self.manifest.latent_shape, _checked_seed(seed), count)
+        return noise_of(self.manifest.latent_shape, checked_seed(seed), count)
 
-    def _arrays(self, request: _Request, part: slice) -> dict[str, NDArray[Any]]:
+    def _arrays(self, request: Request, part: slice) -> dict[str, NDArray[Any]]:
         """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
-        rows = np.arange(request.conditions.count)[part]
+        rows = np.arange(request.count)[part]
         noise = self.noise(request.seed + int(rows[0]), len(rows)) if request.latents is None else request.latents[part]
         fill = np.minimum(np.arange(self.batch_size), len(rows) - 1)
-        conditions = request.conditions.rows(rows[fill])
+        conditions = request.rows(rows[fill])
         start = noise[fill] * np.float32(self.manifest.solver.init_noise_sigma)
         scaled = start * self._first_scale
         halves = 2 if self.manifest.guided else 1
@@ -340,45 +391,6 @@ class Pipeline:
             if name.startswith("guided_output@"):
                 arrays[name] = np.zeros_like(start)
         return arrays
-
-    def _checked_request(
-        self,
-        class_labels: Sequence[int] | None,
-        conditions: Arrays | None,
-        unconditional: Arrays | None,
-        seed: int,
-        guidance_scale: float | None,
-        latents: FloatArray | None,
-    ) -> _Request:
-        needed, guided = self.manifest.conditions, self.manifest.guided
-        if (class_labels is None) == (conditions is None):
-            raise UsageError("give either class_labels or conditions, and not both")
-        if unconditional is not None and not guided:
-            raise UsageError("this bundle was exported without guidance, so it has no unconditional half; leave it out")
-        if class_labels is not None:
-            if unconditional is not None:
-                raise UsageError('with class_labels the unconditional half is "no class"; leave out unconditional')
-            checked = labelled_conditions(needed, class_labels, guided=guided)
-        else:
-            checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
-        seed = _checked_seed(seed)
-        if guidance_scale is not None and not self.manifest.guided:
-            raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
-        if guidance_scale is not None:
-            _check_guidance_scale(guidance_scale)
-        expected = (checked.count, *self.manifest.latent_shape)
-        if latents is not None:
-            latents = np.asarray(latents)
-            if latents.shape != expected:
-                raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
-            if not np.issubdtype(latents.dtype, np.floating):
-                raise UsageError(f"latents: expected floating point numbers, found {latents.dtype}")
-        return _Request(
-            conditions=checked,
-            seed=seed,
-            latents=None if latents is None else latents.astype(np.float32),
-            guidance_scale=self.manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,36 +430,10 @@ def _bound_program(program: Sequence[ProgramStep], binder: Binder, device: Devic
     return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Request:
-    """A request whose arguments have been checked, before it is cut into batches."""
-
-    conditions: Conditions
-    seed: int
-    latents: FloatArray | None
-    """(n, *latent shape)"""
-    guidance_scale: float | None
-
-
 def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
     """Standard normal noise of seeds ``seed`` .. ``seed + count - 1``: (count, ``*shape``), each of its seed alone."""
     streams = [np.random.Generator(np.random.Philox(key=seed + index)) for index in range(count)]
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-
-
-def _checked_seed(seed: int) -> int:
-    seed = whole_number(seed, "seed")
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed must lie in 0..{MAX_SEED}, found {seed}")
-    return seed
-
-
-def _check_guidance_scale(scale: Any) -> None:
-    number = isinstance(scale, (int, float, np.number)) and math.isfinite(scale)
-    if not number or scale < 0:
-        raise UsageError(
-            f"guidance scale must be a finite number from 0 on, which ignores the condition, found {scale!r}"
-        )
 
 
 def _first_samples(buffer: Buffer, count: int) -> FloatArray:
@@ -455,14 +441,14 @@ def _first_samples(buffer: Buffer, count: int) -> FloatArray:
     return buffer.read()[:count]
 
 
-def images_from_latents(latents: FloatArray) -> NDArray[np.uint8]:
-    """Pictures in [-1, 1] as bytes.
+def images_from_pixels(pixels: FloatArray) -> NDArray[np.uint8]:
+    """Pictures in [-1, 1] as bytes; what lies outside is cut off.
 
     Args:
-        latents: (n, 1, H, W) or (n, 3, H, W).
+        pixels: (n, 1, H, W) or (n, 3, H, W), of video (n, 3, F, H, W).
 
     Returns:
-        (n, H, W) or (n, H, W, 3).
+        (n, H, W) or (n, H, W, 3), of video (n, F, H, W, 3).
     """
-    pixels = ((latents.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+    images = ((pixels.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)

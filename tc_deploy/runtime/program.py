@@ -10,16 +10,21 @@ tensor's name otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tc_deploy.manifest import (
     CACHE_PREFIX,
+    DECODER,
     FORECAST_WEIGHTS,
+    IMAGES,
+    LATENTS,
     SAMPLE,
     SOLVER,
+    TEXT_ENCODER,
     TOKEN_INDEX,
     GraphRecord,
+    TensorRecord,
     history_of,
     variant_name,
 )
@@ -113,6 +118,20 @@ def program_of(
             )
         )
     return tuple(steps)
+
+
+def decoder_call(steps: Sequence[ProgramStep]) -> Call:
+    """The decoder's call after the last step, on the latents where that left them."""
+    return Call(graph=DECODER, inputs={LATENTS: steps[-1].latents}, outputs={IMAGES: IMAGES})
+
+
+def text_call(graph: GraphRecord) -> Call:
+    """The text encoder's call, on buffers of its own: a request's prompts are not one to a row of the model's batch."""
+
+    def names(tensors: Iterable[TensorRecord]) -> dict[str, str]:
+        return {tensor.name: f"{TEXT_ENCODER}.{tensor.name}" for tensor in tensors}
+
+    return Call(graph=TEXT_ENCODER, inputs=names(graph.inputs), outputs=names(graph.outputs))
 
 
 def _solver_call(graph: GraphRecord, step: int, history: int) -> Call:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import MODEL_BATCH, SAMPLE, TensorRecord, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, MODEL_BATCH, SAMPLE, SOLVER, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Binder, Bundle
 from tc_deploy.runtime.layout import layout_of
 from tc_deploy.runtime.program import STEP_TABLES, program_of
@@ -48,7 +48,9 @@ class Engines:
         self.bundle = bundle
         self._device: Device
         self._graphs: dict[str, Graph]
-        self._device, self._graphs = load_target(bundle.path, bundle.manifest, bundle.backend)
+        self._device, self._graphs = load_target(
+            bundle.path, bundle.manifest, bundle.backend, lambda graph: graph not in (SOLVER, *FP32_GRAPHS)
+        )
 
     @property
     def inputs(self) -> tuple[TensorRecord, ...]:

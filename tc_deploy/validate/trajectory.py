@@ -127,6 +127,7 @@ def run_trajectory(
                 conditions=trajectory.conditions,
                 unconditional=trajectory.unconditional or None,
                 latents=trajectory.noise,
+                decode=False,
                 on_step=lambda first, step, latents=latents: latents.append(step.read_latents()),  # type: ignore[misc]
             )
             runs.append(np.stack(latents))

@@ -477,7 +477,10 @@ def test_an_engine_kind_that_nobody_knows(mixed: Made, tmp_path: Path, command: 
         (("--class-label", -1), "class label must lie in 0..9, found -1"),
         (("--class-label", "cat"), "--class-label"),
         ((), "--class-label"),
-        (("--class-label", 1, "--conditions", "prompts.safetensors"), "either --class-label or --conditions FILE"),
+        (
+            ("--class-label", 1, "--conditions", "prompts.safetensors"),
+            "give --class-label, --prompt or --conditions FILE",
+        ),
         (("--conditions", "prompts.safetensors"), "prompts.safetensors: no such file of conditions"),
         (("--class-label", 1, "-n", 0), "-n must be at least 1, found 0"),
         (("--class-label", 1, "-n", -3), "-n must be at least 1, found -3"),

@@ -24,7 +24,7 @@ from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.export.stage import sampling_from_plan, token_index_tables
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
-from tc_deploy.runtime.pipeline import images_from_latents
+from tc_deploy.runtime.pipeline import images_from_pixels
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 from tc_deploy.types import FloatArray
@@ -147,15 +147,15 @@ def test_pictures_are_the_latents_of_a_bundle_of_pixels(pipelines: dict[str, Pip
     result = pipelines["pixel"](class_labels=LABELS, seed=SEED)
     assert result.images is not None
     assert (result.images.shape, result.images.dtype) == ((len(LABELS), 8, 8, 3), np.uint8)
-    assert np.array_equal(result.images, images_from_latents(result.latents))
+    assert np.array_equal(result.images, images_from_pixels(result.latents))
     assert pipelines["mixed"](class_labels=[0]).images is None
 
 
 def test_pixels_run_from_black_to_white() -> None:
     grey = np.linspace(-1.5, 1.5, 7, dtype=np.float32).reshape(1, 1, 1, 7)
-    assert images_from_latents(grey).tolist() == [[[0, 0, 64, 128, 191, 255, 255]]]
+    assert images_from_pixels(grey).tolist() == [[[0, 0, 64, 128, 191, 255, 255]]]
     colours = np.stack([grey[:, 0], -grey[:, 0], np.zeros_like(grey[:, 0])], axis=1)
-    images = images_from_latents(colours)
+    images = images_from_pixels(colours)
     assert images.shape == (1, 1, 7, 3)
     assert images[0, 0, 0].tolist() == [0, 255, 128]
 

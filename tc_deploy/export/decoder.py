@@ -1,0 +1,138 @@
+"""The decoder of a pipeline's autoencoder as a graph: the last step's latents to pictures.
+
+In: a pipeline folder. Out: ``onnx/decoder.onnx``, its weights in the shared file, its record. The latents' packing and
+scaling are undone inside the graph. It is in fp32 whatever the other graphs are in: autoencoders overflow fp16
+(diffusers marks such with ``force_upcast``), and it runs once where a step runs fifty times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tc_deploy.errors import ModelError
+from tc_deploy.export.check import check_outputs
+from tc_deploy.export.graphs import EXAMPLE_BATCH, NamedGraph, onnx_from_graph
+from tc_deploy.export.saving import ExportedPart, saved_graph
+from tc_deploy.export.weights import WeightsFile
+from tc_deploy.manifest import (
+    BATCH,
+    DECODER,
+    IMAGES,
+    LATENTS,
+    ONNX_FOLDER,
+    WEIGHTS,
+    ComponentRecord,
+)
+from tc_deploy.models.components import AUTOENCODER, Component, PipelineFolder
+from tc_deploy.models.family import Family
+from tc_deploy.models.geometry import Geometry
+from tc_deploy.samples import GraphSamples, Trajectory
+
+
+class DecoderGraph(NamedGraph):
+    """Latents (B, latent shape) to ``images`` (B, 3, H, W), or (B, 3, F, H, W).
+
+    Args:
+        autoencoder: of one of diffusers' classes.
+        family: knows how latents are packed.
+        geometry: the latents' sizes.
+    """
+
+    input_names = (LATENTS,)
+    output_names = (IMAGES,)
+    title = "the decoder"
+    batch_axis = BATCH
+
+    def __init__(self, autoencoder: Any, family: Family, geometry: Geometry) -> None:
+        super().__init__()
+        self.module, self._family, self._geometry = autoencoder, family, geometry
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Decode, as the pipelines do after the last step."""
+        (latents,) = tensors
+        unpacked = self._family.unpacked(latents, self._geometry)
+        return (self.module.decode(_unscaled(unpacked, self.module.config), return_dict=False)[0],)
+
+
+def _unscaled(latents: Tensor, config: Any) -> Tensor:
+    """Latents as the autoencoder knows them, of those that the transformer makes: the pipelines' scaling undone."""
+    means, deviations = config.get("latents_mean"), config.get("latents_std")
+    if means is not None and deviations is not None:
+        per_channel = (1, -1, *[1] * (latents.ndim - 2))
+        return latents * torch.tensor(deviations).reshape(per_channel) + torch.tensor(means).reshape(per_channel)
+    factor, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0)
+    return latents / factor + shift
+
+
+def export_decoder(
+    pipeline: PipelineFolder,
+    family: Family,
+    geometry: Geometry,
+    folder: Path,
+    *,
+    batch_size: int | None,
+    trajectory: Trajectory | None,
+    check: bool,
+    progress: Callable[[str], None],
+) -> tuple[ExportedPart, ComponentRecord]:
+    """Export the decoder into a bundle that is being made.
+
+    Args:
+        pipeline: holds the autoencoder.
+        family: the transformer's.
+        geometry: its sizes.
+        folder: the bundle; its weights file grows.
+        batch_size: samples per batch to fix; None leaves the axis open.
+        trajectory: a sampling run, whose last latents the graph is checked with and validated by; None takes noise,
+            and leaves no samples.
+        check: compare the graph with PyTorch.
+        progress: told what is being done.
+
+    Raises:
+        ModelError: the autoencoder cannot be loaded, or is not for these latents.
+        ExportError: it cannot be exported, or departs from PyTorch.
+        BackendError: the engine that the check runs in is not installed.
+    """
+    progress(f"exporting {DECODER}")
+    loaded = pipeline.autoencoder()
+    graph = DecoderGraph(loaded.module, family, geometry).eval()
+    rows = batch_size or EXAMPLE_BATCH
+    drawn = torch.randn((rows, *geometry.latent_shape), generator=torch.Generator().manual_seed(0))
+    real = drawn[:0] if trajectory is None else torch.from_numpy(trajectory.cached[-1])
+    example = torch.cat([real, drawn])[:rows]
+    _check_channels(pipeline, loaded, family.unpacked(drawn, geometry))
+    path = folder / ONNX_FOLDER / f"{DECODER}.onnx"
+    with torch.no_grad():
+        model = onnx_from_graph(graph, {LATENTS: example}, dynamic_batch=batch_size is None)
+        with WeightsFile(folder / ONNX_FOLDER / WEIGHTS, dict(loaded.module.named_parameters())) as weights:
+            weights.pack(model)
+        record = saved_graph(model, path)
+        component = ComponentRecord(
+            name=AUTOENCODER, model_class=loaded.model_class, weights_sha256=loaded.weights_sha256
+        )
+        if not check:
+            return ExportedPart(graph=record, samples=None), component
+        progress(f"comparing {DECODER} with PyTorch")
+        (images,) = graph(example)
+    error = check_outputs(path, {LATENTS: example}, {IMAGES: images})
+    samples = None
+    if trajectory is not None:
+        read, made = {LATENTS: real.numpy()}, {IMAGES: images[: len(real)].numpy()}
+        samples = GraphSamples(steps=(len(trajectory.cached) - 1,), inputs=(read,), outputs=(made,))
+    return ExportedPart(graph=record.model_copy(update={"max_abs_error": error}), samples=samples), component
+
+
+def _check_channels(pipeline: PipelineFolder, loaded: Component, latents: Tensor) -> None:
+    config = loaded.module.config
+    channels = config.get("latent_channels") or config.get("z_dim")
+    axes = 5 if loaded.model_class == "AutoencoderKLWan" else 4
+    if (latents.ndim, latents.shape[1]) != (axes, channels):
+        raise ModelError(
+            f"{pipeline.path / AUTOENCODER}: a {loaded.model_class} of {channels} channels does not decode latents of"
+            f" shape {tuple(latents.shape[1:])}; name the model's own pipeline with --pipeline"
+        )

@@ -1,0 +1,100 @@
+"""What becomes part of a bundle beside the steps: a decoder, text encoders, tokenizers.
+
+In: a pipeline folder and what is wanted of it. Out: their graphs in the bundle, and how the manifest names them. What
+is missing is found before anything heavy runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tc_deploy.errors import UsageError
+from tc_deploy.export.decoder import export_decoder
+from tc_deploy.export.saving import ExportedPart
+from tc_deploy.export.text import export_text_encoder, text_plan
+from tc_deploy.manifest import DECODER, TEXT_ENCODER, ComponentRecord, TextRecord
+from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.family import Family
+from tc_deploy.models.geometry import Geometry
+from tc_deploy.samples import Trajectory
+
+
+@dataclass(kw_only=True)
+class ExportedParts:
+    """What was exported."""
+
+    graphs: dict[str, ExportedPart] = field(default_factory=dict)
+    decoder: ComponentRecord | None = None
+    text: TextRecord | None = None
+
+
+class PipelineParts:
+    """The parts of a pipeline that are wanted, checked but not loaded.
+
+    Args:
+        path: the pipeline's folder.
+        family: the transformer's.
+        geometry: its sizes.
+        decoder: whether the decoder is wanted.
+        text_encoder: whether the text encoders are.
+
+    Raises:
+        UsageError: the model has no use for one.
+        ModelError: one is missing, damaged, a pickle, or of a class that is not known.
+    """
+
+    def __init__(self, path: Path, family: Family, geometry: Geometry, *, decoder: bool, text_encoder: bool) -> None:
+        self._family, self._geometry, self._decoder = family, geometry, decoder
+        self._text = None
+        if decoder and geometry.pixels:
+            raise UsageError("the model's latents are pictures already; export without --with-decoder")
+        if not (decoder or text_encoder):
+            return
+        self._pipeline = PipelineFolder(path, "decoder" if decoder else "text encoders")
+        if decoder:
+            self._pipeline.check_autoencoder()
+        if text_encoder:
+            self._text = text_plan(self._pipeline, family, geometry)
+
+    def export(
+        self,
+        folder: Path,
+        *,
+        batch_size: int | None,
+        trajectory: Trajectory | None,
+        check: bool,
+        progress: Callable[[str], None],
+    ) -> ExportedParts:
+        """Export them, one after another, into a bundle that is being made.
+
+        Args:
+            folder: the bundle.
+            batch_size: samples per batch to fix; None leaves it open.
+            trajectory: a sampling run, to check and validate the decoder with.
+            check: compare every graph with PyTorch.
+            progress: told what is being done.
+
+        Raises:
+            ModelError: a part cannot be loaded, or is not for this model.
+            ExportError: a graph cannot be exported, or departs from PyTorch.
+            BackendError: the engine that the check runs in is not installed.
+        """
+        made = ExportedParts()
+        if self._decoder:
+            made.graphs[DECODER], made.decoder = export_decoder(
+                self._pipeline,
+                self._family,
+                self._geometry,
+                folder,
+                batch_size=batch_size,
+                trajectory=trajectory,
+                check=check,
+                progress=progress,
+            )
+        if self._text is not None:
+            made.graphs[TEXT_ENCODER], made.text = export_text_encoder(
+                self._pipeline, self._text, folder, batch_size=batch_size, check=check, progress=progress
+            )
+        return made

@@ -1,0 +1,42 @@
+"""A graph to its file, and to what the manifest says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from tc_deploy.manifest import ONNX_FOLDER, GraphRecord, TensorRecord
+from tc_deploy.samples import GraphSamples
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedPart:
+    """A graph that was exported beside the steps'."""
+
+    graph: GraphRecord
+    samples: GraphSamples | None
+    """What engines are validated by; None where there is nothing to compare with."""
+
+
+def saved_graph(model: ir.Model, path: Path) -> GraphRecord:
+    """Write a graph whose weights are packed.
+
+    Args:
+        model: the graph.
+        path: the file.
+
+    Returns:
+        How the manifest names it, not compared with anything yet.
+    """
+    ir.save(model, path)
+    inputs, outputs = (tuple(map(_tensor, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return GraphRecord(file=f"{ONNX_FOLDER}/{path.name}", inputs=inputs, outputs=outputs, max_abs_error=None)
+
+
+def _tensor(value: ir.Value) -> TensorRecord:
+    assert value.dtype is not None, "the exporter writes a type"
+    assert value.shape is not None, "and a shape"
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorRecord(name=str(value.name), dtype=str(value.dtype.numpy()), shape=shape)

@@ -1,0 +1,204 @@
+"""A request's arguments, checked against a bundle before anything runs.
+
+In: labels, prompts or conditions, a seed, noise, a guidance scale. Out: a :class:`Request`. Never: touches a buffer, an
+engine or a tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions, whole_number
+from tc_deploy.errors import UsageError
+from tc_deploy.manifest import Manifest
+from tc_deploy.types import FloatArray
+
+MAX_SEED = 2**64 - 1
+EXPORT_TEXT = "tc-deploy export PLAN -o BUNDLE --with-text-encoder"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompts:
+    """What conditions n pictures as text."""
+
+    given: tuple[str, ...]
+    negative: tuple[str, ...]
+    """As many, for the unconditional half; empty without guidance."""
+    more: Arrays
+    """Conditions that no text makes, by name, (n, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A request whose arguments have been checked, before it is cut into batches."""
+
+    count: int
+    """n, its pictures."""
+    conditions: Conditions | None
+    """None until the prompts are encoded."""
+    prompts: Prompts | None
+    seed: int
+    latents: FloatArray | None
+    """(n, *latent shape)"""
+    guidance_scale: float | None
+
+    def encoded(self, manifest: Manifest, made: Mapping[str, Arrays]) -> Request:
+        """The request with its prompts' conditions.
+
+        Args:
+            manifest: of the bundle.
+            made: by prompt, what the text encoder makes of it: conditions by name, without the batch axis.
+
+        Raises:
+            UsageError: a value is not finite.
+        """
+        assert self.prompts is not None, "there is something to encode"
+        halves: list[dict[str, NDArray[Any]]] = []
+        for texts in (self.prompts.given, self.prompts.negative):
+            rows = {name: np.stack([made[text][name] for text in texts]) for name in made[texts[0]]} if texts else {}
+            halves.append({**rows, **self.prompts.more})
+        checked = checked_conditions(manifest.conditions, *halves, guided=manifest.guided, where="prompts")
+        return dataclasses.replace(self, conditions=checked)
+
+    def rows(self, index: Any) -> Conditions:
+        """The conditions of some of the pictures; call it when the prompts are encoded."""
+        assert self.conditions is not None, "the prompts are encoded"
+        return self.conditions.rows(index)
+
+
+def checked_request(
+    manifest: Manifest,
+    *,
+    class_labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+    negative_prompts: Sequence[str] | str | None,
+    conditions: Arrays | None,
+    unconditional: Arrays | None,
+    seed: int,
+    guidance_scale: float | None,
+    latents: FloatArray | None,
+) -> Request:
+    """Check the arguments of a request; ``Pipeline.__call__`` says what they are.
+
+    Raises:
+        UsageError: one is out of range, or does not fit the bundle or the others.
+    """
+    needed, guided = manifest.conditions, manifest.guided
+    kinds = [class_labels, conditions] if prompts is None else [prompts, class_labels]
+    if sum(kind is not None for kind in kinds) != 1:
+        raise UsageError("give class_labels, prompts or conditions, one of them")
+    if (unconditional is not None or negative_prompts is not None) and not guided:
+        raise UsageError("this bundle was exported without guidance, so it has no unconditional half; leave it out")
+    if prompts is None and negative_prompts is not None:
+        raise UsageError("negative_prompts go with prompts; give unconditional beside conditions")
+    checked = texts = None
+    if prompts is not None:
+        texts = _checked_prompts(manifest, prompts, negative_prompts, conditions, unconditional)
+    elif class_labels is not None:
+        if unconditional is not None:
+            raise UsageError('with class_labels the unconditional half is "no class"; leave out unconditional')
+        checked = labelled_conditions(needed, class_labels, guided=guided)
+    else:
+        checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
+    count = len(texts.given) if texts is not None else checked.count if checked is not None else 0
+    seed = checked_seed(seed)
+    if guidance_scale is not None and not guided:
+        raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
+    if guidance_scale is not None:
+        _check_guidance_scale(guidance_scale)
+    return Request(
+        count=count,
+        conditions=checked,
+        prompts=texts,
+        seed=seed,
+        latents=None if latents is None else _checked_latents(latents, (count, *manifest.latent_shape)),
+        guidance_scale=manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+
+
+def _checked_prompts(
+    manifest: Manifest,
+    prompts: Sequence[str],
+    negative: Sequence[str] | str | None,
+    conditions: Arrays | None,
+    unconditional: Arrays | None,
+) -> Prompts:
+    record = manifest.text
+    if record is None:
+        labels = any(item.classes is not None for item in manifest.conditions)
+        raise UsageError(
+            "this bundle takes class labels, no prompts"
+            if labels
+            else f"this bundle has no text encoder, so it takes no prompts; export it with one: {EXPORT_TEXT}, or give"
+            " conditions, which examples/encode_prompts.py makes"
+        )
+    if unconditional is not None:
+        raise UsageError("with prompts the unconditional half is that of negative_prompts; leave out unconditional")
+    given = _texts(prompts, "prompts")
+    other: tuple[str, ...] = ()
+    if manifest.guided:
+        negative = negative or ""
+        other = _texts([negative] if isinstance(negative, str) else negative, "negative_prompts")
+        if len(other) not in (1, len(given)):
+            raise UsageError(
+                f"negative_prompts: expected one, or {len(given)} as there are prompts, found {len(other)}"
+            )
+        other = other * len(given) if len(other) == 1 else other
+    more = dict(conditions or {})
+    for name in sorted(more.keys() - record.defaults.keys()):
+        raise UsageError(f"conditions: {name} is not for a request to give beside prompts, which make it; leave it out")
+    needed = [item for item in manifest.conditions if item.name in record.defaults]
+    for item in needed:
+        more.setdefault(item.name, np.full((len(given), *item.shape), record.defaults[item.name], item.dtype))
+    if needed:
+        found = checked_conditions(needed, more, None, guided=False)
+        if found.count != len(given):
+            raise UsageError(f"conditions: expected {len(given)} samples, as there are prompts, found {found.count}")
+    return Prompts(given=given, negative=other, more=more)
+
+
+def _texts(given: Sequence[str], what: str) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UsageError(f"{what} must be a list, found {given!r}; for one picture give a list of one")
+    for text in given:
+        if not isinstance(text, str):
+            raise UsageError(f"{what} must hold text, found {text!r}")
+    if not given:
+        raise UsageError(f"no text in {what}; a request makes one picture per prompt, so at least one is needed")
+    return tuple(given)
+
+
+def checked_seed(seed: int) -> int:
+    """A seed that noise can be drawn from.
+
+    Raises:
+        UsageError: it is out of range.
+    """
+    seed = whole_number(seed, "seed")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must lie in 0..{MAX_SEED}, found {seed}")
+    return seed
+
+
+def _checked_latents(latents: FloatArray, expected: tuple[int, ...]) -> FloatArray:
+    latents = np.asarray(latents)
+    if latents.shape != expected:
+        raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
+    if not np.issubdtype(latents.dtype, np.floating):
+        raise UsageError(f"latents: expected floating point numbers, found {latents.dtype}")
+    return latents.astype(np.float32)
+
+
+def _check_guidance_scale(scale: Any) -> None:
+    number = isinstance(scale, (int, float, np.number)) and math.isfinite(scale)
+    if not number or scale < 0:
+        raise UsageError(
+            f"guidance scale must be a finite number from 0 on, which ignores the condition, found {scale!r}"
+        )
