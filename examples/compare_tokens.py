@@ -12,7 +12,6 @@ Predictors are kept in WORK, so that the rows may be made in several calls (``--
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -34,7 +33,20 @@ from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_i
 from tc_deploy.types import Attention, FloatArray, Reuse, Skip
 
 FIRST_SEED = 2_000_000
-INTERVALS = ((2, 1), (2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (5, 4), (6, 4))
+INTERVALS = (
+    (2, 1, 0.5),
+    (2, 1, 0.6),
+    (2, 1, 0.7),
+    (2, 1, 0.8),
+    (2, 2, 0.5),
+    (3, 2, 0.5),
+    (3, 3, 0.5),
+    (4, 2, 0.5),
+    (4, 3, 0.5),
+    (5, 4, 0.5),
+    (6, 4, 0.5),
+)
+"""K_1, K_2 and the boundary as a share of the steps, of the runs without tokens."""
 FEWER_STEPS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -95,12 +107,13 @@ def main(
         count = round(share * steps)
         others["fewer"].append((count, psnr_db(full(with_fewer_steps(sampling, count)))))
         click.echo(f"| fewer steps: {count} | {count} | {others['fewer'][-1][1]:.1f} |")
-    for k1, k2 in INTERVALS:
+    for k1, k2, share in INTERVALS:
+        other = Schedule(steps=steps, boundary=round(share * steps), k1=k1, k2=k2)
         for order in (1, 2):
-            skipping = nothing.model_copy(update={"forecast_order": order})
-            found = cached(skipping, dataclasses.replace(schedule, k1=k1, k2=k2), random)
+            found = cached(nothing.model_copy(update={"forecast_order": order}), other, random)
             others["skip"].append(found)
-            click.echo(f"| K=({k1}, {k2}), order {order}, model skipped | {found[0]:.1f} | {found[1]:.1f} |")
+            what = f"K=({k1}, {k2}), boundary {other.boundary}, order {order}, model skipped"
+            click.echo(f"| {what} | {found[0]:.1f} | {found[1]:.1f} |")
 
     def best(kind: str, cost: float) -> str:
         return max((f"{db:.1f}" for at, db in others[kind] if at <= cost), key=float, default="-")

@@ -122,7 +122,7 @@ def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Pa
     class Faulty:
         def __init__(self, device: object) -> None:
             self.device = device
-            self.buffer = device.buffer  # type: ignore[attr-defined]
+            self.buffers = device.buffers  # type: ignore[attr-defined]
 
         def load(self, path: Path) -> object:
             model = faults.ir.load(path)
