@@ -29,6 +29,7 @@ EXTRA_BY_MODULE = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
     "openvino": "openvino",
+    "tokenizers": "text",
     "jinja2": "report",
     "polygraphy": "validate",
     "matplotlib": "examples",

@@ -205,6 +205,8 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
         "latent_shape": list(manifest.latent_shape),
         "init_noise_sigma": manifest.solver.init_noise_sigma,
         "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],
+        "decoder": None if manifest.decoder is None else manifest.decoder.model_dump(mode="json"),
+        "text": None if manifest.text is None else manifest.text.model_dump(mode="json"),
         "graphs": {
             name: {
                 "file": graph.file,

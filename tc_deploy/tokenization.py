@@ -21,6 +21,8 @@ from tc_deploy.manifest import TextRecord, TokenizerRecord
 from tc_deploy.types import Cleaning
 
 _LOG = logging.getLogger(__name__)
+_SPACES = re.compile(r"[^\S\x1c-\x1f]+")
+"""White space as Unicode has it; to Python four control characters, too, are spaces."""
 _SHOWN = 60
 """Characters of a prompt in a message."""
 
@@ -84,7 +86,7 @@ def clean(prompt: str, cleaning: Cleaning) -> str:
                 pass
             else:
                 prompt = fix_text(prompt)
-            return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+            return _SPACES.sub(" ", html.unescape(html.unescape(prompt))).strip()
 
 
 def _loaded(bundle: Path, record: TokenizerRecord) -> Any:

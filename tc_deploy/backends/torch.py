@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import check_array
 from tc_deploy.backends.in_turn import InTurn
@@ -184,11 +184,6 @@ class TorchDevice:
         manifest = read_manifest(bundle)
         if manifest.precision is not Precision.FP32:
             raise BackendError(f"{bundle}: torch runs fp32 bundles only, found {manifest.precision}; export again")
-        if name in FP32_GRAPHS:
-            raise BackendError(
-                f"{bundle}: torch runs the steps' graphs only, and this bundle has a {name}; build it with another"
-                " backend, or export without --with-decoder and --with-text-encoder"
-            )
         record = manifest.graphs[name]
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
@@ -203,10 +198,11 @@ class TorchDevice:
     def _model(self, bundle: Path) -> DiffusionTransformer:
         if bundle not in self._models:
             from tc_deploy.export.stage import check_model
+            from tc_deploy.models.geometry import ModelOptions
             from tc_deploy.models.loading import load_model
 
             plan, _ = load_plan(bundle)
-            model = load_model(Path(self._source or plan.model.source))
+            model = load_model(Path(self._source or plan.model.source), ModelOptions.of(plan.model))
             check_model(plan, model, str(bundle))
             model.module.to(self.place)
             self._models[bundle] = model
@@ -248,6 +244,18 @@ class Torch(CompiledAtLoad):
     def version(self) -> str:
         """PyTorch's version."""
         return str(_torch().__version__)
+
+    def build(
+        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
+    ) -> None:
+        """Run every graph once; a decoder and text encoders, whose checkpoint no plan names, are refused."""
+        kept = [name for name in FP32_GRAPHS if name in manifest.graphs]
+        if kept:
+            raise BackendError(
+                f"{bundle}: torch runs the steps' graphs only, and this bundle has a {kept[0]}; build it with another"
+                " backend, or export without --with-decoder and --with-text-encoder"
+            )
+        super().build(bundle, manifest, folder, options, progress)
 
     def open(self, options: Mapping[str, Any]) -> TorchDevice:
         """Open the GPU or the CPU; see :class:`TorchDevice` for the options ``compile`` and ``model``."""

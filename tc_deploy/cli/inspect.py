@@ -42,6 +42,11 @@ def _show_bundle(facts: dict[str, Any]) -> None:
         if graph["snr_to_fp32_db"] is not None:
             error += f", {graph['snr_to_fp32_db']:.1f} dB above its error to fp32"
         _line(name, f"{inputs}, {outputs}, {_size(size)}, {error}")
+    text = facts["text"] or {"components": [], "tokenizers": []}
+    for part in ([facts["decoder"]] if facts["decoder"] else []) + text["components"]:
+        _line("part", f"{part['name']}, {part['model_class']}, sha256 {part['weights_sha256'][:16]}")
+    for tokenizer in text["tokenizers"]:
+        _line("prompts", f"{tokenizer['file']}, padded or cut to {counted(tokenizer['tokens'], 'token')}")
     for name, record in facts["files"].items():
         _line("file", f"{name}, {_size(record['size_bytes'])}, sha256 {record['sha256'][:16]}")
     for name, target in facts["targets"].items():

@@ -153,7 +153,11 @@ def _checked_prompts(
         other = other * len(given) if len(other) == 1 else other
     more = dict(conditions or {})
     for name in sorted(more.keys() - record.defaults.keys()):
-        raise UsageError(f"conditions: {name} is not for a request to give beside prompts, which make it; leave it out")
+        made = any(item.name == name for item in manifest.conditions)
+        raise UsageError(
+            f"conditions: {name} is not for a request to give beside prompts, "
+            + ("which make it; leave it out" if made else "as this model takes none; leave it out")
+        )
     needed = [item for item in manifest.conditions if item.name in record.defaults]
     for item in needed:
         more.setdefault(item.name, np.full((len(given), *item.shape), record.defaults[item.name], item.dtype))

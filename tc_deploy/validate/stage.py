@@ -25,7 +25,7 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line
-from tc_deploy.manifest import SOLVER, Manifest, TargetManifest, read_target, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, TargetManifest, read_target, variant_name
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
 from tc_deploy.schedule import FULL, PHASES
@@ -173,11 +173,16 @@ class _Validation:
         device, graphs = self.engines
         target = BackendRunner(lambda: (device, graphs[name]), record, f"{self.backend} (target)")
         reference = self._reference(name)
-        return compare_graph(name, self.samples[name], target, reference, self.backend, self.precision)
+        return compare_graph(name, self.samples[name], target, reference, self.backend, self._precision_of(name))
+
+    def _precision_of(self, name: str) -> str:
+        """What the target computes a graph in."""
+        return Precision.FP32 if name in FP32_GRAPHS else self.precision
 
     def _reference(self, name: str) -> BaseRunner | None:
         record = self.manifest.graphs[name]
-        # Of what is no step of the model, the recorded samples are the reference: diffusers' scheduler made them.
+        # Of what is no step of the model, the recorded samples are the reference: diffusers' scheduler, autoencoder and
+        # text encoders made them.
         if self.against == RECORDED or (self.against == TORCH and name not in _VARIANTS):
             return None
         if self.against == TORCH:
@@ -271,7 +276,7 @@ class _Validation:
             expected = checkpoint.outputs(variant, feed)
         with tempfile.TemporaryDirectory(prefix="tc-deploy-blame-") as folder:
             graph = MarkableGraph(self.path, record, Path(folder))
-            own = (ONNXRUNTIME, self.manifest.precision)
+            own = (ONNXRUNTIME, Precision.FP32 if name in FP32_GRAPHS else self.manifest.precision)
             if expected is not None and not _all_close(found, expected, *own):
                 if checkpoint is None or variant is None:
                     cause = f"; to find the block: {why_not}" if why_not else ""
@@ -282,13 +287,13 @@ class _Validation:
             runner = BackendRunner(lambda: (device, graphs[name]), record, self.backend)
             with runner:
                 made = dict(runner.infer(feed, check_inputs=False))
-            if _all_close(made, found, self.backend, self.precision):
+            if _all_close(made, found, self.backend, self._precision_of(name)):
                 return unknown("the graph is right on what it read there; look at what the steps read")
             if registry.backend(self.backend).engine_file(name, record) != record.file:
                 return unknown(
                     "the engine departs from its graph; it is built ahead, so no block was looked for", "engine"
                 )
-            engine_search = EngineSearch(graph, feed, self.backend, self.precision, device)
+            engine_search = EngineSearch(graph, feed, self.backend, self._precision_of(name), device)
             return self._with_rebuild(blame(name, failure.step, engine_search))
 
     def _with_rebuild(self, record: BlameRecord) -> BlameRecord:

@@ -152,7 +152,11 @@ class Made:
 
 @pytest.fixture(
     scope="module",
-    params=["pixart", "sd3-without-t5", "flux", "wan", pytest.param("sd3", marks=pytest.mark.slow)],
+    params=[
+        "pixart",
+        "sd3-without-t5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux", "wan")),
+    ],
 )
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     case = CASES[request.param]
@@ -216,8 +220,8 @@ def test_what_is_recorded(made: Made) -> None:
     for item in made.record.components:
         assert any(name.startswith(f"{item.name}.") for name in graph.initializers)
     shared = {value.const_value.location for value in graph.initializers.values() if is_external(value)}
-    assert shared <= {WEIGHTS}
-    assert (made.case.model == "sd3") == (not shared)
+    # The tiny CLIPs alone have none that is large enough for the file.
+    assert shared == (set() if made.case is CASES["sd3-without-t5"] else {WEIGHTS})
 
 
 def is_external(value: ir.Value) -> bool:
