@@ -88,7 +88,7 @@ def main(bundle: Path, output: Path, batch_size: int, rounds: int, pytorch: bool
             pipeline = stack.enter_context(tc_deploy.load(copy, backend, batch_size=batch_size))
             labels = [number % 10 for number in range(batch_size)]
             noise = pipeline.noise(SEED, batch_size)
-            call = functools.partial(pipeline, class_labels=labels, latents=noise)
+            call = functools.partial(pipeline, class_labels=labels, latents=noise, decode=False)
             for kind, full in (("plan", False), ("full", True)):
                 requests[name, kind] = lambda call=call, full=full: call(full=full).latents
         source = model or Path(pipeline.plan.model.source)

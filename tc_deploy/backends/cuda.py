@@ -92,8 +92,10 @@ class Cuda:
         return np.frombuffer(memoryview(memory), np.uint8)
 
     def _free_pinned(self, address: int) -> None:
-        self.wait()
-        self._do("cudaFreeHost", address)
+        try:
+            self.wait()
+        finally:
+            self._do("cudaFreeHost", address)
 
     def write(self, address: int, array: NDArray[Any]) -> None:
         """Copy an array to the GPU; it may change as soon as this returns, or if it is pinned, after the next wait."""
@@ -165,8 +167,10 @@ class Cuda:
 
     def discard(self, launchable: Any) -> None:
         """Free captured work, once the GPU is done with it."""
-        self.wait()
-        self._do("cudaGraphExecDestroy", launchable)
+        try:
+            self.wait()
+        finally:
+            self._do("cudaGraphExecDestroy", launchable)
 
     def _do(self, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA's and return what it gives beside its error code."""

@@ -8,7 +8,8 @@ T5 overflows fp16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tc_deploy.errors import ExportError, ModelError, UsageError
+from tc_deploy.errors import ExportError, ModelError, UsageError, first_line
 from tc_deploy.export.check import check_outputs
 from tc_deploy.export.graphs import EXAMPLE_BATCH, NamedGraph, onnx_from_graph
 from tc_deploy.export.merge import merged_model
@@ -49,6 +50,8 @@ PROBES = (
     "one two three four five six seven eight nine ten " * 60,
 )
 """Prompts that tokenizers are compared on, and examples are made of: short, empty, odd, and longer than any limit."""
+LONGEST_PROMPT = 2**20
+"""Tokens; transformers gives a far larger number where a tokenizer names no limit."""
 FOLDED_ELEMENTS = 2**18
 """T5's position biases follow from its length alone, and UMT5 has one per layer: folded they would weigh more than they
 cost."""
@@ -133,6 +136,11 @@ def text_plan(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> T
         pipeline.check_text(part)
         pipeline.tokenizer(part)
         tokens[part.encoder] = part.tokens(geometry.text_tokens, int(first))
+        if abs(tokens[part.encoder]) > LONGEST_PROMPT:
+            raise ModelError(
+                f"{pipeline.path / parts[0].tokenizer}: the tokenizer does not say how many tokens it takes; set"
+                " model_max_length in its tokenizer_config.json"
+            )
         if tokens[part.encoder] < 1:
             raise ModelError(
                 f"{pipeline.path}: of the plan's {geometry.text_tokens} text tokens none are left for {part.tokenizer},"
@@ -186,9 +194,10 @@ def export_text_encoder(
         components.append(component)
     join = JoinGraph(plan).eval()
     joined = {name: tensor for name, tensor in {**feed, **made}.items() if name in join.input_names}
-    with torch.no_grad():
+    with torch.no_grad(), _fitting(pipeline, "its text encoders"):
         conditions = dict(zip(join.output_names, join(*(joined[name] for name in join.input_names)), strict=True))
-        _check_conditions(pipeline, plan.geometry, conditions)
+    _check_conditions(pipeline, plan.geometry, conditions)
+    with torch.no_grad():
         models["conditions"] = onnx_from_graph(join, joined, dynamic_batch=dynamic)
     _pack(models["conditions"], {}, folder)
     path = folder / ONNX_FOLDER / f"{TEXT_ENCODER}.onnx"
@@ -209,8 +218,9 @@ def _exported_encoder(
     loaded = pipeline.text_encoder(part)
     graph = EncoderGraph(part, loaded.module).eval()
     example = {name: feed[name] for name in part.input_names}
-    with torch.no_grad():
+    with torch.no_grad(), _fitting(pipeline, part.encoder):
         made = dict(zip(part.output_names, graph(*example.values()), strict=True))
+    with torch.no_grad():
         model = onnx_from_graph(graph, example, dynamic_batch=dynamic)
     _pack(model, dict(loaded.module.named_parameters()), folder)
     component = ComponentRecord(name=part.encoder, model_class=loaded.model_class, weights_sha256=loaded.weights_sha256)
@@ -262,6 +272,18 @@ def _check_tokenizers(pipeline: PipelineFolder, plan: TextPlan, tokenizers: Toke
                 f"{pipeline.path / part.tokenizer}: the tokenizers library makes other ids of it than transformers; the"
                 " bundle was not written; encode prompts with examples/encode_prompts.py instead"
             )
+
+
+@contextlib.contextmanager
+def _fitting(pipeline: PipelineFolder, part: str) -> Iterator[None]:
+    """Say it in one line where PyTorch finds that parts of a pipeline are not for each other or for this model."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ModelError(
+            f"{pipeline.path}: {part} and the prompts of this plan do not fit each other: {first_line(error)}; name the"
+            " model's own pipeline with --pipeline, or calibrate with other --text-tokens"
+        ) from error
 
 
 def _check_conditions(pipeline: PipelineFolder, geometry: Geometry, conditions: Mapping[str, Tensor]) -> None:

@@ -229,9 +229,9 @@ class Pipeline:
                             made.append(step.read_latents())
                 else:
                     made.append(self._run_whole(request, part, full=full))
-                if decode and self._decoder is not None:
-                    self._decoder.run()
-                    images.append(images_from_pixels(_first_samples(self._buffers[IMAGES], len(made[-1]))))
+                if decode and self.manifest.decoder is not None:
+                    self._opened(full=full)
+                    images.append(self._decoded(len(made[-1])))
                 elif decode and self.manifest.pixels:
                     images.append(images_from_pixels(made[-1]))
         return Result(
@@ -295,6 +295,7 @@ class Pipeline:
 
     def _claimed_steps(self, request: Request, *, full: bool) -> Iterator[Step]:
         with self._claimed():
+            self._opened(full=full)  # it may have been closed since
             yield from self._run(self._encoded(request), slice(self.batch_size), full=full)
 
     def _encoded(self, request: Request) -> Request:
@@ -303,6 +304,12 @@ class Pipeline:
             return request
         assert self._encoder is not None, "a bundle without a text encoder takes no prompts"
         return request.encoded(self.manifest, self._encoder.encode((*request.prompts.given, *request.prompts.negative)))
+
+    def _decoded(self, count: int) -> NDArray[np.uint8]:
+        """Pictures of the latents that the last step left; the caller holds the pipeline, which is open."""
+        assert self._decoder is not None, "an open pipeline of a bundle with a decoder has it"
+        self._decoder.run()
+        return images_from_pixels(_first_samples(self._buffers[IMAGES], count))
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:

@@ -144,13 +144,15 @@ def _checked_prompts(
     given = _texts(prompts, "prompts")
     other: tuple[str, ...] = ()
     if manifest.guided:
-        negative = negative or ""
+        negative = "" if negative is None else negative
         other = _texts([negative] if isinstance(negative, str) else negative, "negative_prompts")
         if len(other) not in (1, len(given)):
             raise UsageError(
                 f"negative_prompts: expected one, or {len(given)} as there are prompts, found {len(other)}"
             )
         other = other * len(given) if len(other) == 1 else other
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise UsageError(f"conditions must be arrays by name, found {type(conditions).__name__}")
     more = dict(conditions or {})
     for name in sorted(more.keys() - record.defaults.keys()):
         made = any(item.name == name for item in manifest.conditions)
@@ -174,6 +176,8 @@ def _texts(given: Sequence[str], what: str) -> tuple[str, ...]:
     for text in given:
         if not isinstance(text, str):
             raise UsageError(f"{what} must hold text, found {text!r}")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{what}: {text!r} is not Unicode text; give it in UTF-8")
     if not given:
         raise UsageError(f"no text in {what}; a request makes one picture per prompt, so at least one is needed")
     return tuple(given)

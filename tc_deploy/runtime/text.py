@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tc_deploy.errors import BackendError
 from tc_deploy.manifest import TEXT_ENCODER, TextRecord
 from tc_deploy.runtime.binding import Binder, Bundle
 from tc_deploy.runtime.program import text_call
@@ -55,7 +56,8 @@ class PromptEncoder:
             By prompt, its conditions by name, without the batch axis.
 
         Raises:
-            BackendError: the ``tokenizers`` library is not installed, or the engine fails.
+            BackendError: the ``tokenizers`` library is not installed, the engine fails, or makes values that are not
+                finite.
             BundleError: a file is no tokenizer.
         """
         texts = list(dict.fromkeys(prompts))
@@ -70,5 +72,10 @@ class PromptEncoder:
             self._graph.run()
             outputs = {name: buffer.read() for name, buffer in self._outputs.items()}
             for row, text in enumerate(part):
+                if not all(np.isfinite(output[row]).all() for output in outputs.values()):
+                    raise BackendError(
+                        f"{self._bundle.path}: the text encoder makes values of {text!r} that are not finite; validate"
+                        f" it with: tc-deploy validate {self._bundle.path}"
+                    )
                 made[text] = {name: output[row] for name, output in outputs.items()}
         return made

@@ -36,7 +36,7 @@ def runs_in_turn(
             clock = Clock()
             watch = clock.watch if graphs else None
             pipeline = stack.enter_context(Pipeline(path, backend, batch_size=batch_size, watch=watch))
-            request = functools.partial(pipeline, **pipeline.placeholders(batch_size))
+            request = functools.partial(pipeline, **pipeline.placeholders(batch_size), decode=False)
             if graphs:
                 request = functools.partial(request, on_step=step_by_step)
             requests[place] = functools.partial(clock.timed, request, graphs=graphs)

@@ -103,7 +103,7 @@ class MarkableGraph:
         wanted = set(values) - self._outputs
         for node in model.graph:
             model.graph.outputs.extend(value for value in node.outputs if value.name in wanted)
-        path = self._folder / f"marked-{self._source.name}"
+        path = self._folder / self._source.name
         ir.save(model, path)
         return path
 
