@@ -15,11 +15,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import onnx_ir
+import openvino
 import pytest
 import torch
 import transformers
 import zoo
-from bundles import SaveDit, edit_manifest, make_plan, run_cli, snapshot
+from bundles import SaveDit, edit_manifest, make_plan, reseal, run_cli, snapshot
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers_pipelines import tiny_autoencoder, tiny_clip, tiny_t5, tiny_tokenizer, tiny_umt5
 from numpy.typing import NDArray
@@ -28,9 +29,11 @@ from tolerances import tolerance
 
 import tc_deploy
 from tc_deploy import Pipeline
+from tc_deploy.backends.base import BufferSpec
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.onnxruntime import OrtDevice
+from tc_deploy.backends.openvino import OpenVinoDevice, precisions_of
 from tc_deploy.bench.measure import bench_bundles
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import BackendError, BundleError, UsageError
@@ -43,6 +46,7 @@ from tc_deploy.sheet import GAP
 from tc_deploy.validate.stage import validate_bundle
 
 STEPS, TEXT, CLIP = 4, 5, 6
+WIDE = 16
 PROMPTS = ["a cat on a mat", "a red bridge"]
 BATCH = len(PROMPTS)
 # F c F c, and no phase 2.
@@ -415,6 +419,74 @@ def test_half_precision_leaves_them_in_fp32(made: Made, tmp_path: Path) -> None:
     assert np.abs(half - exact).max() / np.abs(exact).max() <= tolerance("onnxruntime", "fp16", "trajectory_max_rel")
     words = ("build", tmp_path / "bundle", "--backend", "tensorrt-rtx", "--compute-capability", "7.5")
     assert "this bundle's decoder is in fp32; leave 7.5 out, or export without" in run_cli(*words).error
+
+
+class NotedCore:
+    """OpenVINO's core, with an eye on what is asked of it."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.hints: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def compile_model(self, model: Any, device: str, settings: dict[str, Any]) -> Any:
+        self.hints.append(settings["INFERENCE_PRECISION_HINT"])
+        return self._core.compile_model(model, device, settings)
+
+
+@ONE
+@pytest.mark.parametrize(("name", "hint"), [("full", "bf16"), (DECODER, "f32"), (TEXT_ENCODER, "f32")])
+def test_openvino_is_asked_for_fp32(made: Made, name: str, hint: str) -> None:
+    device = OpenVinoDevice(threads=1, precision="f32", weights=None)
+    # On a CPU without bf16 it is no more than a hint, which the device itself would refuse.
+    device.settings["INFERENCE_PRECISION_HINT"] = "bf16"
+    noted = NotedCore(device.core)
+    device.core = noted
+    record = read_manifest(made.bundle).graphs[name]
+    inputs, outputs = (
+        {it.name: device_buffer(device, it) for it in tensors} for tensors in (record.inputs, record.outputs)
+    )
+    device.load(made.bundle / record.file).bind(inputs, outputs)
+    assert noted.hints == [hint]
+
+
+def device_buffer(device: OpenVinoDevice, tensor: Any) -> Any:
+    """For one row."""
+    shape = tuple(1 if isinstance(size, str) else size for size in tensor.shape)
+    return device.buffers([BufferSpec(dtype=tensor.numpy_dtype, shape=shape)])[0]
+
+
+@ONE
+def test_openvino_in_half_precision_leaves_them_in_fp32(made: Made, tmp_path: Path) -> None:
+    if "bf16" not in precisions_of(openvino.Core()):
+        pytest.skip("needs a CPU that computes in bf16")
+    bundle = shutil.copytree(made.bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("onnxruntime"))
+    build_target(bundle, "openvino", {"threads": 1, "precision": "bf16"})
+    record = validate_bundle(bundle, "openvino")
+    errors = {variant.name: variant.worst.metrics.to_deviation or 0.0 for variant in record.variants}
+    fp32 = tolerance("openvino", "fp32", "output_max_rel")
+    assert errors["full"] > fp32
+    assert max(errors[name] for name in FP32_GRAPHS) <= fp32
+
+
+@ONE
+@pytest.mark.parametrize("name", FP32_GRAPHS)
+def test_a_wrong_graph_is_found_out(made: Made, tmp_path: Path, name: str) -> None:
+    bundle = shutil.copytree(made.bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("openvino"))
+    path = bundle / "onnx" / f"{name}.onnx"
+    model = onnx_ir.load(path)
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    wrong = next(it for it in weights if it is not None and it.dtype is onnx_ir.DataType.FLOAT and it.size >= WIDE)
+    model.graph.initializers[str(wrong.name)].const_value = onnx_ir.tensor(wrong.numpy() * 1.5, name=wrong.name)
+    onnx_ir.save(model, path)
+    reseal(bundle)
+    build_target(bundle, options={"threads": 1})
+    record = validate_bundle(bundle, "onnxruntime")
+    assert [variant.name for variant in record.variants if not variant.passed] == [name]
+    assert [(blamed.graph, blamed.origin) for blamed in record.blame] == [(name, "export")]
+    assert not record.passed
 
 
 @ONE
