@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
-pytest_plugins = ["bundles"]
+pytest_plugins = ["bundles", "prompted"]
 
 DIT_CONFIG = {
     "num_attention_heads": 4,

@@ -1,0 +1,199 @@
+"""Bundles with text encoders and a decoder, and the real pipelines of tiny random parts that they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+import zoo
+from bundles import make_plan, run_cli
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers_pipelines import tiny_autoencoder, tiny_clip, tiny_t5, tiny_tokenizer, tiny_umt5
+from numpy.typing import NDArray
+
+import tc_deploy
+from tc_deploy.backends.build import build_target
+
+STEPS, TEXT, CLIP = 4, 5, 6
+PROMPTS = ["a cat on a mat", "a red bridge"]
+BATCH = len(PROMPTS)
+# F c F c, and no phase 2.
+SCHEDULE = {"boundary": STEPS, "k1": 2, "k2": 1}
+FLUX_SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def _pixart(transformer: Any) -> Any:
+    parts = (tiny_tokenizer(300), tiny_t5(24), tiny_autoencoder(4, 2), transformer)
+    return diffusers.PixArtSigmaPipeline(*parts, diffusers.DPMSolverMultistepScheduler())
+
+
+def _flux(transformer: Any) -> Any:
+    clip = tiny_clip(transformers.CLIPTextModel, 20)
+    text = (clip, tiny_tokenizer(CLIP), tiny_t5(24), tiny_tokenizer(512))
+    autoencoder = tiny_autoencoder(4)
+    autoencoder.register_to_config(shift_factor=0.25)
+    return diffusers.FluxPipeline(FLUX_SCHEDULER, autoencoder, *text, transformer)
+
+
+def _sd3(transformer: Any) -> Any:
+    kind = transformers.CLIPTextModelWithProjection
+    first, second = (tiny_clip(kind, 8, projection, seed) for projection, seed in ((8, 1), (12, 2)))
+    clips = (first, tiny_tokenizer(CLIP), second, tiny_tokenizer(CLIP))
+    autoencoder = tiny_autoencoder(4, 2)
+    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer, scheduler, autoencoder, *clips, tiny_t5(24), tiny_tokenizer(256)
+    )
+
+
+def _wan(transformer: Any) -> Any:
+    torch.manual_seed(5)
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.5, -1.0, 0.0, 2.0],
+        latents_std=[2.0, 0.5, 1.0, 3.0],
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.WanPipeline(tiny_tokenizer(512), tiny_umt5(24), autoencoder.eval(), scheduler, transformer)
+
+
+def _flux_sampling() -> dict[str, Any]:
+    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    shift = calculate_shift(24, *(FLUX_SCHEDULER.config[name] for name in names))
+    return {"steps": STEPS, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family in its pipeline."""
+
+    changes: Mapping[str, Any]
+    """To the zoo's model."""
+    make: Callable[[Any], Any]
+    keep: tuple[int, ...]
+    sampling: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    """Of the pipeline."""
+    size: tuple[int, int]
+    """That the pipeline is asked for, in pixels."""
+    shape: tuple[int, ...] = ()
+    """Of one picture or video; ``size`` in RGB where nothing is said."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the engines are given beside prompts and noise."""
+
+
+CASES = {
+    "pixart": Case(
+        changes={"num_layers": 1, "use_additional_conditions": False},
+        make=_pixart,
+        keep=(8,),
+        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        arguments={"negative_prompt": "a dog", "guidance_scale": 3.0, "use_resolution_binning": False},
+        size=(16, 24),
+        given={"negative_prompts": "a dog"},
+    ),
+    "flux": Case(
+        changes={"num_layers": 1, "num_single_layers": 1},
+        make=_flux,
+        keep=(8, 5),
+        sampling=_flux_sampling(),
+        arguments={"guidance_scale": 2.0},
+        size=(8, 12),
+        given={"conditions": {"guidance": np.full(BATCH, 2.0, np.float32)}},
+    ),
+    "sd3": Case(
+        changes={"num_layers": 1},
+        make=_sd3,
+        keep=(8,),
+        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        arguments={"negative_prompt": ["a dog"] * BATCH, "guidance_scale": 3.0},
+        size=(16, 24),
+        given={"negative_prompts": ["a dog"] * BATCH},
+        plan={"text_tokens": CLIP + TEXT},
+    ),
+    "wan": Case(
+        changes={"num_layers": 1},
+        make=_wan,
+        keep=(8,),
+        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        arguments={"negative_prompt": ["a dog"] * BATCH, "guidance_scale": 3.0, "num_frames": 9},
+        size=(32, 64),
+        # The tiny autoencoder enlarges less than the real one.
+        shape=(5, 8, 16, 3),
+        given={"negative_prompts": "a dog"},
+        plan={"latent_size": (3, 4, 8)},
+    ),
+}
+SLOW = ("flux", "sd3", "wan")
+"""Half a minute each to export."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """A case on disk, and its pipeline."""
+
+    case: Case
+    pipe: Any
+    plan: Path
+    bundle: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one picture or video."""
+        return self.case.shape or (*self.case.size, 3)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES],
+)
+def prompted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prompted:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
+    zoo.save(request.param, folder / "model", **case.changes)
+    transformer = getattr(diffusers, zoo.MODELS[request.param][0]).from_pretrained(folder / "model").eval()
+    pipe = case.make(transformer)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "pipeline")
+    plan = make_plan(
+        folder / "pipeline",
+        folder / "plan",
+        **{
+            "conditions": "random",
+            "latent_size": (8, 12),
+            "text_tokens": TEXT,
+            "sampling": case.sampling,
+            "schedule": SCHEDULE,
+            "cache": {"attention": "all", "forecast_order": 1, "keep_counts": (case.keep, (0,) * len(case.keep))},
+            **case.plan,
+        },
+    )
+    answer = run_cli("export", plan, "-o", folder / "bundle", "--with-decoder", "--with-text-encoder")
+    assert answer.code == 0, answer.err
+    build_target(folder / "bundle", options={"threads": 1})
+    return Prompted(case=case, pipe=pipe, plan=plan, bundle=folder / "bundle")
+
+
+def pictures(made: Prompted, backend: str | None = None, *, full: bool, noise: NDArray[np.float32]) -> Any:
+    with tc_deploy.load(made.bundle, backend, batch_size=BATCH) as pipeline:
+        return pipeline(prompts=PROMPTS, **made.case.given, latents=noise, full=full)
+
+
+def noise_of(made: Prompted) -> NDArray[np.float32]:
+    with tc_deploy.load(made.bundle, batch_size=BATCH) as pipeline:
+        return pipeline.noise(3, BATCH)
