@@ -25,7 +25,7 @@ from tc_deploy.manifest import (
     read_target,
 )
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
-from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout
+from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 
@@ -152,7 +152,7 @@ def _engines(folder: Path, target: TargetManifest) -> dict[str, Any]:
 def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str, Any]:
     """What a pipeline asks a device for, beside its engines: every buffer with its place."""
     batch_size = checked_batch_size(manifest, batch_size)
-    layout = pipeline_layout(manifest, plan, batch_size)
+    layout = pipeline_layout(manifest, pipeline_programs(manifest, plan), batch_size)
     by_kind = {kind: [one.size_bytes for one in layout.buffers if one.kind is kind] for kind in Kind}
     return {
         "batch_size": batch_size,

@@ -23,6 +23,8 @@ from tc_deploy.types import Cleaning, Precision
 FORMAT_VERSION: Final = 1
 ONNX_FOLDER = "onnx"
 WEIGHTS = "weights.bin"
+STEPS = "steps"
+"""File of the one graph that holds all variants which run the model, where a bundle has that."""
 SOLVER = "solver"
 DECODER = "decoder"
 """Graph that makes pictures of the last step's latents."""
@@ -48,10 +50,14 @@ IMAGES = "images"
 SAMPLE = "sample"
 """Output of every step's graph: the model's output."""
 TOKEN_INDEX = "token_index"  # noqa: S105 - a tensor's name
-"""Input of a cached step that prunes: (model batch, sum of M over pruned blocks) int32."""
+"""Input of a cached step that prunes: (model batch, sum of M over pruned blocks) int32. Where one graph holds all
+variants, one for each group of blocks (``groups.py``)."""
+COMPUTED = "computed"
+"""Inputs of such a graph alone."""
 FORECAST_WEIGHTS = "forecast_weights"
 """Input of a cached step with forecast order r > 0: (model batch, r + 1) float32."""
 CACHE_PREFIX = "cache."
+_ROWS = ".rows"
 MODULE_END = "/"
 """In a graph's node names: before it stands the module that the node came from, behind it the value that it makes."""
 
@@ -59,6 +65,19 @@ MODULE_END = "/"
 def history_name(name: str, age: int) -> str:
     """Name of a cached tensor ``age`` full steps before the latest: ``cache.3.mlp``, then ``cache.3.mlp.1``."""
     return name if age == 0 else f"{name}.{age}"
+
+
+def rows_name(name: str) -> str:
+    """Name of the rows of a cached tensor that a step computes, where one graph holds all variants: it also reads it.
+
+    A full step's are the cached tensor itself.
+    """
+    return name + _ROWS
+
+
+def cached_name(output: str) -> str:
+    """The cached tensor that a full step's output is."""
+    return output.removesuffix(_ROWS)
 
 
 def history_of(name: str) -> tuple[str, int]:
@@ -95,11 +114,21 @@ class TensorRecord(Document):
             return found
         return np.dtype(self.dtype)
 
+    def sized(self, axes: Mapping[str, int]) -> TensorRecord:
+        """The tensor with some of its open axes closed."""
+        shape = tuple(axes.get(size, size) if isinstance(size, str) else size for size in self.shape)
+        return self.model_copy(update={"shape": shape})
+
+    def shape_at(self, axes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape, with every open axis closed."""
+        return tuple(axes[size] if isinstance(size, str) else size for size in self.shape)
+
 
 class GraphRecord(Document):
-    """One ONNX graph of a bundle."""
+    """One graph of a bundle."""
 
     file: str
+    """Its ONNX file. Variants may be one file, in which the axes are open in whose sizes they differ."""
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     max_abs_error: float | None
@@ -107,6 +136,11 @@ class GraphRecord(Document):
     snr_to_fp32_db: float | None = None
     """The fp32 output's power over that of the error that half precision makes in one pass; None where nothing is half
     or the check was turned off."""
+
+    def sized(self, axes: Mapping[str, int]) -> GraphRecord:
+        """The graph with some of its open axes closed."""
+        inputs, outputs = (tuple(tensor.sized(axes) for tensor in tensors) for tensors in (self.inputs, self.outputs))
+        return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
 
 class ConditionRecord(Document):
@@ -207,6 +241,15 @@ class Manifest(Document):
     def guided(self) -> bool:
         """Whether the model batch holds an unconditional half."""
         return self.solver.guidance_scale is not None
+
+    def batch_axes(self, batch_size: int) -> dict[str, int]:
+        """The sizes of the batch axes for so many samples."""
+        return {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if self.guided else 1)}
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether the variants that run the model are one file."""
+        return f"{ONNX_FOLDER}/{STEPS}.onnx" in self.files
 
 
 def _check_names(

@@ -66,7 +66,7 @@ class Capture(BoundGraph, Protocol):
 
 
 class Graph(Protocol):
-    """A loaded graph."""
+    """A loaded graph, or several that differ in the sizes of their axes."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundGraph:
         """Fix the buffers by tensor name; nothing is copied or allocated by running the result.
@@ -135,8 +135,8 @@ class Backend(Protocol):
             BackendError: it is not installed, refuses a graph, or lacks memory or a GPU.
         """
 
-    def engine_file(self, graph: str, record: GraphRecord) -> str:
-        """The file that a device loads for a graph, by its path inside the bundle."""
+    def engine_file(self, record: GraphRecord) -> str:
+        """The file that a device loads for a graph, by its path inside the bundle; graphs of one file share it."""
 
     def check(self, bundle: Path, target: TargetManifest) -> None:
         """Check, before anything is loaded, that this machine can run a target whose files have been checked.

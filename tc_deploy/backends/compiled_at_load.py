@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tc_deploy.backends.base import Buffer, BufferSpec, Device, Progress
+from tc_deploy.backends.base import Buffer, BufferSpec, Device, Graph, Progress
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import BATCH, GraphRecord, Manifest, TargetManifest, TensorRecord
+from tc_deploy.manifest import GraphRecord, Manifest, TargetManifest, TensorRecord
 
 SHARED, PACKED = "shared", "packed"
 WEIGHTS_MODES = (SHARED, PACKED)
@@ -57,33 +57,32 @@ class CompiledAtLoad(ABC):
             BackendError: the engine refuses an option or a graph, or computes numbers that are not finite.
         """
         device = self.open(options)
-        for name, record in manifest.graphs.items():
-            progress(f"building {name}", 1, 1)
-            _run_once(device, bundle / record.file, record, manifest.batch_size or 1, guided=manifest.guided)
+        axes = manifest.batch_axes(manifest.batch_size or 1)
+        # One file after the other, so that a build takes the memory of one.
+        for file in dict.fromkeys(record.file for record in manifest.graphs.values()):
+            graph = device.load(bundle / file)
+            for name, record in manifest.graphs.items():
+                if record.file == file:
+                    progress(f"building {name}", 1, 1)
+                    _run_once(device, graph, record, axes, bundle / file)
 
-    def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - the graph is its own engine
-        """The ONNX graph."""
+    def engine_file(self, record: GraphRecord) -> str:
+        """The ONNX graph, which is its own engine."""
         return record.file
 
     def check(self, bundle: Path, target: TargetManifest) -> None:  # noqa: B027 - not abstract: there is nothing to do
         """Nothing to compare: whatever version is here compiles the graphs anew."""
 
 
-def _run_once(device: Device, path: Path, record: GraphRecord, batch: int, *, guided: bool) -> None:
-    """Load a graph and run it on zeros."""
+def _run_once(device: Device, graph: Graph, record: GraphRecord, axes: Mapping[str, int], path: Path) -> None:
+    """Run a graph on zeros."""
 
     def buffers(tensors: tuple[TensorRecord, ...]) -> dict[str, Buffer]:
-        specs = []
-        for tensor in tensors:
-            shape = tuple(
-                size if isinstance(size, int) else batch * (1 if size == BATCH or not guided else 2)
-                for size in tensor.shape
-            )
-            specs.append(BufferSpec(dtype=tensor.numpy_dtype, shape=shape))
+        specs = [BufferSpec(dtype=tensor.numpy_dtype, shape=tensor.shape_at(axes)) for tensor in tensors]
         return {tensor.name: buffer for tensor, buffer in zip(tensors, device.buffers(specs), strict=True)}
 
     outputs = buffers(record.outputs)
-    device.load(path).bind(buffers(record.inputs), outputs).run()
+    graph.bind(buffers(record.inputs), outputs).run()
     for name, buffer in outputs.items():
         if not np.isfinite(buffer.read()).all():
             raise BackendError(

@@ -6,7 +6,7 @@ has not been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tc_deploy.backends import registry
@@ -37,10 +37,20 @@ def load_target(
     target = read_target(bundle, backend)
     check_files(bundle / backend, target.files)
     checked = manifest.files.keys() | {f"{backend}/{name}" for name in target.files}
-    files = {name: engine.engine_file(name, record) for name, record in manifest.graphs.items() if wanted(name)}
+    files = {name: engine.engine_file(record) for name, record in manifest.graphs.items() if wanted(name)}
     for file in files.values():
         if file not in checked:
             raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")
     engine.check(bundle, target)
     device = engine.open(target.options)
-    return device, {name: device.load(bundle / file) for name, file in files.items()}
+    return device, loaded_graphs(device, bundle, files)
+
+
+def loaded_graphs(device: Device, bundle: Path, files: Mapping[str, str]) -> dict[str, Graph]:
+    """Load each file once, whatever number of graphs it holds; ``files`` names it for each graph.
+
+    Raises:
+        BackendError: the engine refuses one.
+    """
+    loaded = {file: device.load(bundle / file) for file in dict.fromkeys(files.values())}
+    return {name: loaded[file] for name, file in files.items()}

@@ -8,9 +8,10 @@ weights again.)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from tc_deploy.manifest import FP32_GRAPHS, WEIGHTS
 
 if TYPE_CHECKING:
     import openvino
+
+_Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of a graph's inputs, by name."""
 
 DEFAULT_PRECISION = "f32"
 _DEVICE = "CPU"
@@ -50,11 +54,12 @@ class OpenVinoBoundGraph:
 
     Args:
         request: the request.
+        compiled: what the request is of; kept, so that the next graph of these shapes finds it.
         weights: the memory of its weights, where they are inputs; kept, for the request only points to it.
     """
 
-    def __init__(self, request: Any, weights: WeightInputs | None) -> None:
-        self._request, self._weights = request, weights
+    def __init__(self, request: Any, compiled: Any, weights: WeightInputs | None) -> None:
+        self._request, self._compiled, self._weights = request, compiled, weights
 
     def run(self) -> None:
         """Run it; the outputs are there on return.
@@ -71,7 +76,7 @@ class OpenVinoBoundGraph:
 
 
 class OpenVinoGraph:
-    """A graph that has been read; it is compiled for the shapes that it is bound to.
+    """A graph that has been read; it is compiled once for each set of shapes that it is bound to.
 
     Compiled for any batch it would infer every shape again at each run, which takes a cached step of the demo nearly
     twice as long.
@@ -81,8 +86,7 @@ class OpenVinoGraph:
         self._device, self._path = device, path
         self._model = device.core.read_model(path)
         self._weights = weights_as_inputs(self._model, _openvino()) if device.shares(path) else None
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._compiled: Any = None
+        self._compiled: weakref.WeakValueDictionary[_Shapes, Any] = weakref.WeakValueDictionary()
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OpenVinoBoundGraph:
         """Fix the buffers by tensor name.
@@ -91,21 +95,24 @@ class OpenVinoGraph:
             BackendError: OpenVINO refuses the graph for buffers of these shapes.
         """
         tensors = {name: cast("HostBuffer", buffer).value for name, buffer in {**inputs, **outputs}.items()}
-        shapes = {name: tuple(tensors[name].shape) for name in inputs}
+        shapes = tuple((name, tuple(tensors[name].shape)) for name in inputs)
         try:
-            if shapes != self._shapes:
-                self._model.reshape(shapes)
-                settings = self._device.settings
-                if self._path.stem in FP32_GRAPHS:
-                    settings = {**settings, "INFERENCE_PRECISION_HINT": DEFAULT_PRECISION}
-                self._compiled = self._device.core.compile_model(self._model, _DEVICE, settings)
-                self._shapes = shapes
-            request = self._compiled.create_infer_request()
+            compiled = self._compiled.get(shapes)
+            if compiled is None:
+                self._compiled[shapes] = compiled = self._compile(shapes)
+            request = compiled.create_infer_request()
             for name, tensor in {**tensors, **(self._weights.tensors if self._weights else {})}.items():
                 request.set_tensor(name, tensor)
         except RuntimeError as error:
             raise _refusal(self._path, error) from error
-        return OpenVinoBoundGraph(request, self._weights)
+        return OpenVinoBoundGraph(request, compiled, self._weights)
+
+    def _compile(self, shapes: _Shapes) -> Any:
+        self._model.reshape(dict(shapes))
+        settings = self._device.settings
+        if self._path.stem in FP32_GRAPHS:
+            settings = {**settings, "INFERENCE_PRECISION_HINT": DEFAULT_PRECISION}
+        return self._device.core.compile_model(self._model, _DEVICE, settings)
 
 
 class OpenVinoDevice:

@@ -21,9 +21,8 @@ from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import check_array
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
-from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest
 from tc_deploy.plan import load_plan
-from tc_deploy.schedule import FULL
 from tc_deploy.types import Precision
 
 if TYPE_CHECKING:
@@ -184,16 +183,16 @@ class TorchDevice:
         manifest = read_manifest(bundle)
         if manifest.precision is not Precision.FP32:
             raise BackendError(f"{bundle}: torch runs fp32 bundles only, found {manifest.precision}; export again")
-        record = manifest.graphs[name]
+        record = next(record for record in manifest.graphs.values() if Path(record.file).name == path.name)
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
             return TorchGraph(self, path, _solver_step(manifest, *names), names, traced=False)
-        from tc_deploy.export.graphs import StepGraph
+        from tc_deploy.export.graphs import step_graphs
 
         plan, _ = load_plan(bundle)
-        variants = {variant_name(variant): variant for variant in (FULL, *plan.phases_used())}
-        step = StepGraph(self._model(bundle), plan.cache, variants[name], plan.phases_used()).eval()
-        return TorchGraph(self, path, step, names, traced=True)
+        steps = step_graphs(self._model(bundle), plan.cache, plan.phases_used(), one_graph=manifest.one_graph)
+        step = next(graph for graph in steps.values() if graph.stem == name)
+        return TorchGraph(self, path, step.eval(), names, traced=True)
 
     def _model(self, bundle: Path) -> DiffusionTransformer:
         if bundle not in self._models:

@@ -34,6 +34,11 @@ from tc_deploy.types import Precision
     help="A block that stays in fp32, as transformer_blocks.3; repeatable.",
 )
 @click.option(
+    "--one-graph",
+    is_flag=True,
+    help="One graph for the full and the cached steps: a TensorRT engine of it holds the weights once.",
+)
+@click.option(
     "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."
 )
 @click.option(
@@ -53,6 +58,7 @@ def command(
     static_batch: int | None,
     precision: str,
     fp32_blocks: tuple[str, ...],
+    one_graph: bool,
     with_decoder: bool,
     with_text_encoder: bool,
     pipeline: Path | None,
@@ -73,6 +79,7 @@ def command(
         precision=Precision(precision),
         fp32_blocks=fp32_blocks,
         check=check,
+        one_graph=one_graph,
         with_decoder=with_decoder,
         with_text_encoder=with_text_encoder,
         pipeline_path=pipeline,

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import BackendError, ExportError, first_line
-from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.graphs import NamedGraph
+from tc_deploy.groups import TokenGroup, group_inputs
 from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL
+from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import IntArray, Precision
 
@@ -44,10 +46,11 @@ def example_inputs(
     token_index: Mapping[int, IntArray],
     sampling: Sampling,
     batch: int,
+    groups: Sequence[TokenGroup] = (),
 ) -> dict[int, dict[str, Tensor]]:
     """Inputs of every variant, by tensor name, from one sampling run with ``batch`` samples.
 
-    A variant's inputs are those of its last step before every variant was seen and every history was full.
+    ``groups`` are those of the graph that all variants share, if they do. A variant's inputs are those of its last step before every variant was seen and every history was full.
     """
     noise, conditions = draw_batch(model, sampling, range(batch))
     schedule = plan.tprr()
@@ -57,7 +60,7 @@ def example_inputs(
 
     def step_function(step: int, inputs: Mapping[str, Tensor]) -> Tensor:
         variant = schedule.variants[step]
-        examples[variant] = step_inputs(steps, step, inputs)
+        examples[variant] = step_inputs(steps, step, inputs, groups)
         filled = len(steps.history) > plan.cache.forecast_order
         if wanted == set(examples) and filled:
             raise _Enough
@@ -68,25 +71,41 @@ def example_inputs(
     return examples
 
 
-def step_inputs(steps: TokenCachedSteps, step: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that a step's graph reads, by tensor name, given the model's own inputs; the step is not run."""
+def step_inputs(
+    steps: TokenCachedSteps, step: int, inputs: Mapping[str, Tensor], groups: Sequence[TokenGroup] = ()
+) -> dict[str, Tensor]:
+    """Everything that a step's graph reads, by tensor name, given the model's own inputs; the step is not run.
+
+    A graph that all variants share (its ``groups`` are given) reads caches in a full step too, to no effect: zeros.
+    """
+    variant, batch = steps.schedule.variants[step], len(inputs["timestep"])
     example = dict(inputs)
-    if steps.schedule.variants[step] != FULL:
-        history, weights, rows = steps.cached_arguments(step, len(inputs["timestep"]))
-        for age, noted in enumerate(history):
-            # A history that is not full yet holds a step twice, which the exporter would make one input.
-            repeated = any(noted is later for later in history[:age])
-            example |= {
-                history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()
-            }
+    rows = None
+    if variant != FULL:
+        history, weights, rows = steps.cached_arguments(step, batch)
         example[FORECAST_WEIGHTS] = weights.contiguous()
-        if rows is not None:
-            example[TOKEN_INDEX] = rows.contiguous()
+    elif groups:
+        _, noted = run_full(steps.model, steps.cache, inputs)
+        history = [{name: torch.zeros_like(tensor) for name, tensor in noted.items()}] * (steps.cache.forecast_order + 1)
+        example[FORECAST_WEIGHTS] = steps.weights[step].expand(batch, -1).contiguous()
+    else:
+        return example
+    for age, noted in enumerate(history):
+        # A history that is not full yet holds a step twice, which the exporter would make one input.
+        repeated = any(noted is later for later in history[:age])
+        example |= {history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()}
+    if rows is not None:
+        example[TOKEN_INDEX] = rows.contiguous()
+    row = None if rows is None else rows.reshape(-1, rows.shape[-1])[0].numpy()
+    for name, values in group_inputs(groups, steps.cache, steps.model.geometry.tokens, variant, row).items():
+        given = torch.from_numpy(values.copy())
+        shared = values.ndim > 0 and steps.model.family.shares_index
+        example[name] = given if shared else given.expand(batch, *given.shape).contiguous()
     return example
 
 
 def check_graph(
-    graph: StepGraph, example: Mapping[str, Tensor], path: Path, precision: Precision = Precision.FP32
+    graph: NamedGraph, example: Mapping[str, Tensor], path: Path, precision: Precision = Precision.FP32
 ) -> tuple[float, Tensor]:
     """Run an exported graph in an engine and in PyTorch, whose products are in ``precision`` now, on the same inputs.
 
@@ -119,7 +138,7 @@ def check_outputs(path: Path, feed: Mapping[str, Tensor], expected: Mapping[str,
     return _worst_error(path, found, expected, Precision.FP32)
 
 
-def snr_to_fp32_db(graph: StepGraph, example: Mapping[str, Tensor], sample: Tensor) -> float | None:
+def snr_to_fp32_db(graph: NamedGraph, example: Mapping[str, Tensor], sample: Tensor) -> float | None:
     """What half precision costs one pass.
 
     Args:

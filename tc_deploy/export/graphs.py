@@ -21,11 +21,12 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from tc_deploy.errors import ExportError, first_line
-from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, MODULE_END, SAMPLE, TOKEN_INDEX, history_name
+from tc_deploy.groups import TokenGroup, running_variants, token_groups
+from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, MODULE_END, SAMPLE, STEPS, TOKEN_INDEX, history_name, rows_name, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.schedule import FULL
-from tc_deploy.tokencache.forward import cached_tensors, run_cached, run_full
+from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_open
 from tc_deploy.types import Precision
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
@@ -47,6 +48,10 @@ class NamedGraph(nn.Module):
     output_names: tuple[str, ...]
     title: str
     """What messages call it."""
+    stem: str
+    """Of its file."""
+    groups: tuple[TokenGroup, ...] = ()
+    """Blocks whose number of tokens is open."""
     batch_axis = MODEL_BATCH
     """Name of the batch axis where it is left open."""
     folded_elements = FOLDED_ELEMENTS
@@ -54,6 +59,10 @@ class NamedGraph(nn.Module):
     def is_shared(self, name: str) -> bool:  # noqa: ARG002 - a variant has such an input
         """Whether an input has no batch axis."""
         return False
+
+    def open_axis(self, name: str) -> str | None:  # noqa: ARG002 - the graph of all variants has such inputs
+        """Name of an input's last axis where it is left open, whatever the batch."""
+        return None
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The inputs by name; the exporter is told that they have one batch.
@@ -81,7 +90,7 @@ class StepGraph(NamedGraph):
         super().__init__()
         self.module = model.module
         self.model, self.cache, self.variant = model, cache, variant
-        self.title = f"variant {variant}"
+        self.title, self.stem = f"variant {variant}", variant_name(variant)
         depth = cache.forecast_order + 1
         if variant == FULL:
             self.cache_names = cached_tensors(model, cache, phases)
@@ -117,6 +126,68 @@ class StepGraph(NamedGraph):
         return (sample,)
 
 
+class OpenStepGraph(NamedGraph):
+    """All variants that run the model as one graph, whose token counts are open.
+
+    Args:
+        model: the model.
+        cache: keep counts, reuse, attention, forecast order.
+        phases: the phases in use.
+    """
+
+    title, stem = "the graph of all variants", STEPS
+
+    def __init__(self, model: DiffusionTransformer, cache: CacheRecord, phases: Sequence[int]) -> None:
+        super().__init__()
+        self.module = model.module
+        self.model, self.cache = model, cache
+        self.groups = token_groups(cache, phases, model.geometry.tokens)
+        self._axes = {group.index_name: group.axis for group in self.groups}
+        self.cache_names = cached_tensors(model, cache, phases)
+        depth = cache.forecast_order + 1
+        # The model's own output is read by cached steps without the model alone.
+        self._read = [name for name in self.cache_names if name != OUTPUT]
+        given = [name for group in self.groups for name in group.input_names]
+        self.input_names = (
+            *model.input_names,
+            *((FORECAST_WEIGHTS,) if depth > 1 else ()),
+            *given,
+            *(history_name(name, age) for age in range(depth) for name in self._read),
+        )
+        self.output_names = (SAMPLE, *(rows_name(name) if name in self._read else name for name in self.cache_names))
+
+    def is_shared(self, name: str) -> bool:
+        """Whether an input has no batch axis: the token index of a family whose samples share it."""
+        return name in self._axes and self.model.family.shares_index
+
+    def open_axis(self, name: str) -> str | None:
+        """The number of tokens, of a group's index."""
+        return self._axes.get(name)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run a step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
+        given = self.named(tensors)
+        inputs = {name: given[name] for name in self.model.input_names}
+        history = [
+            {name: given[history_name(name, age)] for name in self._read}
+            for age in range(self.cache.forecast_order + 1)
+        ]
+        weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
+        sample, noted = run_open(self.model, self.cache, self.groups, inputs, history, weights, given)
+        return (sample, *(noted[name] for name in self.cache_names))
+
+
+def step_graphs(
+    model: DiffusionTransformer, cache: CacheRecord, phases: Sequence[int], *, one_graph: bool
+) -> dict[int, StepGraph | OpenStepGraph]:
+    """The graph of every variant in use; with ``one_graph`` those that run the model have the same one."""
+    graphs: dict[int, StepGraph | OpenStepGraph]
+    graphs = {variant: StepGraph(model, cache, variant, phases) for variant in (FULL, *phases)}
+    if one_graph:
+        graphs |= dict.fromkeys(running_variants(cache, phases), OpenStepGraph(model, cache, phases))
+    return graphs
+
+
 def onnx_from_graph(
     graph: NamedGraph,
     example: Mapping[str, Tensor],
@@ -139,8 +210,7 @@ def onnx_from_graph(
     Raises:
         ExportError: PyTorch's exporter refuses the graph, or fixes the batch that was to be left open.
     """
-    batch = {0: torch.export.Dim(graph.batch_axis, min=1)}
-    axes = tuple({} if graph.is_shared(name) else batch for name in graph.input_names)
+    axes = _open_axes(graph, dynamic_batch=dynamic_batch)
     arguments = tuple(example[name] for name in graph.input_names)
     try:
         with _quiet(), torch.no_grad():
@@ -151,7 +221,7 @@ def onnx_from_graph(
                 opset_version=OPSETS[precision],
                 input_names=list(graph.input_names),
                 output_names=list(graph.output_names),
-                dynamic_shapes=(axes,) if dynamic_batch else None,
+                dynamic_shapes=(axes,) if any(axes) else None,
                 custom_translation_table=_TRANSLATIONS,
                 external_data=False,
                 optimize=True,
@@ -162,24 +232,43 @@ def onnx_from_graph(
     if program is None:
         raise ExportError(f"PyTorch exported nothing for {graph.title}")
     model: ir.Model = program.model
-    if dynamic_batch:
-        _check_dynamic(model, graph)
+    _check_dynamic(model, graph, axes)
     with _quiet():
         optimizer.optimize(model, input_size_limit=graph.folded_elements, output_size_limit=graph.folded_elements)
     _strip_notes(model)
     return model
 
 
-def _check_dynamic(model: ir.Model, graph: NamedGraph) -> None:
-    """See that the batch axis is open: the exporter fixes it without a word where a forward asks for its number."""
-    shapes = {str(value.name): value.shape for value in model.graph.inputs}
+def _open_axes(graph: NamedGraph, *, dynamic_batch: bool) -> tuple[dict[int, Any], ...]:
+    """The axes of each input that the exporter is to leave open."""
+    names = {graph.batch_axis, *filter(None, map(graph.open_axis, graph.input_names))}
+    # At least one, and never a range that some operator could narrow.
+    dims = {name: torch.export.Dim(name, min=1) for name in names}
+    axes = []
     for name in graph.input_names:
+        last = graph.open_axis(name)
+        shared = graph.is_shared(name)
+        opened = {0: dims[graph.batch_axis]} if dynamic_batch and not shared else {}
+        axes.append(opened if last is None else opened | {1 if shared else 2: dims[last]})
+    return tuple(axes)
+
+
+def _check_dynamic(model: ir.Model, graph: NamedGraph, axes: Sequence[Mapping[int, Any]]) -> None:
+    """See that the axes are open: the exporter fixes one without a word where a forward asks for its number."""
+    shapes = {str(value.name): value.shape for value in model.graph.inputs}
+    for name, opened in zip(graph.input_names, axes, strict=True):
         shape = shapes[name]
-        if shape is not None and isinstance(shape[0], int) and not graph.is_shared(name):
+        fixed = [axis for axis in opened if shape is not None and isinstance(shape[axis], int)]
+        if fixed and fixed[0] == 0:
             raise ExportError(
                 f"{graph.title}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
                 " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
                 " export with --static-batch"
+            )
+        if fixed:
+            raise ExportError(
+                f"{graph.title}: the number of tokens of {name} came out fixed at {shape[fixed[0]]}, so the model's"
+                " forward asks for it as a number; mend that, or export without --one-graph"
             )
 
 

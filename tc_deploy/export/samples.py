@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tc_deploy.export.check import step_inputs
-from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.graphs import NamedGraph, OpenStepGraph, StepGraph
 from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
@@ -31,6 +31,7 @@ from tc_deploy.manifest import (
     SAMPLE,
     SOLVER,
     GraphRecord,
+    cached_name,
     history_name,
     variant_name,
 )
@@ -50,7 +51,7 @@ LIMIT_BYTES = 128 * 2**20
 class _Run:
     """A sampling run under the plan that keeps what every step of the sampler read, and wanted steps of the model."""
 
-    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, StepGraph]) -> None:
+    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, NamedGraph]) -> None:
         self.steps, self.wanted = steps, wanted
         self.inputs: dict[int, Feed] = {}
         self.outputs: dict[int, Feed] = {}
@@ -60,14 +61,19 @@ class _Run:
 
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
         graph = self.wanted.get(step)
-        if graph is not None:
-            example = step_inputs(self.steps, step, inputs)
-            self.inputs[step] = {name: _array(example[name]) for name in graph.input_names}
+        example = {} if graph is None else step_inputs(self.steps, step, inputs, graph.groups)
         output = self.steps(step, inputs)
         if graph is not None:
-            noted = self.steps.history[0] if graph.variant == FULL else {}
-            tensors = {SAMPLE: output} | {name: noted[name] for name in graph.output_names if name != SAMPLE}
-            self.outputs[step] = {name: _array(tensor) for name, tensor in tensors.items()}
+            known = {SAMPLE: output}
+            if self.steps.schedule.variants[step] == FULL:
+                known |= self.steps.history[0]
+            made = {name: known[cached_name(name)] for name in graph.output_names if cached_name(name) in known}
+            if len(made) < len(graph.output_names):
+                # The rows that a cached step computes, which nobody reads, only a graph for all variants gives out.
+                feed = (example[name] for name in graph.input_names)
+                made = dict(zip(graph.output_names, graph(*feed), strict=True)) | made
+            self.inputs[step] = {name: _array(example[name]) for name in graph.input_names}
+            self.outputs[step] = {name: _array(made[name]) for name in graph.output_names}
         self.model_outputs.append(_array(output))
         return output
 
@@ -77,7 +83,7 @@ class _Run:
 
 
 def samples_of(
-    graphs: Mapping[int, StepGraph],
+    graphs: Mapping[int, StepGraph | OpenStepGraph],
     records: Mapping[str, GraphRecord],
     plan: Plan,
     token_index: Mapping[int, IntArray],
@@ -90,7 +96,7 @@ def samples_of(
     """Sample under the plan and in full.
 
     Args:
-        graphs: the variants, as they were exported.
+        graphs: of each variant, as it was exported.
         records: how the manifest names the graphs.
         plan: the plan.
         token_index: its index tables by phase.
@@ -111,13 +117,12 @@ def samples_of(
     noise = torch.randn((batch, *model.geometry.latent_shape), generator=generator)
     conditions = model.random_conditions(batch, generator)
     schedule = plan.tprr()
-    wanted: dict[int, StepGraph] = {}
-    for variant, graph in graphs.items():
+    chosen: dict[int, tuple[int, ...]] = {}
+    for variant in graphs:
         steps = [step for step, ran in enumerate(schedule.variants) if ran == variant]
         rows = batch * (1 if sampling.guidance_scale is None else 2)
-        wanted |= dict.fromkeys(
-            chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES), graph
-        )
+        chosen[variant] = chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES)
+    wanted = {step: graphs[variant] for variant, steps_of in chosen.items() for step in steps_of}
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
     with half_products(model, precision, fp32_blocks, stored=False), overflow_refused(model, precision, fp32_blocks):
         denoise(model, sampling, noise, conditions, run.step, run.note)
@@ -126,9 +131,8 @@ def samples_of(
         steps_of_plan = TokenCachedSteps(model, plan.cache, schedule, token_index)
         exact = latents_of(model, sampling, noise, conditions, steps_of_plan)
     samples = {}
-    for graph in graphs.values():
-        steps_of = tuple(step for step, made in wanted.items() if made is graph)
-        samples[variant_name(graph.variant)] = GraphSamples(
+    for variant, steps_of in chosen.items():
+        samples[variant_name(variant)] = GraphSamples(
             steps=steps_of,
             inputs=tuple(run.inputs[step] for step in steps_of),
             outputs=tuple(run.outputs[step] for step in steps_of),

@@ -22,13 +22,14 @@ from tc_deploy.bundle import check_files, check_replaceable, file_records, new_f
 from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
-from tc_deploy.export.graphs import EXAMPLE_BATCH, StepGraph, onnx_from_graph
+from tc_deploy.export.graphs import EXAMPLE_BATCH, OpenStepGraph, StepGraph, onnx_from_graph, step_graphs
 from tc_deploy.export.parts import PipelineParts
 from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
+from tc_deploy.groups import running_variants
 from tc_deploy.manifest import (
     FORMAT_VERSION,
     FP32_GRAPHS,
@@ -50,6 +51,7 @@ from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
 from tc_deploy.samples import GraphSamples, Trajectory, write_samples
+from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray, Precision
 
@@ -65,6 +67,7 @@ def export_bundle(
     check: bool = True,
     graphs_from: Path | None = None,
     samples: bool = True,
+    one_graph: bool = False,
     with_decoder: bool = False,
     with_text_encoder: bool = False,
     pipeline_path: Path | None = None,
@@ -85,6 +88,8 @@ def export_bundle(
             they are: of two plans that differ in schedule or sampler, the second costs no export.
         samples: also write what engines are validated by, unless ``graphs_from`` is given, ``check`` is off, or the
             graphs are in bf16.
+        one_graph: make one graph of the variants that run the model, its token counts open, so that an engine holds
+            the weights once; each variant is a profile of it.
         with_decoder: also export the decoder of the pipeline's autoencoder.
         with_text_encoder: also export the pipeline's text encoders, and its tokenizers.
         pipeline_path: the folder that holds these; None looks where the checkpoint is.
@@ -113,6 +118,11 @@ def export_bundle(
     source = model_path or Path(plan.model.source)
     model = load_model(source, ModelOptions.of(plan.model))
     check_model(plan, model, str(plan_folder))
+    if one_graph and len(running_variants(plan.cache, plan.phases_used())) == 1:
+        raise UsageError(
+            f"{plan_folder}: no cached step of the plan runs the model, so the weights are in one graph anyway; leave"
+            " --one-graph out"
+        )
     family, geometry = model.family, model.geometry
     parts = PipelineParts(
         pipeline_path or source, family, geometry, decoder=with_decoder, text_encoder=with_text_encoder
@@ -131,6 +141,7 @@ def export_bundle(
             check=check,
             graphs_from=graphs_from,
             samples=samples,
+            one_graph=one_graph,
             progress=progress,
         )
         # The transformer's memory is free before an autoencoder or a text encoder takes some.
@@ -147,7 +158,7 @@ def export_bundle(
             PLAN,
             TABLES,
             RUNTIME_TABLES,
-            *(record.file for record in records.values()),
+            *dict.fromkeys(record.file for record in records.values()),
             f"{ONNX_FOLDER}/{WEIGHTS}",
             *(item.file for item in (made.text.tokenizers if made.text else ())),
             *sample_files,
@@ -203,6 +214,7 @@ def _exported_steps(
     check: bool,
     graphs_from: Path | None,
     samples: bool,
+    one_graph: bool,
     progress: Callable[[str], None],
 ) -> _Steps:
     """Write the graphs of the model and of its solver; see :func:`export_bundle`. Keeps nothing of the model."""
@@ -218,7 +230,7 @@ def _exported_steps(
         )
     batch = batch_size or EXAMPLE_BATCH
     token_index = token_index_tables(plan, tables)
-    graphs: dict[int, StepGraph] = {}
+    graphs: dict[int, StepGraph | OpenStepGraph] = {}
     onnx = folder / ONNX_FOLDER
     if graphs_from is None:
         progress("sampling with the plan in PyTorch, for inputs as they occur")
@@ -226,14 +238,14 @@ def _exported_steps(
             half_products(model, precision, fp32_blocks, stored=False),
             overflow_refused(model, precision, fp32_blocks),
         ):
-            examples = example_inputs(model, plan, token_index, sampling, batch)
-        graphs = {variant: StepGraph(model, plan.cache, variant, plan.phases_used()) for variant in examples}
+            graphs = step_graphs(model, plan.cache, plan.phases_used(), one_graph=one_graph)
+            examples = example_inputs(model, plan, token_index, sampling, batch, graphs[FULL].groups)
         dynamic = batch_size is None
         records = _exported(
             model, graphs, examples, onnx, precision, fp32_blocks, dynamic=dynamic, check=check, progress=progress
         )
     else:
-        records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx)
+        records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx, one_graph=one_graph)
     geometry = model.geometry
     onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
     records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx")
@@ -294,7 +306,7 @@ def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) 
 
 def _exported(
     model: DiffusionTransformer,
-    graphs: Mapping[int, StepGraph],
+    graphs: Mapping[int, StepGraph | OpenStepGraph],
     examples: Mapping[int, Mapping[str, Tensor]],
     onnx: Path,
     precision: Precision,
@@ -307,18 +319,24 @@ def _exported(
     """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them."""
     records: dict[str, GraphRecord] = {}
     samples: dict[int, Tensor] = {}
+    variants_of: dict[StepGraph | OpenStepGraph, list[int]] = {}
+    for variant, graph in graphs.items():
+        variants_of.setdefault(graph, []).append(variant)
     with half_products(model, precision, fp32_blocks):
         with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
-            for variant, graph in graphs.items():
-                name = variant_name(variant)
-                progress(f"exporting {name}")
-                onnx_model = onnx_from_graph(graph, examples[variant], dynamic_batch=dynamic, precision=precision)
+            for graph, variants in variants_of.items():
+                progress(f"exporting {graph.stem}")
+                # Where several variants share it, the first is the full one: many tokens, as the exporter wants them.
+                onnx_model = onnx_from_graph(graph, examples[variants[0]], dynamic_batch=dynamic, precision=precision)
                 weights.pack(onnx_model)
-                records[name] = saved_graph(onnx_model, onnx / f"{name}.onnx")
+                record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx")
+                for variant in variants:
+                    sizes = {group.axis: group.size(variant) for group in graph.groups}
+                    records[variant_name(variant)] = record.sized(sizes)
         for variant, graph in graphs.items() if check else ():
             name = variant_name(variant)
             progress(f"comparing {name} with PyTorch")
-            error, samples[variant] = check_graph(graph, examples[variant], onnx / f"{name}.onnx", precision)
+            error, samples[variant] = check_graph(graph, examples[variant], onnx / f"{graph.stem}.onnx", precision)
             records[name] = records[name].model_copy(update={"max_abs_error": error})
     if precision is not Precision.FP32:
         for variant, sample in samples.items():
@@ -329,21 +347,29 @@ def _exported(
 
 
 def _taken_graphs(
-    bundle: Path, plan: Plan, batch_size: int | None, precision: Precision, fp32_blocks: Collection[str], onnx: Path
+    bundle: Path,
+    plan: Plan,
+    batch_size: int | None,
+    precision: Precision,
+    fp32_blocks: Collection[str],
+    onnx: Path,
+    *,
+    one_graph: bool,
 ) -> dict[str, GraphRecord]:
     """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
     other, _ = load_plan(bundle)
     guided = plan.sampling.guidance_scale is not None
-    types = (manifest.precision, set(manifest.fp32_blocks))
-    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, types)
-    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, (precision, set(fp32_blocks))):
+    kind = (manifest.precision, set(manifest.fp32_blocks), manifest.one_graph)
+    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, kind)
+    wanted = (precision, set(fp32_blocks), one_graph)
+    if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, wanted):
         raise UsageError(
             f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
         )
     records = {name: record for name, record in manifest.graphs.items() if name not in (SOLVER, *FP32_GRAPHS)}
-    for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *(record.file for record in records.values())):
+    for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *{record.file for record in records.values()}):
         shutil.copyfile(bundle / name, onnx / Path(name).name)
     return records
 

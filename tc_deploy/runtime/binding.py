@@ -19,10 +19,12 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import FORECAST_WEIGHTS, RUNTIME_TABLES, TOKEN_INDEX, Manifest, read_manifest
+from tc_deploy.groups import group_inputs, token_groups
+from tc_deploy.manifest import COMPUTED, FORECAST_WEIGHTS, RUNTIME_TABLES, TOKEN_INDEX, Manifest, history_of, read_manifest
 from tc_deploy.plan import Plan, index_row, load_plan, token_index_name
 from tc_deploy.runtime.layout import Layout
-from tc_deploy.runtime.program import Call, row_of
+from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of
+from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray, IntArray
 
 
@@ -44,10 +46,17 @@ class Bundle:
 
     def row(self, table: str, step: int) -> NDArray[Any]:
         """One step's row of a table, without the batch axis."""
-        if table != TOKEN_INDEX:
+        if history_of(table)[0] not in (TOKEN_INDEX, COMPUTED):
             return np.asarray(self.step_tables[table][step])
-        schedule = self.plan.tprr()
-        return np.asarray(self.index_tables[token_index_name(schedule.variants[step])][index_row(schedule, step)])
+        schedule, cache, tokens = self.plan.tprr(), self.plan.cache, self.plan.model.tokens
+        variant = FULL if step == EVERY_FULL_STEP else schedule.variants[step]
+        index = None if variant == FULL else self.index_tables.get(token_index_name(variant))
+        row = None if index is None else np.asarray(index[index_row(schedule, step)], np.int32)
+        if table == TOKEN_INDEX:
+            assert row is not None, "check_plan sees to it that a phase that prunes has an index table"
+            return row
+        groups = token_groups(cache, self.plan.phases_used(), tokens)
+        return group_inputs(groups, cache, tokens, variant, row)[table]
 
 
 def read_bundle(path: Path, backend: str | None) -> Bundle:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,8 @@ from tc_deploy.backends.base import BufferSpec
 from tc_deploy.conditions import whole_number
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import (
-    BATCH,
     CACHE_PREFIX,
     IMAGES,
-    MODEL_BATCH,
     SAMPLE,
     TEXT_ENCODER,
     GraphRecord,
@@ -102,8 +100,7 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
         record = graphs[call.graph]
         for names, tensors in ((call.inputs, record.inputs), (call.outputs, record.outputs)):
             for tensor in tensors:
-                shape = tuple(axes[size] if isinstance(size, str) else size for size in tensor.shape)
-                found.setdefault(names[tensor.name], (tensor, shape))
+                found.setdefault(names[tensor.name], (tensor, tensor.shape_at(axes)))
     sizes_bytes = [_itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
     offsets, size_bytes = arena_offsets(sizes_bytes)
     buffers = tuple(
@@ -123,16 +120,14 @@ def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep
     return planned, full
 
 
-def pipeline_layout(manifest: Manifest, plan: Plan, batch_size: int) -> Layout:
+def pipeline_layout(manifest: Manifest, programs: Sequence[Sequence[ProgramStep]], batch_size: int) -> Layout:
     """The buffers of a pipeline, whose two programs share them."""
-    programs = pipeline_programs(manifest, plan)
     calls = [call for steps in programs for step in steps for call in (step.model, step.solver)]
     if manifest.decoder is not None:
         calls.append(decoder_call(programs[0]))
     if manifest.text is not None:
         calls.append(text_call(manifest.graphs[TEXT_ENCODER]))
-    axes = {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if manifest.guided else 1)}
-    return layout_of(manifest.graphs, calls, axes)
+    return layout_of(manifest.graphs, calls, manifest.batch_axes(batch_size))
 
 
 def checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:

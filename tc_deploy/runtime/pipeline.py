@@ -106,9 +106,10 @@ class Pipeline:
         self._lock = threading.Lock()
 
         device, graphs = engines or load_target(path, self.manifest, self.backend)
-        binder = Binder(bundle, device, graphs, pipeline_layout(self.manifest, self.plan, self.batch_size))
-        self._buffers = binder.buffers
         planned, full = pipeline_programs(self.manifest, self.plan)
+        layout = pipeline_layout(self.manifest, (planned, full), self.batch_size)
+        binder = Binder(bundle, device, graphs, layout)
+        self._buffers = binder.buffers
         self._cached_program: BoundProgram | None = _bound_program(planned, binder, device, watch)
         self._full_program: BoundProgram | None = _bound_program(full, binder, device, watch)
         self._decoder: BoundGraph | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tc_deploy.manifest import (
     CACHE_PREFIX,
+    COMPUTED,
     DECODER,
     FORECAST_WEIGHTS,
     IMAGES,
@@ -25,13 +26,16 @@ from tc_deploy.manifest import (
     TOKEN_INDEX,
     GraphRecord,
     TensorRecord,
+    cached_name,
     history_of,
     variant_name,
 )
 from tc_deploy.schedule import FULL, Schedule
 
-STEP_TABLES = ("timestep", TOKEN_INDEX, FORECAST_WEIGHTS, "coefficients", "input_scale")
+STEP_TABLES = ("timestep", TOKEN_INDEX, COMPUTED, FORECAST_WEIGHTS, "coefficients", "input_scale")
 """Inputs that a step takes from a table: one constant buffer per step."""
+EVERY_FULL_STEP = -1
+"""In the place of a step: what every full step takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,8 @@ class ProgramStep:
     """Buffer that holds the latents after the step."""
 
 
-def slot(name: str, number: int) -> str:
-    """Name of one slot of a rotating buffer."""
+def slot(name: str, number: int | str) -> str:
+    """Name of one slot of a rotating buffer, or of the buffer that one variant has of a tensor."""
     return f"{name}@{number}"
 
 
@@ -75,6 +79,11 @@ def tensor_of(buffer: str) -> str:
     return buffer.partition("@")[0]
 
 
+def is_given(tensor: str) -> bool:
+    """Whether an input of the model's graph comes from the request: no table has it, and no earlier step made it."""
+    return history_of(tensor)[0] not in STEP_TABLES and not tensor.startswith(CACHE_PREFIX)
+
+
 def program_of(
     graphs: Mapping[str, GraphRecord], schedule: Schedule, forecast_order: int, solver_history: int
 ) -> tuple[ProgramStep, ...]:
@@ -82,7 +91,8 @@ def program_of(
 
     The latents of step s lie in slot ``s mod (solver_history + 2)``, so an update never writes what it reads; a cache
     of the f-th full step lies in slot ``f mod (forecast_order + 1)``, so a full step, which reads no cache, overwrites
-    the oldest.
+    the oldest. Where one graph holds all variants, a full step is given zeros to read, and what a cached step's blocks
+    have computed goes where nobody reads it.
 
     Args:
         graphs: the bundle's graphs.
@@ -100,16 +110,24 @@ def program_of(
         full_steps += variant == FULL
         inputs = {}
         for tensor in graph.inputs:
-            if tensor.name in STEP_TABLES:
-                inputs[tensor.name] = table_row(tensor.name, step)
-            elif tensor.name.startswith(CACHE_PREFIX):
-                inputs[tensor.name] = _cache_slot(tensor.name, full_steps, forecast_order)
-            else:
+            if is_given(tensor.name):
                 inputs[tensor.name] = tensor.name
-        outputs = {
-            tensor.name: tensor.name if tensor.name == SAMPLE else _cache_slot(tensor.name, full_steps, forecast_order)
-            for tensor in graph.outputs
-        }
+            elif not tensor.name.startswith(CACHE_PREFIX):
+                # What tokens a full step computes is the same at each of them, and in the run in which all are full.
+                grouped = variant == FULL and history_of(tensor.name)[0] in (TOKEN_INDEX, COMPUTED)
+                inputs[tensor.name] = table_row(tensor.name, EVERY_FULL_STEP if grouped else step)
+            elif variant == FULL:
+                inputs[tensor.name] = _zeros(tensor)
+            else:
+                inputs[tensor.name] = _cache_slot(tensor.name, full_steps, forecast_order)
+        outputs = {}
+        for tensor in graph.outputs:
+            if tensor.name == SAMPLE:
+                outputs[tensor.name] = SAMPLE
+            elif variant == FULL:
+                outputs[tensor.name] = _cache_slot(cached_name(tensor.name), full_steps, forecast_order)
+            else:
+                outputs[tensor.name] = slot(tensor.name, variant_name(variant))
         model = Call(graph=variant_name(variant), inputs=inputs, outputs=outputs)
         latents = _rotating("latents", step + 1, solver_history + 2)
         steps.append(
@@ -164,6 +182,11 @@ def _cache_slot(tensor: str, full_steps: int, forecast_order: int) -> str:
     name, age = history_of(tensor)
     age = age if age < full_steps else 0
     return _rotating(name, full_steps - 1 - age, forecast_order + 1)
+
+
+def _zeros(tensor: TensorRecord) -> str:
+    """The buffer that nobody writes, for all cached tensors of a kind."""
+    return slot(f"{CACHE_PREFIX}zeros", "x".join((tensor.dtype, *map(str, tensor.shape))))
 
 
 def _rotating(name: str, position: int, slots: int) -> str:

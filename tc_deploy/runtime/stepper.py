@@ -19,7 +19,7 @@ from tc_deploy.errors import UsageError
 from tc_deploy.manifest import FP32_GRAPHS, MODEL_BATCH, SAMPLE, SOLVER, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Binder, Bundle
 from tc_deploy.runtime.layout import layout_of
-from tc_deploy.runtime.program import STEP_TABLES, program_of
+from tc_deploy.runtime.program import is_given, program_of
 from tc_deploy.schedule import FULL, full_schedule
 from tc_deploy.types import FloatArray
 
@@ -56,7 +56,7 @@ class Engines:
     def inputs(self) -> tuple[TensorRecord, ...]:
         """What the caller gives at every step; the batch is the first axis of each."""
         graph = self.bundle.manifest.graphs[variant_name(FULL)]
-        return tuple(tensor for tensor in graph.inputs if tensor.name not in STEP_TABLES)
+        return tuple(tensor for tensor in graph.inputs if is_given(tensor.name))
 
     @property
     def static_batch(self) -> int | None:

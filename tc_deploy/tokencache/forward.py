@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tc_deploy.groups import TokenGroup
 from tc_deploy.models.family import Block, DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.tokencache.passes import (
@@ -25,6 +26,7 @@ from tc_deploy.tokencache.passes import (
     Cache,
     CachedPass,
     FullPass,
+    OpenPass,
     SuperposedPass,
     cache_name,
     forecast,
@@ -126,6 +128,44 @@ def run_cached(
     points = CachedPass(cache, keep_counts, model.geometry.tokens, index, history, weights)
     with cache_points(model, cache.reuse, points):
         return model.forward(inputs)
+
+
+def run_open(
+    model: DiffusionTransformer,
+    cache: CacheRecord,
+    groups: Sequence[TokenGroup],
+    inputs: Mapping[str, Tensor],
+    history: Sequence[Cache],
+    weights: Tensor,
+    given: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step of any variant that runs the model: which one, the groups' inputs say.
+
+    Args:
+        model: the model.
+        cache: reuse, attention, forecast order.
+        groups: of the plan's blocks.
+        inputs: the model's inputs by name.
+        history: as in :func:`run_cached`; a full step reads it and keeps nothing of it.
+        weights: as in :func:`run_cached`.
+        given: the groups' inputs by name.
+
+    Returns:
+        The model's output, and the rows that each block computed, (B, M, D): in a full step the cache, if the index
+        names all tokens in order.
+    """
+    index: dict[int, Tensor] = {}
+    computed: dict[int, Tensor] = {}
+    for group in groups:
+        rows = given[group.index_name].long()
+        rows = rows if rows.ndim == 3 else rows[None]
+        index |= {block: rows[:, place] for place, block in enumerate(group.blocks)}
+        if group.may_keep_none:
+            computed |= dict.fromkeys(group.blocks, given[group.computed_name] > 0)
+    points = OpenPass(cache, model.geometry.tokens, index, computed, history, weights)
+    with cache_points(model, cache.reuse, points):
+        output = model.forward(inputs)
+    return output, points.noted | {OUTPUT: output}
 
 
 def run_superposed(

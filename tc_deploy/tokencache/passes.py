@@ -185,6 +185,72 @@ class CachedPass(CachePoints):
         return _heads_split(self._put(block, part, _heads_joined(rows)), rows.shape[1])
 
 
+class OpenPass(CachedPass):
+    """A cached pass whose numbers of tokens are open, so that with all of them it is a full one; notes what it computes.
+
+    Args:
+        cache: whether keys and values are cached.
+        tokens: N.
+        index: of each block that may prune, which tokens it computes: (B, M), or (1, M) for all samples.
+        computed: of each block that may keep none, (B,) bool: False takes everything from the history all the same.
+        history: caches of the last full steps, latest first.
+        weights: (B, len(history)), how they are combined.
+    """
+
+    def __init__(
+        self,
+        cache: CacheRecord,
+        tokens: int,
+        index: Mapping[int, Tensor],
+        computed: Mapping[int, Tensor],
+        history: Sequence[Cache],
+        weights: Tensor,
+    ) -> None:
+        super().__init__(cache, (tokens,) * len(cache.keep_counts[0]), tokens, index, history, weights)
+        self._is_computed = computed
+        self.noted: dict[str, Tensor] = {}
+        """The computed rows, (B, M, D) by :func:`cache_name`."""
+
+    def computed(self, block: int) -> int:
+        """M of the index."""
+        return self.index[block].shape[1] if block in self.index else self.tokens
+
+    def branch(self, block: int, name: str, rows: Rows, compute: Callable[[], Streams]) -> Streams:
+        """Computed over cached, or all computed."""
+        image, text = super().branch(block, name, rows, compute)
+        return Streams(image, text if text is None else self._text_or_cached(block, name, text))
+
+    def residual(self, block: int, image: Tensor, text: Tensor | None, compute: Callable[[Tensor], Streams]) -> Streams:
+        """Tokens plus what the block adds, likewise."""
+        output = super().residual(block, image, text, compute)
+        added = _difference(output.text, text)
+        if text is None or added is None or cache_name(block, text_part(BLOCK)) not in self.history[0]:
+            return output
+        return Streams(output.image, text + self._text_or_cached(block, BLOCK, added))
+
+    def attention(self, block: int, prefix: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Computed over cached, where they are cached."""
+        return super().attention(block, prefix, key, value) if self._is_cached(block, prefix + KEY) else (key, value)
+
+    def _is_cached(self, block: int, part: str) -> bool:
+        return cache_name(block, part) in self.history[0]
+
+    def _text_or_cached(self, block: int, part: str, text: Tensor) -> Tensor:
+        """Text that a block computed, or what is cached where it computes nothing and a later block reads it."""
+        if not self._is_cached(block, text_part(part)):
+            return text
+        self.noted[cache_name(block, text_part(part))] = text
+        return torch.where(self._is_computed[block][:, None, None], text, self._forecast(block, text_part(part)))
+
+    def _put(self, block: int, part: str, rows: Tensor) -> Tensor:
+        self.noted[cache_name(block, part)] = rows
+        base, index = self._forecast(block, part), self.index[block].expand(rows.shape[0], -1)
+        if block in self._is_computed:
+            cached = base.reshape(-1, base.shape[2]).index_select(0, _flat_rows(index, base.shape[1]))
+            rows = torch.where(self._is_computed[block][:, None, None], rows, cached.reshape(rows.shape))
+        return _put_rows(base, index, rows)
+
+
 class SuperposedPass(CachePoints):
     """Computes every value and mixes the picture's with the cached ones, by the token's importance."""
 

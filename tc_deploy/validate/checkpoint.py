@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.graphs import NamedGraph, step_graphs
 from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import full_latents, latents_of
 from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
+from tc_deploy.manifest import read_manifest
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
@@ -66,15 +67,17 @@ class Checkpoint:
             model_path or Path(self.plan.model.source), ModelOptions.of(self.plan.model)
         )
         check_model(self.plan, self.model, str(bundle))
+        self._one_graph = read_manifest(bundle).one_graph
         self._token_index: dict[int, IntArray] = token_index_tables(self.plan, tables)
 
     @cached_property
     def _sampling(self) -> Sampling:
         return sampling_from_plan(self.plan)
 
-    def step_graph(self, variant: int) -> StepGraph:
-        """A variant of a step."""
-        return StepGraph(self.model, self.plan.cache, variant, self.plan.phases_used())
+    def step_graph(self, variant: int) -> NamedGraph:
+        """The graph of a variant."""
+        graphs = step_graphs(self.model, self.plan.cache, self.plan.phases_used(), one_graph=self._one_graph)
+        return graphs[variant]
 
     def outputs(self, variant: int, feed: Mapping[str, NDArray[Any]]) -> Feed:
         """Run a step once; returns its outputs by name."""

@@ -100,8 +100,7 @@ def run_graph(device: Device, graph: Graph, record: GraphRecord, feed: Mapping[s
         axes |= {axis: size for axis, size in zip(tensor.shape, array.shape, strict=True) if isinstance(axis, str)}
     specs = {name: BufferSpec(dtype=array.dtype, shape=array.shape) for name, array in arrays.items()}
     for tensor in record.outputs:
-        shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        specs[tensor.name] = BufferSpec(dtype=tensor.numpy_dtype, shape=shape)
+        specs[tensor.name] = BufferSpec(dtype=tensor.numpy_dtype, shape=tensor.shape_at(axes))
     buffers = dict(zip(specs, device.buffers(list(specs.values())), strict=True))
     for name, array in arrays.items():
         buffers[name].write(array)

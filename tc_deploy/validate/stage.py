@@ -21,7 +21,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
 from tc_deploy import __version__
 from tc_deploy.backends import registry
-from tc_deploy.backends.load import load_target
+from tc_deploy.backends.load import load_target, loaded_graphs
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line
@@ -112,6 +112,7 @@ class _Validation:
         self.path, self.against, self.model_path, self.progress = path, against, model_path, progress
         bundle = read_bundle(path, backend)
         self.manifest: Manifest = bundle.manifest
+        self.plan = bundle.plan
         self.backend = bundle.backend
         self.target: TargetManifest = read_target(path, self.backend)
         if against not in (RECORDED, TORCH):
@@ -138,7 +139,7 @@ class _Validation:
         self.progress("sampling with the engines")
         recorder = Recorder(small=tuple(trajectory.conditions))
         (latents,) = self._run(recorder.wrapped(self.engines))
-        faults = wiring_faults(recorder.calls, self.saved)
+        faults = wiring_faults(recorder.calls, self.saved, self.plan)
         drift = drift_of(self._runs(latents, trajectory), pixels=self.manifest.pixels)
         found = excesses(drift, self.backend, self.manifest.precision, self.precision)
         blamed = self._blame(variants, found)
@@ -177,7 +178,7 @@ class _Validation:
 
     def _precision_of(self, name: str) -> str:
         """What the target computes a graph in."""
-        return Precision.FP32 if name in FP32_GRAPHS else self.precision
+        return _precision_in(name, self.precision)
 
     def _reference(self, name: str) -> BaseRunner | None:
         record = self.manifest.graphs[name]
@@ -222,8 +223,8 @@ class _Validation:
         """The bundle's graphs on an engine kind that compiles them as they are, whether or not it is built here."""
         engine = registry.backend(backend)
         device = engine.open(options)
-        records = self.manifest.graphs.items()
-        return device, {name: device.load(self.path / engine.engine_file(name, record)) for name, record in records}
+        files = {name: engine.engine_file(record) for name, record in self.manifest.graphs.items()}
+        return device, loaded_graphs(device, self.path, files)
 
     def _blame(self, variants: tuple[VariantRecord, ...], found: tuple[Excess, ...]) -> tuple[BlameRecord, ...]:
         failures = []
@@ -276,7 +277,7 @@ class _Validation:
             expected = checkpoint.outputs(variant, feed)
         with tempfile.TemporaryDirectory(prefix="tc-deploy-blame-") as folder:
             graph = MarkableGraph(self.path, record, Path(folder))
-            own = (ONNXRUNTIME, Precision.FP32 if name in FP32_GRAPHS else self.manifest.precision)
+            own = (ONNXRUNTIME, _precision_in(name, self.manifest.precision))
             if expected is not None and not _all_close(found, expected, *own):
                 if checkpoint is None or variant is None:
                     cause = f"; to find the block: {why_not}" if why_not else ""
@@ -289,7 +290,7 @@ class _Validation:
                 made = dict(runner.infer(feed, check_inputs=False))
             if _all_close(made, found, self.backend, self._precision_of(name)):
                 return unknown("the graph is right on what it read there; look at what the steps read")
-            if registry.backend(self.backend).engine_file(name, record) != record.file:
+            if registry.backend(self.backend).engine_file(record) != record.file:
                 return unknown(
                     "the engine departs from its graph; it is built ahead, so no block was looked for", "engine"
                 )
@@ -334,6 +335,11 @@ def precision_of(target: TargetManifest) -> str:
     """What a target computes in, by the manifest's names."""
     option = str(target.options.get("precision", target.precision))
     return _PRECISIONS.get(option, option)
+
+
+def _precision_in(name: str, precision: str) -> str:
+    """What a graph is in, where those of the model are in ``precision``."""
+    return Precision.FP32 if name in FP32_GRAPHS else precision
 
 
 def _in_order(manifest: Manifest) -> list[str]:

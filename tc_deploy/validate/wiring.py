@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.manifest import CACHE_PREFIX, SAMPLE, TOKEN_INDEX, history_of, variant_name
-from tc_deploy.plan import token_index_name
+from tc_deploy.groups import group_inputs, token_groups
+from tc_deploy.manifest import CACHE_PREFIX, COMPUTED, SAMPLE, TOKEN_INDEX, cached_name, history_of, variant_name
+from tc_deploy.plan import Plan, token_index_name
 from tc_deploy.runtime.program import STEP_TABLES
 from tc_deploy.samples import Trajectory
+from tc_deploy.schedule import FULL
 from tc_deploy.validate.record import WiringFault
 from tc_deploy.validate.trajectory import CallNote
 
@@ -24,23 +26,24 @@ SCHEDULE = "schedule"
 """Stands for a tensor's name where a step ran another graph than it should."""
 
 
-def wiring_faults(calls: Sequence[CallNote], trajectory: Trajectory) -> tuple[WiringFault, ...]:
+def wiring_faults(calls: Sequence[CallNote], trajectory: Trajectory, plan: Plan) -> tuple[WiringFault, ...]:
     """Compare a run with the saved one's schedule and tables.
 
     Args:
         calls: the model's and the solver's of every step, in turn.
         trajectory: the saved run.
+        plan: says which blocks' tokens stand together, where one graph holds all variants.
 
     Returns:
         The first fault of every tensor, in the order of the steps.
     """
     found: dict[str, WiringFault] = {}
-    for fault in _all_faults(calls, trajectory):
+    for fault in _all_faults(calls, trajectory, plan):
         found.setdefault(history_of(fault.tensor)[0], fault)
     return tuple(found.values())
 
 
-def _all_faults(calls: Sequence[CallNote], trajectory: Trajectory) -> Iterator[WiringFault]:
+def _all_faults(calls: Sequence[CallNote], trajectory: Trajectory, plan: Plan) -> Iterator[WiringFault]:
     steps = list(zip(calls[0::2], calls[1::2], strict=True))
     made = _Made(steps)
     for step, (model, solver) in enumerate(steps):
@@ -52,8 +55,8 @@ def _all_faults(calls: Sequence[CallNote], trajectory: Trajectory) -> Iterator[W
             for tensor, read in call.inputs.items():
                 name, age = history_of(tensor)
                 if name in STEP_TABLES:
-                    yield from _table_faults(call, tensor, step, trajectory)
-                elif name.startswith(CACHE_PREFIX):
+                    yield from _table_faults(call, tensor, step, trajectory, plan)
+                elif name.startswith(CACHE_PREFIX) and call.graph != variant_name(FULL):
                     yield from made.faults(call, tensor, read, step, _latest(made.full_steps, step, age))
                 elif name in ("latents", "guided_output"):
                     # The latents before step 0 are the noise, and nothing is before that.
@@ -70,12 +73,13 @@ class _Made:
     """What each step made, by the name under which it is read."""
 
     def __init__(self, steps: Sequence[tuple[CallNote, CallNote]]) -> None:
-        self.full_steps = [step for step, (model, _) in enumerate(steps) if model.graph == variant_name(0)]
+        self.full_steps = [step for step, (model, _) in enumerate(steps) if model.graph == variant_name(FULL)]
         self._by_name: dict[str, dict[int, str]] = {}
         for step, (model, solver) in enumerate(steps):
             names = {SAMPLE: "model_output", "next_latents": "latents"}
             for output, print_of in {**model.outputs, **solver.outputs}.items():
-                self._by_name.setdefault(names.get(output, output), {})[step] = print_of
+                if step in self.full_steps or not output.startswith(CACHE_PREFIX):
+                    self._by_name.setdefault(names.get(output, cached_name(output)), {})[step] = print_of
 
     def faults(self, call: CallNote, tensor: str, read: str, step: int, source: int | None) -> Iterator[WiringFault]:
         """A fault if ``read`` is not what step ``source`` made; nothing is known of what was before step 0."""
@@ -94,8 +98,10 @@ def _latest(full_steps: Sequence[int], step: int, age: int) -> int | None:
     return before[-1 - age] if age < len(before) else None
 
 
-def _table_faults(call: CallNote, tensor: str, step: int, trajectory: Trajectory) -> Iterator[WiringFault]:
-    name, expected = _expected_row(tensor, step, call.graph, trajectory)
+def _table_faults(
+    call: CallNote, tensor: str, step: int, trajectory: Trajectory, plan: Plan
+) -> Iterator[WiringFault]:
+    name, expected = _expected_row(tensor, step, call.graph, trajectory, plan)
     found = call.arrays[tensor]
     if expected is None:
         text = f"reads a row of {name}, but the plan that was exported has none for this step"
@@ -107,19 +113,26 @@ def _table_faults(call: CallNote, tensor: str, step: int, trajectory: Trajectory
     yield WiringFault(step=step, graph=call.graph, tensor=name, text=text)
 
 
-def _expected_row(tensor: str, step: int, graph: str, trajectory: Trajectory) -> tuple[str, NDArray[Any] | None]:
+def _expected_row(
+    tensor: str, step: int, graph: str, trajectory: Trajectory, plan: Plan
+) -> tuple[str, NDArray[Any] | None]:
     """A table's name, and the row that a step reads."""
     tables: Mapping[str, NDArray[Any]] = trajectory.tables
     if tensor == "input_scale":
         # The solver prepares the next step's input; after the last step nobody reads it.
         return tensor, np.append(tables[tensor], np.float32(1))[step + 1]
-    if tensor != TOKEN_INDEX:
+    if history_of(tensor)[0] not in (TOKEN_INDEX, COMPUTED):
         return tensor, tables[tensor][step]
     variant = trajectory.variants[step]
     name = token_index_name(variant)
-    row = trajectory.variants[:step].count(variant)
     table = tables.get(name)
-    return name, None if table is None or graph != variant_name(variant) else table[row]
+    row = None if table is None else table[trajectory.variants[:step].count(variant)]
+    if graph != variant_name(variant):
+        return name, None
+    if tensor == TOKEN_INDEX:
+        return name, row
+    cache, tokens = plan.cache, plan.model.tokens
+    return tensor, group_inputs(token_groups(cache, plan.phases_used(), tokens), cache, tokens, variant, row)[tensor]
 
 
 def _condition_faults(call: CallNote, tensor: str, step: int, expected: NDArray[Any]) -> Iterator[WiringFault]:
