@@ -277,6 +277,20 @@ class GpuRecord(Document):
     driver: str
 
 
+class ProfileRecord(Document):
+    """What an engine reads and writes under one of its optimization profiles."""
+
+    graph: str
+    """The graph that it runs then."""
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorRecord, ...]:
+        """All of them."""
+        return (*self.inputs, *self.outputs)
+
+
 class EngineIdentity(Document):
     """What an engine that is built ahead of its use is made from: equal identities, interchangeable engines."""
 
@@ -285,10 +299,10 @@ class EngineIdentity(Document):
     options: dict[str, Any]
     onnx_sha256: str
     weights_sha256: str
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[ProfileRecord, ...] = Field(min_length=1)
+    """Of each graph that the engine holds, in the engine's order."""
     axes: dict[str, tuple[PositiveInt, PositiveInt, PositiveInt]]
-    """Least, best and largest size of each axis that the graph leaves open."""
+    """Least, best and largest size of each batch axis that is left open."""
 
 
 class EngineRecord(EngineIdentity):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tc_deploy.backends.build import build_target
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import UsageError
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_engine_record, read_manifest
 
 STEPS = 6
@@ -248,6 +249,20 @@ def test_tensorrt_rtx_builds_every_graph(made: Made, tmp_path: Path) -> None:
     for name in graphs:
         assert f"{name}.engine" in target.files
         assert read_engine_record(bundle / "tensorrt-rtx" / f"{name}.engine").warnings == ()
+
+
+@pytest.mark.slow
+def test_one_graph_of_all_variants_is_the_separate_ones(made: Made, engine: EngineTransformer, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    # A bundle holds its plan.
+    export_bundle(made.bundle, bundle, one_graph=True)
+    build_target(bundle, options={"threads": 1})
+    one_graph = EngineTransformer(bundle)
+    assert relative_error(made.run(one_graph), made.run(engine)) <= EQUAL
+    build_target(bundle, "tensorrt-rtx", {"batch_profile": (1, BATCH, BATCH)})
+    record = read_engine_record(bundle / "tensorrt-rtx" / "steps.engine")
+    assert [profile.graph for profile in record.profiles] == ["cached-1", "full"]
+    assert record.warnings == ()
 
 
 def test_other_steps_are_refused(made: Made, engine: EngineTransformer) -> None:

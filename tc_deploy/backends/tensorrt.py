@@ -38,6 +38,7 @@ from tc_deploy.manifest import (
     GpuRecord,
     GraphRecord,
     Manifest,
+    ProfileRecord,
     TargetManifest,
     read_engine_record,
 )
@@ -70,7 +71,7 @@ class TensorRt:
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> GpuRecord | None:
-        """Build one engine after another, each in a process of its own."""
+        """Build one engine of each file after another, each in a process of its own."""
         chosen = self._options(options)
         capabilities = self._capability_names(chosen)
         check_turing(self.name, chosen, manifest)
@@ -84,17 +85,23 @@ class TensorRt:
         expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20
         progress(f"each build takes up to about {expected_mib:.0f} MiB of memory", 1, 1)
         earlier = self._earlier_target(bundle)
-        for name, graph in manifest.graphs.items():
+        for file in dict.fromkeys(graph.file for graph in manifest.graphs.values()):
+            profiles = tuple(
+                ProfileRecord(graph=name, inputs=graph.inputs, outputs=graph.outputs)
+                for name, graph in manifest.graphs.items()
+                if graph.file == file
+            )
+            sizes = {size for profile in profiles for tensor in profile.inputs for size in tensor.shape}
             identity = EngineIdentity(
                 backend=self.name,
                 backend_version=self.version(),
                 options=engine_options(chosen, ahead_of_time=self._ahead_of_time),
-                onnx_sha256=manifest.files[graph.file].sha256,
+                onnx_sha256=manifest.files[file].sha256,
                 weights_sha256=weights.sha256,
-                inputs=graph.inputs,
-                outputs=graph.outputs,
-                axes={size: axes[size] for size in axes if any(size in tensor.shape for tensor in graph.inputs)},
+                profiles=profiles,
+                axes={size: axes[size] for size in axes if size in sizes},
             )
+            name = Path(file).stem
             engine = folder / f"{name}{ENGINE_SUFFIX}"
             if earlier is not None and gpu == earlier.gpu and _is_built(bundle / self.name / engine.name, identity):
                 progress(f"{name} is unchanged", 1, 1)
@@ -103,7 +110,7 @@ class TensorRt:
                 continue
             job = EngineJob(
                 module=self._module,
-                onnx=str((bundle / graph.file).resolve()),
+                onnx=str((bundle / file).resolve()),
                 engine=str(engine),
                 timing_cache=None if self._ahead_of_time else str(folder / TIMING_CACHE),
                 identity=identity,
@@ -116,9 +123,9 @@ class TensorRt:
             build_engine(job, functools.partial(progress, f"building {name}"))
         return gpu
 
-    def engine_file(self, graph: str, record: GraphRecord) -> str:  # noqa: ARG002 - named after the graph alone
+    def engine_file(self, record: GraphRecord) -> str:
         """The engine in the target's folder."""
-        return f"{self.name}/{graph}{ENGINE_SUFFIX}"
+        return f"{self.name}/{Path(record.file).stem}{ENGINE_SUFFIX}"
 
     def check(self, bundle: Path, target: TargetManifest) -> None:
         """Compare version and GPU with what the target was built for."""
@@ -142,6 +149,7 @@ class TensorRt:
             trt.Runtime(logger),
             self._cuda(),
             errors,
+            user_managed=trt.ExecutionContextAllocationStrategy.USER_MANAGED,
             use_cuda_graph=self._options(options).use_cuda_graph,
             rtx=RtxExtras(trt) if self._ahead_of_time else None,
             refit=functools.partial(_refit, trt, logger),

@@ -14,14 +14,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tc_deploy.bundle import Document, canonical_json
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.hardware import peak_memory_mib
-from tc_deploy.manifest import EngineIdentity, EngineRecord
+from tc_deploy.manifest import EngineIdentity, EngineRecord, ProfileRecord
 
 PERCENT, ERROR = "percent", "error"
 """First words of the lines that the builder's process writes."""
@@ -157,8 +157,9 @@ def _build(job: EngineJob) -> None:
     monitor = _monitor(trt)
     config.progress_monitor = monitor
     _configure(trt, config, job)
-    if job.identity.axes:
-        config.add_optimization_profile(_profile(builder, job.identity))
+    if job.identity.axes or len(job.identity.profiles) > 1:
+        for profile in job.identity.profiles:
+            config.add_optimization_profile(_profile(builder, profile, job.identity.axes))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendError(logger.errors[0] if logger.errors else "it gives no reason")
@@ -197,13 +198,10 @@ def _configure(trt: Any, config: Any, job: EngineJob) -> None:
         config.set_timing_cache(cache, ignore_mismatch=False)
 
 
-def _profile(builder: Any, identity: EngineIdentity) -> Any:
+def _profile(builder: Any, record: ProfileRecord, axes: Mapping[str, tuple[int, int, int]]) -> Any:
     profile = builder.create_optimization_profile()
-    for tensor in identity.inputs:
-        shapes = [
-            tuple(identity.axes[size][which] if isinstance(size, str) else size for size in tensor.shape)
-            for which in range(3)
-        ]
+    for tensor in record.inputs:
+        shapes = (tensor.shape_at({axis: sizes[which] for axis, sizes in axes.items()}) for which in range(3))
         profile.set_shape(tensor.name, *shapes)
     return profile
 

@@ -54,9 +54,10 @@ class RtxExtras:
                 place of a general one, would not be in a graph that is captured already.
 
         Returns:
-            The context; None where there is no memory for it.
+            The context, without scratch memory; None where there is no memory for it.
         """
         config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if captured:
             config.dynamic_shapes_kernel_specialization_strategy = (
                 self._module.DynamicShapesKernelSpecializationStrategy.EAGER

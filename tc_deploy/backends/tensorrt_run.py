@@ -1,9 +1,10 @@
 """TensorRT and TensorRT-RTX at run time: engines on one GPU and one stream, with no wait inside a run.
 
 In: engines whose checksum and identity have been checked. Out: a device, as the runtime knows it. An owner's buffers
-lie in one piece of device memory, and those that the host exchanges with it also in one of pinned host memory. Tensors
-go by name. Graphs that always run in the same order are captured as one CUDA graph and replayed. Never: lets an engine
-bring its own host code. Run on a stand-in so far, and on no GPU yet.
+lie in one piece of device memory, and those that the host exchanges with it also in one of pinned host memory; all
+engines compute in one piece of scratch memory. Tensors go by name. Graphs that always run in the same order are
+captured as one CUDA graph and replayed. Never: lets an engine bring its own host code. Run on a stand-in so far, and on
+no GPU yet.
 """
 
 from __future__ import annotations
@@ -57,6 +58,23 @@ class TrtArena:
             self.pinned[number] = part.view(spec.dtype).reshape(spec.shape)
 
 
+class TrtScratch:
+    """Scratch memory for any of several contexts, which run one after another: one piece, as large as the largest asks.
+
+    Args:
+        cuda: the GPU.
+        size_bytes: of it.
+
+    Raises:
+        BackendError: there is not that much.
+    """
+
+    def __init__(self, cuda: Cuda, size_bytes: int) -> None:
+        self.size_bytes = max(size_bytes, ALIGNMENT_BYTES)
+        self.address = cuda.allocate(self.size_bytes)
+        weakref.finalize(self, cuda.free, self.address)
+
+
 class TrtBuffer:
     """One tensor's part of an arena."""
 
@@ -100,17 +118,24 @@ class TrtContext:
 
     Args:
         path: of the engine, for messages.
-        context: TensorRT's own.
+        context: TensorRT's own, which has no scratch memory yet.
+        scratch: what it computes in; its address, too, is in what is captured.
         shapes: of the inputs.
         stream: where runs are queued.
+        profile: number of the optimization profile that has these shapes; None where there is no choice.
 
     Raises:
-        BackendError: TensorRT refuses a shape.
+        BackendError: TensorRT refuses the profile or a shape.
     """
 
-    def __init__(self, path: Path, context: Any, shapes: _Shapes, stream: int) -> None:
-        self._path, self._context, self._stream = path, context, stream
+    def __init__(
+        self, path: Path, context: Any, scratch: TrtScratch, shapes: _Shapes, stream: int, profile: int | None
+    ) -> None:
+        self._path, self._context, self._scratch, self._stream = path, context, scratch, stream
         self._addresses: dict[str, int] = {}
+        context.set_device_memory(scratch.address, scratch.size_bytes)
+        if profile is not None and not context.set_optimization_profile_async(profile, stream):
+            raise BackendError(f"{path}: TensorRT refuses its optimization profile {profile}")
         for name, shape in shapes:
             if not context.set_input_shape(name, shape):
                 raise BackendError(f"{path}: TensorRT refuses the shape {shape} of {name}")
@@ -142,16 +167,18 @@ class TrtContext:
 
 
 class TrtGraph:
-    """One engine.
+    """One engine, whose graphs are its optimization profiles.
 
     Args:
         path: of the engine.
-        make_context: gives a new execution context; None where there is no memory for it.
+        make_context: gives a new execution context without scratch memory, and some to run with.
         record: what was written down of the engine.
         stream: where runs are queued.
     """
 
-    def __init__(self, path: Path, make_context: Callable[[], Any], record: EngineRecord, stream: int) -> None:
+    def __init__(
+        self, path: Path, make_context: Callable[[], tuple[Any, TrtScratch]], record: EngineRecord, stream: int
+    ) -> None:
         self._path, self._make_context, self._record, self._stream = path, make_context, record, stream
         self._contexts: weakref.WeakValueDictionary[_Shapes, TrtContext] = weakref.WeakValueDictionary()
 
@@ -161,20 +188,35 @@ class TrtGraph:
         Raises:
             BackendError: an axis lies outside what the engine was built for, or there is no memory to run with it.
         """
-        buffers = {}
-        for tensors, given in ((self._record.inputs, inputs), (self._record.outputs, outputs)):
-            for tensor in tensors:
-                buffers[tensor.name] = buffer = cast("TrtBuffer", given[tensor.name])
-                self._check_buffer(tensor, buffer)
-        shapes = tuple((tensor.name, buffers[tensor.name].shape) for tensor in self._record.inputs)
-        return TrtBoundGraph(self._context(shapes), buffers)
+        buffers = {name: cast("TrtBuffer", buffer) for name, buffer in {**inputs, **outputs}.items()}
+        profile = self._profile(buffers)
+        names = (tensor.name for tensor in self._record.profiles[profile].inputs)
+        shapes = tuple((name, buffers[name].shape) for name in names)
+        return TrtBoundGraph(self._context(shapes, profile), buffers)
 
-    def _context(self, shapes: _Shapes) -> TrtContext:
+    def _context(self, shapes: _Shapes, profile: int) -> TrtContext:
         context = self._contexts.get(shapes)
         if context is None:
-            context = TrtContext(self._path, self._make_context(), shapes, self._stream)
+            number = profile if len(self._record.profiles) > 1 else None
+            context = TrtContext(self._path, *self._make_context(), shapes, self._stream, number)
             self._contexts[shapes] = context
         return context
+
+    def _profile(self, buffers: Mapping[str, TrtBuffer]) -> int:
+        """Number of the profile that has the buffers' shapes; which of them it is, only axes other than a batch's say.
+
+        Raises:
+            BackendError: as for :meth:`bind`.
+        """
+        fitting = (
+            number
+            for number, profile in enumerate(self._record.profiles)
+            if all(_is_fixed_fit(tensor, buffers[tensor.name]) for tensor in profile.tensors)
+        )
+        found = next(fitting, 0)
+        for tensor in self._record.profiles[found].tensors:
+            self._check_buffer(tensor, buffers[tensor.name])
+        return found
 
     def _check_buffer(self, tensor: TensorRecord, buffer: TrtBuffer) -> None:
         for size, found in zip(tensor.shape, buffer.shape, strict=True):
@@ -186,6 +228,10 @@ class TrtGraph:
                 )
         if buffer.dtype != tensor.numpy_dtype or buffer.address % ALIGNMENT_BYTES:
             raise ValueError(f"{tensor.name}: expected {tensor.dtype} at a multiple of {ALIGNMENT_BYTES}")
+
+
+def _is_fixed_fit(tensor: TensorRecord, buffer: TrtBuffer) -> bool:
+    return all(isinstance(size, str) or size == found for size, found in zip(tensor.shape, buffer.shape, strict=True))
 
 
 class TrtBoundGraph:
@@ -258,6 +304,7 @@ class TrtDevice:
         runtime: what deserialises engines: a ``Runtime`` of the Python module.
         cuda: the GPU's memory and stream.
         errors: what the runtime has complained of, for messages.
+        user_managed: TensorRT's word for contexts that are given their scratch memory.
         use_cuda_graph: whether graphs that run in order are captured.
         rtx: what TensorRT-RTX has beyond TensorRT; None for TensorRT.
         refit: puts the weights of an ONNX file into an engine that was stripped of them; says whether it could.
@@ -270,12 +317,17 @@ class TrtDevice:
         cuda: Cuda,
         errors: list[str],
         *,
+        user_managed: Any,
         use_cuda_graph: bool = True,
         rtx: RtxExtras | None = None,
         refit: Callable[[Any, Path], bool] = lambda engine, onnx: False,
     ) -> None:
         self._name, self._runtime, self._cuda, self._errors = name, runtime, cuda, errors
-        self._use_cuda_graph, self._rtx, self._refit = use_cuda_graph, rtx, refit
+        self._user_managed, self._use_cuda_graph = user_managed, use_cuda_graph
+        self._rtx, self._refit = rtx, refit
+        self._scratch: TrtScratch | None = None
+        self._scratch_bytes = 0
+        """As much as the most wanting of the engines loaded so far."""
         runtime.engine_host_code_allowed = False
 
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
@@ -303,18 +355,22 @@ class TrtDevice:
         if record.options.get("strip_weights") and not self._refit(engine, onnx_of(path)):
             raise BackendError(f"{path}: {self._name} cannot put the weights back: {self._reason()}")
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        if names != {tensor.name for tensor in (*record.inputs, *record.outputs)}:
+        if any(names != {tensor.name for tensor in profile.tensors} for profile in record.profiles):
             raise BundleError(f"{path}: its tensors are not those of {path.with_suffix('.json').name}; build again")
+        self._scratch_bytes = max(self._scratch_bytes, engine.device_memory_size_v2)
         return TrtGraph(path, functools.partial(self._context, path, engine), record, self._cuda.stream)
 
-    def _context(self, path: Path, engine: Any) -> Any:
+    def _context(self, path: Path, engine: Any) -> tuple[Any, TrtScratch]:
         if self._rtx is None:
-            context = engine.create_execution_context()
+            context = engine.create_execution_context(self._user_managed)
         else:
             context = self._rtx.context(path, engine, captured=self._use_cuda_graph)
         if context is None:
             raise BackendError(f"{path}: {self._name} has no memory to run the engine: {self._reason()}")
-        return context
+        # Contexts that were made before a more wanting engine was loaded keep what they have.
+        if self._scratch is None or self._scratch.size_bytes < self._scratch_bytes:
+            self._scratch = TrtScratch(self._cuda, self._scratch_bytes)
+        return context, self._scratch
 
     def _reason(self) -> str:
         return self._errors[0] if self._errors else "it gives no reason"

@@ -83,7 +83,15 @@ def _plain(value: Any) -> str:
 
 def _engine_line(engine: dict[str, Any]) -> str:
     axes = [f"{axis} {least} to {largest}" for axis, (least, _, largest) in engine["axes"].items()]
-    parts = [_size(engine["size_bytes"]), *axes, f"{engine['layers']} layers", f"built in {engine['build_s']:.1f} s"]
+    *others, last = engine["graphs"]
+    held = [f"{', '.join(others)} and {last} in one"] if others else []
+    parts = [
+        *held,
+        _size(engine["size_bytes"]),
+        *axes,
+        f"{engine['layers']} layers",
+        f"built in {engine['build_s']:.1f} s",
+    ]
     return ", ".join([*parts, f"peak {engine['peak_memory_mib']} MiB", f"{len(engine['warnings'])} warnings"])
 
 

@@ -50,7 +50,8 @@ def example_inputs(
 ) -> dict[int, dict[str, Tensor]]:
     """Inputs of every variant, by tensor name, from one sampling run with ``batch`` samples.
 
-    ``groups`` are those of the graph that all variants share, if they do. A variant's inputs are those of its last step before every variant was seen and every history was full.
+    A variant's inputs are those of its last step before every variant was seen and every history was full. ``groups``
+    are those of the graph that all variants share, where they do.
     """
     noise, conditions = draw_batch(model, sampling, range(batch))
     schedule = plan.tprr()
@@ -86,7 +87,9 @@ def step_inputs(
         example[FORECAST_WEIGHTS] = weights.contiguous()
     elif groups:
         _, noted = run_full(steps.model, steps.cache, inputs)
-        history = [{name: torch.zeros_like(tensor) for name, tensor in noted.items()}] * (steps.cache.forecast_order + 1)
+        history = [{name: torch.zeros_like(tensor) for name, tensor in noted.items()}] * (
+            steps.cache.forecast_order + 1
+        )
         example[FORECAST_WEIGHTS] = steps.weights[step].expand(batch, -1).contiguous()
     else:
         return example

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from tc_deploy.errors import ExportError, first_line
 from tc_deploy.groups import TokenGroup, running_variants, token_groups
-from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, MODULE_END, SAMPLE, STEPS, TOKEN_INDEX, history_name, rows_name, variant_name
+from tc_deploy.manifest import (
+    FORECAST_WEIGHTS,
+    MODEL_BATCH,
+    MODULE_END,
+    SAMPLE,
+    STEPS,
+    TOKEN_INDEX,
+    history_name,
+    rows_name,
+    variant_name,
+)
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, pruned_blocks
 from tc_deploy.schedule import FULL
@@ -255,20 +265,19 @@ def _open_axes(graph: NamedGraph, *, dynamic_batch: bool) -> tuple[dict[int, Any
 
 def _check_dynamic(model: ir.Model, graph: NamedGraph, axes: Sequence[Mapping[int, Any]]) -> None:
     """See that the axes are open: the exporter fixes one without a word where a forward asks for its number."""
-    shapes = {str(value.name): value.shape for value in model.graph.inputs}
+    shapes = {str(value.name): list(value.shape or []) for value in model.graph.inputs}
     for name, opened in zip(graph.input_names, axes, strict=True):
-        shape = shapes[name]
-        fixed = [axis for axis in opened if shape is not None and isinstance(shape[axis], int)]
+        fixed = [axis for axis in opened if isinstance(shapes[name][axis], int)]
         if fixed and fixed[0] == 0:
             raise ExportError(
-                f"{graph.title}: the batch axis of {name} came out fixed at {shape[0]}; the model's forward"
+                f"{graph.title}: the batch axis of {name} came out fixed at {shapes[name][0]}; the model's forward"
                 " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
                 " export with --static-batch"
             )
         if fixed:
             raise ExportError(
-                f"{graph.title}: the number of tokens of {name} came out fixed at {shape[fixed[0]]}, so the model's"
-                " forward asks for it as a number; mend that, or export without --one-graph"
+                f"{graph.title}: the number of tokens of {name} came out fixed at {shapes[name][fixed[0]]}, so the"
+                " model's forward asks for it as a number; mend that, or export without --one-graph"
             )
 
 

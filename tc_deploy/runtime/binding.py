@@ -20,7 +20,15 @@ from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
 from tc_deploy.groups import group_inputs, token_groups
-from tc_deploy.manifest import COMPUTED, FORECAST_WEIGHTS, RUNTIME_TABLES, TOKEN_INDEX, Manifest, history_of, read_manifest
+from tc_deploy.manifest import (
+    COMPUTED,
+    FORECAST_WEIGHTS,
+    RUNTIME_TABLES,
+    TOKEN_INDEX,
+    Manifest,
+    history_of,
+    read_manifest,
+)
 from tc_deploy.plan import Plan, index_row, load_plan, token_index_name
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of

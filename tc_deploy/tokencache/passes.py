@@ -186,7 +186,7 @@ class CachedPass(CachePoints):
 
 
 class OpenPass(CachedPass):
-    """A cached pass whose numbers of tokens are open, so that with all of them it is a full one; notes what it computes.
+    """A cached pass whose numbers of tokens are open: with all of them it is a full one. Notes what it computes.
 
     Args:
         cache: whether keys and values are cached.

@@ -98,9 +98,7 @@ def _latest(full_steps: Sequence[int], step: int, age: int) -> int | None:
     return before[-1 - age] if age < len(before) else None
 
 
-def _table_faults(
-    call: CallNote, tensor: str, step: int, trajectory: Trajectory, plan: Plan
-) -> Iterator[WiringFault]:
+def _table_faults(call: CallNote, tensor: str, step: int, trajectory: Trajectory, plan: Plan) -> Iterator[WiringFault]:
     name, expected = _expected_row(tensor, step, call.graph, trajectory, plan)
     found = call.arrays[tensor]
     if expected is None:

@@ -2,8 +2,9 @@
 
 An execution context computes with ONNX Runtime, from the addresses that it was given, whatever lies there by then. It
 checks what TensorRT does not: names, 256-byte alignment, that every tensor has a shape and an address, that no output
-shares memory with another tensor, that an engine has run with its shapes before it is captured, and that nobody gives
-a captured context other shapes.
+shares memory with another tensor, that an engine has run with its shapes before it is captured, that nobody gives a
+captured context other shapes, and that the shapes lie in the optimization profile that was chosen. Scratch memory is
+filled with junk, so that nothing else can lie in it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt import TensorRt
 from tc_deploy.backends.tensorrt_rtx import RtxExtras
 from tc_deploy.backends.tensorrt_run import TrtDevice
-from tc_deploy.manifest import ONNX_FOLDER, read_manifest
+from tc_deploy.manifest import ONNX_FOLDER, EngineRecord, read_engine_record, read_manifest
 
 NAME = "tensorrt-rtx"
+USER_MANAGED = tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
+SCRATCH_BYTES = (4096, 1000)
+"""What engines want of it, some more and some less."""
 
 
 class StandInRuntime:
@@ -32,7 +36,7 @@ class StandInRuntime:
 
     Args:
         gpu: where engines run.
-        engines: an engine's bytes to its name and its ONNX file.
+        engines: an engine's bytes to its name and its ONNX file; beside that one's folder lies the engine's record.
         verdict: what :meth:`get_engine_validity` gives.
     """
 
@@ -54,6 +58,8 @@ class StandInRuntime:
         """Names of engines that do not run until they are given weights."""
         self.fails_in_capture: set[str] = set()
         """Names of engines that do what no capture allows."""
+        self.scratch: set[int] = set()
+        """Addresses of the scratch memory that contexts were given."""
         self.uncapturable: set[str] = set()
         """Names of TensorRT-RTX engines that say so when they are asked."""
 
@@ -77,7 +83,8 @@ class StandInRuntime:
         name, onnx = self._engines[engine]
         self.deserialised.append(name)
         session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-        return StandInEngine(self._gpu, name, session, self)
+        record = read_engine_record(Path(onnx).parents[1] / NAME / f"{name}.engine")
+        return StandInEngine(self._gpu, name, session, self, record)
 
 
 class StandInKernels:
@@ -99,8 +106,12 @@ class StandInConfig:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.strategy: Any = None
         self.kernels: StandInKernels | None = None
         self.dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
 
     def create_runtime_cache(self) -> StandInKernels:
         return StandInKernels(self._name)
@@ -113,8 +124,16 @@ class StandInConfig:
 class StandInEngine:
     """In the place of ``tensorrt.ICudaEngine``."""
 
-    def __init__(self, gpu: StandInCudaRuntime, name: str, session: Any, runtime: StandInRuntime) -> None:
-        self._gpu, self.name, self._session, self._runtime = gpu, name, session, runtime
+    def __init__(
+        self,
+        gpu: StandInCudaRuntime,
+        name: str,
+        session: Any,
+        runtime: StandInRuntime,
+        record: EngineRecord | None = None,
+    ) -> None:
+        self._gpu, self.name, self._session, self._runtime, self.record = gpu, name, session, runtime, record
+        self.device_memory_size_v2 = SCRATCH_BYTES[len(name) % 2]
         self.names = sorted(tensor.name for tensor in (*session.get_inputs(), *session.get_outputs()))
 
     @property
@@ -127,23 +146,40 @@ class StandInEngine:
     def create_runtime_config(self) -> StandInConfig:
         return StandInConfig(self.name)
 
-    def create_execution_context(self, config: StandInConfig | None = None) -> StandInContext:
+    def create_execution_context(self, given: Any) -> StandInContext:
         assert self.name not in self._runtime.wants_weights, "an engine without weights"
-        if config is None:
-            return StandInContext(self._gpu, self.name, self._session, self._runtime)
-        self._runtime.kernels += [] if config.kernels is None else [config.kernels]
-        self._runtime.strategies.append(config.dynamic_shapes_kernel_specialization_strategy)
-        return StandInRtxContext(self._gpu, self.name, self._session, self._runtime)
+        parts = (self._gpu, self, self._session, self._runtime)
+        if not isinstance(given, StandInConfig):
+            assert given is USER_MANAGED
+            return StandInContext(*parts)
+        assert given.strategy is USER_MANAGED
+        self._runtime.kernels += [] if given.kernels is None else [given.kernels]
+        self._runtime.strategies.append(given.dynamic_shapes_kernel_specialization_strategy)
+        return StandInRtxContext(*parts)
 
 
 class StandInContext:
     """In the place of ``tensorrt.IExecutionContext``."""
 
-    def __init__(self, gpu: StandInCudaRuntime, name: str, session: Any, runtime: StandInRuntime) -> None:
-        self._gpu, self._name, self._session, self._runtime = gpu, name, session, runtime
+    def __init__(self, gpu: StandInCudaRuntime, engine: StandInEngine, session: Any, runtime: StandInRuntime) -> None:
+        self._gpu, self._engine, self._name, self._session, self._runtime = gpu, engine, engine.name, session, runtime
         self._has_run = self._is_captured = False
+        self._profile: int | None = None
+        self._scratch = (0, 0)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2, "less scratch memory than the engine wants"
+        assert memory % ALIGNMENT == 0
+        assert not self._is_captured, "what was captured has become invalid"
+        self._scratch = (memory, size)
+        self._runtime.scratch.add(memory)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:  # noqa: ARG002 - there is one
+        assert not self._is_captured, "what was captured has become invalid"
+        self._profile = profile
+        return self._engine.record is not None and profile < len(self._engine.record.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in {tensor.name for tensor in self._session.get_inputs()}:
@@ -166,6 +202,8 @@ class StandInContext:
         outputs = [tensor.name for tensor in self._session.get_outputs()]
         if self._shapes.keys() != set(inputs) or self._addresses.keys() != {*inputs, *outputs}:
             return False
+        self._check_profile()
+        assert self._scratch[0], "no scratch memory"
         if self._gpu.is_capturing and (not self._has_run or self._name in self._runtime.fails_in_capture):
             self._gpu.spoil()
             return False
@@ -178,6 +216,7 @@ class StandInContext:
 
         def run() -> None:
             self._gpu.runs.append(self._name)
+            self._gpu.view(self._scratch[0], np.dtype(np.uint8), self._scratch[1:])[...] = 0xFF
             dtypes = {tensor.name: tensor.type for tensor in self._session.get_inputs()}
             feeds = {
                 name: self._gpu.view(addresses[name], np.dtype(_NUMPY[dtypes[name]]), shapes[name]) for name in inputs
@@ -187,6 +226,16 @@ class StandInContext:
 
         self._gpu.enqueue(stream, run)
         return True
+
+    def _check_profile(self) -> None:
+        record = self._engine.record
+        if record is None:
+            return
+        assert (self._profile is None) == (len(record.profiles) == 1), "a profile must be chosen where there are some"
+        for tensor in record.profiles[self._profile or 0].inputs:
+            for size, found in zip(tensor.shape, self._shapes[tensor.name], strict=True):
+                least, _, largest = record.axes[size] if isinstance(size, str) else (size, size, size)
+                assert least <= found <= largest, f"{tensor.name}: {self._shapes[tensor.name]} is not in the profile"
 
 
 class StandInRtxContext(StandInContext):
@@ -211,7 +260,7 @@ def stand_in(
     """Let the registry's TensorRT-RTX run on the stand-in."""
     engines = {
         (bundle / NAME / f"{name}.engine").read_bytes(): (name, str(bundle / ONNX_FOLDER / f"{name}.onnx"))
-        for name in read_manifest(bundle).graphs
+        for name in {Path(graph.file).stem for graph in read_manifest(bundle).graphs.values()}
     }
     runtime = StandInRuntime(gpu, engines, verdict)
 
@@ -223,6 +272,7 @@ def stand_in(
                 runtime,
                 self._cuda(),
                 errors,
+                user_managed=USER_MANAGED,
                 use_cuda_graph=use_cuda_graph,
                 rtx=rtx,
                 refit=runtime.refit,

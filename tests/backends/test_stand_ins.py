@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from backends.gpu_stand_in import StandInCudaRuntime
-from backends.tensorrt_stand_in import StandInContext, StandInEngine, StandInRuntime
+from backends.tensorrt_stand_in import USER_MANAGED, StandInContext, StandInEngine, StandInRuntime
 from bundles import Made
 from cuda.bindings import runtime as cuda_runtime
 
@@ -39,13 +39,18 @@ def test_the_stand_in_refuses_what_it_is_there_to_refuse(built: Made) -> None:
     }
     given = {name: cuda.allocate(4 * int(np.prod(shape))) for name, shape in inputs.items()}
 
+    scratch = cuda.allocate(4096)
+
     def context() -> StandInContext:
-        made = engine.create_execution_context()
+        made = engine.create_execution_context(USER_MANAGED)
+        made.set_device_memory(scratch, 4096)
         for name, shape in inputs.items():
             assert made.set_input_shape(name, tuple(shape))
             assert made.set_tensor_address(name, given[name])
         return made
 
+    with pytest.raises(AssertionError, match="less scratch memory than the engine wants"):
+        engine.create_execution_context(USER_MANAGED).set_device_memory(scratch, 256)
     addresses = {"next_latents": cuda.allocate(4 * 256), "hidden_states": cuda.allocate(4 * 512)}
     unset = context()
     assert not unset.set_tensor_address("no such tensor", addresses["next_latents"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 from backends.gpu_stand_in import StandInCudaRuntime
-from backends.tensorrt_stand_in import NAME, StandInRuntime, stand_in
+from backends.tensorrt_stand_in import NAME, USER_MANAGED, StandInRuntime, stand_in
 from bundles import Made, edit_manifest, reseal, run_cli
 
 import tc_deploy
@@ -138,7 +138,7 @@ def test_an_engine_that_the_runtime_refuses_is_a_backend_error(
 def test_the_real_runtime_s_reason_is_in_the_message(built: Made) -> None:
     errors: list[str] = []
     runtime = tensorrt_rtx.Runtime(_logger(tensorrt_rtx, errors))
-    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), errors)
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), errors, user_managed=USER_MANAGED)
     with pytest.raises(
         BackendError, match=r"solver\.engine: tensorrt-rtx refuses the engine: .*cudaError 35"
     ) as raised:
@@ -150,7 +150,7 @@ def test_the_real_runtime_s_reason_is_in_the_message(built: Made) -> None:
 @without_gpu
 def test_tensorrt_rtx_is_asked_before_an_engine_is_deserialised(built: Made) -> None:
     runtime = tensorrt_rtx.Runtime(_logger(tensorrt_rtx, []))
-    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), [], rtx=RtxExtras(tensorrt_rtx))
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), [], user_managed=None, rtx=RtxExtras(tensorrt_rtx))
     with pytest.raises(BackendError) as raised:
         device.load(built.bundle / NAME / "solver.engine")
     assert "solver.engine: tensorrt-rtx says that the engine cannot run here: " in str(raised.value)
@@ -213,7 +213,7 @@ def test_stripped_weights_come_back_from_the_bundle(
     runtime.wants_weights = {"solver"}
     registry.backend(NAME).open({}).load(engine)
     assert runtime.wants_weights == set()
-    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), ["no such weights"])
+    device = TrtDevice(NAME, runtime, Cuda(StandInCudaRuntime()), ["no such weights"], user_managed=USER_MANAGED)
     with pytest.raises(BackendError, match=r"solver\.engine: tensorrt-rtx cannot put the weights back: it gives no"):
         device.load(engine)
 

@@ -20,6 +20,7 @@ from tc_deploy.manifest import (
     SOLVER,
     WEIGHTS,
     EngineIdentity,
+    ProfileRecord,
     read_engine_record,
     read_manifest,
     read_target,
@@ -42,7 +43,9 @@ def test_a_target_says_what_its_engines_are_made_from_and_for(built: Made) -> No
         record = read_engine_record(built.bundle / NAME / f"{name}.engine")
         assert record.onnx_sha256 == sha256_of_file(built.bundle / ONNX_FOLDER / f"{name}.onnx")
         assert record.weights_sha256 == sha256_of_file(built.bundle / ONNX_FOLDER / WEIGHTS)
-        assert (record.inputs, record.outputs) == (manifest.graphs[name].inputs, manifest.graphs[name].outputs)
+        (profile,) = record.profiles
+        assert (profile.graph, profile.inputs) == (name, manifest.graphs[name].inputs)
+        assert profile.outputs == manifest.graphs[name].outputs
         axes = {"model_batch": (2, 4, 8)} | ({"batch": PROFILE} if name == SOLVER else {})
         assert record.axes == axes
         assert record.layers > 10
@@ -155,7 +158,7 @@ def test_half_precision_is_built(
     for name in read_manifest(bundle).graphs:
         assert read_engine_record(bundle / NAME / f"{name}.engine").warnings == ()
     kind = {"fp16": "float16", "bf16": "bfloat16"}[precision]
-    inputs = read_engine_record(bundle / NAME / "cached-1.engine").inputs
+    inputs = read_engine_record(bundle / NAME / "cached-1.engine").profiles[0].inputs
     assert {tensor.dtype for tensor in inputs if tensor.name.startswith("cache.")} == {kind}
 
 
@@ -208,8 +211,7 @@ def job(folder: Path, bundle: Path, graph: str = SOLVER, **changes: object) -> E
         options={},
         onnx_sha256="0",
         weights_sha256="0",
-        inputs=record.inputs,
-        outputs=record.outputs,
+        profiles=(ProfileRecord(graph=graph, inputs=record.inputs, outputs=record.outputs),),
         axes={"batch": (1, 1, 1), "model_batch": (2, 2, 2)},
     )
     fields = {

@@ -13,7 +13,7 @@ import pytest
 import tensorrt_rtx
 from backends.buffers import buffer_of
 from backends.gpu_stand_in import StandInCudaRuntime
-from backends.tensorrt_stand_in import NAME, StandInRuntime, stand_in
+from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, USER_MANAGED, StandInRuntime, stand_in
 from bundles import Made
 from gpu.measure import captured_and_launched
 from tolerances import tolerance
@@ -72,7 +72,7 @@ def pipeline(built: Made, gpu: StandInCudaRuntime, runtime: StandInRuntime) -> I
 
 
 def device_on(gpu: StandInCudaRuntime) -> TrtDevice:
-    return TrtDevice(NAME, StandInRuntime(gpu, {}), Cuda(gpu), [])
+    return TrtDevice(NAME, StandInRuntime(gpu, {}), Cuda(gpu), [], user_managed=USER_MANAGED)
 
 
 def calls_of(variants: list[str]) -> list[str]:
@@ -308,7 +308,7 @@ def test_a_device_captures_its_own_graphs_if_the_target_says_so(gpu: StandInCuda
     device = device_on(gpu)
     assert isinstance(device.capture([]), TrtCapture)
     assert isinstance(device.capture([SimpleNamespace(run=lambda: None)]), InTurn)
-    device = TrtDevice(NAME, StandInRuntime(gpu, {}), Cuda(gpu), [], use_cuda_graph=False)
+    device = TrtDevice(NAME, StandInRuntime(gpu, {}), Cuda(gpu), [], user_managed=USER_MANAGED, use_cuda_graph=False)
     assert isinstance(device.capture([]), InTurn)
 
 
@@ -355,15 +355,18 @@ def test_a_pipeline_s_memory_is_the_layout_in_one_piece(
     built: Made, gpu: StandInCudaRuntime, runtime: StandInRuntime
 ) -> None:
     with tc_deploy.load(built.bundle, NAME, batch_size=BATCH) as pipeline:
-        layout = pipeline_layout(pipeline.manifest, pipeline.plan, BATCH)
-        assert gpu.allocations == 1
-        assert gpu.live_bytes == layout.size_bytes
+        programs = pipeline_programs(pipeline.manifest, pipeline.plan)
+        layout = pipeline_layout(pipeline.manifest, programs, BATCH)
+        # And one for the scratch memory of all engines.
+        assert gpu.allocations == 2
+        assert gpu.live_bytes == layout.size_bytes + max(SCRATCH_BYTES)
+        assert len(runtime.scratch) == 1
         buffers = {name: buffer.address for name, buffer in pipeline._buffers.items()}
         first = min(buffers.values())
         assert buffers == {planned.name: first + planned.offset_bytes for planned in layout.buffers}
         pipeline.warmup()
         pipeline(**REQUEST, on_step=lambda number, step: None)
-        assert gpu.allocations == 1
+        assert gpu.allocations == 2
         assert gpu.leaks.keys() == {"memory", "pinned", "launchables"}
     gc.collect()
     assert gpu.leaks == {}

@@ -17,7 +17,7 @@ from tc_deploy.backends.arena import ALIGNMENT_BYTES, arena_offsets
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, GraphRecord, read_manifest
 from tc_deploy.plan import load_plan
-from tc_deploy.runtime.layout import Kind, Layout, checked_batch_size, layout_of, pipeline_layout
+from tc_deploy.runtime.layout import Kind, Layout, checked_batch_size, layout_of, pipeline_layout, pipeline_programs
 from tc_deploy.runtime.program import Call, program_of, row_of, slot, table_row
 from tc_deploy.schedule import Schedule, full_schedule
 
@@ -95,7 +95,8 @@ def test_offsets_are_aligned_and_apart(sizes: list[int]) -> None:
 def test_a_pipeline_asks_for_the_layout(bundle: str, request: pytest.FixtureRequest) -> None:
     made: Made | MadeByCommands = request.getfixturevalue(bundle)
     with tc_deploy.load(made.bundle, "onnxruntime") as pipeline:
-        layout = pipeline_layout(pipeline.manifest, pipeline.plan, pipeline.batch_size)
+        programs = pipeline_programs(pipeline.manifest, pipeline.plan)
+        layout = pipeline_layout(pipeline.manifest, programs, pipeline.batch_size)
         assert_sound(layout)
         found = {name: buffer.read() for name, buffer in pipeline._buffers.items()}
     assert list(found) == [planned.name for planned in layout.buffers]
@@ -104,7 +105,8 @@ def test_a_pipeline_asks_for_the_layout(bundle: str, request: pytest.FixtureRequ
 
 
 def test_buffers_are_told_apart_by_what_they_are_for(mixed: Made) -> None:
-    layout = pipeline_layout(read_manifest(mixed.bundle), load_plan(mixed.bundle)[0], 2)
+    manifest = read_manifest(mixed.bundle)
+    layout = pipeline_layout(manifest, pipeline_programs(manifest, load_plan(mixed.bundle)[0]), 2)
     kinds = {planned.name: planned.kind for planned in layout.buffers}
     assert {name for name, kind in kinds.items() if kind is Kind.CONDITION} == {"class_labels", "guidance_scale"}
     assert {name for name, kind in kinds.items() if kind is Kind.OUTPUT} == {"sample"}

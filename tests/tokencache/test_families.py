@@ -16,10 +16,12 @@ from tolerances import tolerance
 from torch import Tensor, nn
 
 from tc_deploy.errors import ModelError
+from tc_deploy.groups import group_inputs, token_groups
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.rows import Streams
 from tc_deploy.plan import CacheRecord, pruned_blocks
-from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_superposed
+from tc_deploy.schedule import FULL
+from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_open, run_superposed
 from tc_deploy.tokencache.passes import CachedPass
 from tc_deploy.tokencache.points import cache_points
 from tc_deploy.types import Attention, Reuse, Skip
@@ -338,3 +340,49 @@ def test_a_phase_that_skips_the_model_reads_its_output_alone(name: str) -> None:
     assert cached_tensors(model, cache, phases=(1,)) == (OUTPUT,)
     output, noted = run_full(model, cache, zoo.inputs_of(model, BATCH, seed=1))
     assert torch.equal(run_cached(model, cache, 1, {}, [noted], ones(), None), output)
+
+
+# --------------------------------------------------------------------------------------- all variants with open numbers
+@each_family
+@each_setting
+@pytest.mark.parametrize("order", [0, 1])
+def test_with_open_numbers_of_tokens_every_variant_is_itself(
+    name: str, reuse: Reuse, attention: Attention, order: int
+) -> None:
+    model = zoo.model(name)
+    tokens, shared = model.geometry.tokens, model.family.shares_index
+    # Groups whose blocks keep nothing in one phase or the other, in both, or everything in one.
+    counts = [((5, 0), (0, 5), (0, 0), (tokens, 3), (5, tokens))[block % 5] for block in range(len(model.blocks))]
+    first, second = zip(*counts, strict=True)
+    cache = CacheRecord(reuse=reuse, attention=attention, forecast_order=order, keep_counts=(first, second))
+    groups = token_groups(cache, (1, 2), tokens)
+    names = cached_tensors(model, cache, (1, 2))
+    inputs = zoo.inputs_of(model, BATCH, seed=1)
+    output, noted = run_full(model, cache, inputs)
+
+    def run(variant: int, history: Sequence[Mapping[str, Tensor]], row: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        given = {}
+        for key, values in group_inputs(groups, cache, tokens, variant, row).items():
+            value = torch.from_numpy(values.copy())
+            given[key] = value if shared and value.ndim else value.expand(BATCH, *value.shape)
+        # It reads nothing but what cached_tensors names.
+        history = [{part: step[part] for part in names} for step in history]
+        return run_open(model, cache, groups, inputs, history, weights, given)
+
+    weights = torch.ones(BATCH, 1) if order == 0 else torch.tensor([[1.5, -0.5]]).expand(BATCH, -1)
+    junk = {part: torch.full_like(tensor, torch.nan) for part, tensor in noted.items()}
+    found, rows = run(FULL, [junk] * (order + 1), None)
+    assert_close(found, output)
+    for part in names:
+        assert_close(rows[part], noted[part])
+
+    history = [run_full(model, cache, zoo.inputs_of(model, BATCH, seed=7 + age))[1] for age in range(order + 1)]
+    for variant, keep in ((1, first), (2, second)):
+        generator = torch.Generator().manual_seed(variant)
+        kept = [torch.randperm(tokens, generator=generator)[: keep[block]] for block in pruned_blocks(keep, tokens)]
+        row = torch.cat(kept).int() if kept else None
+        index = None if row is None else model.index_row(row, BATCH)
+        expected = run_cached(model, cache, variant, inputs, history, weights, index)
+        found, _ = run(variant, history, None if row is None else row.numpy())
+        assert_close(found, expected)
+        assert differs(expected, output)
