@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import tokenizers
 import torch
 import transformers
 from bundles import make_plan
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
@@ -70,6 +72,37 @@ def tiny_autoencoder(channels: int, levels: int = 1) -> diffusers.AutoencoderKL:
         norm_num_groups=4,
         layers_per_block=1,
     ).eval()
+
+
+def shifted_autoencoder(channels: int, levels: int) -> diffusers.AutoencoderKL:
+    """One whose latents are neither centred nor of deviation 1."""
+    autoencoder = tiny_autoencoder(channels, levels)
+    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    return autoencoder
+
+
+WAN_MEANS, WAN_DEVIATIONS = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 3.0]
+
+
+def tiny_wan_autoencoder() -> diffusers.AutoencoderKLWan:
+    """Of video: one that halves the number of frames."""
+    torch.manual_seed(5)
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=WAN_MEANS,
+        latents_std=WAN_DEVIATIONS,
+    ).eval()
+
+
+def flux_sampling(scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
+    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    shift = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+    return {"steps": steps, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / steps, steps).tolist()}}
 
 
 def tiny_tokenizer(length: int = CLIP_TOKENS) -> Any:

@@ -10,12 +10,19 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import torch
 import transformers
 import zoo
 from bundles import make_plan, run_cli
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers_pipelines import tiny_autoencoder, tiny_clip, tiny_t5, tiny_tokenizer, tiny_umt5
+from diffusers_pipelines import (
+    flux_sampling,
+    shifted_autoencoder,
+    tiny_autoencoder,
+    tiny_clip,
+    tiny_t5,
+    tiny_tokenizer,
+    tiny_umt5,
+    tiny_wan_autoencoder,
+)
 from numpy.typing import NDArray
 
 import tc_deploy
@@ -46,36 +53,17 @@ def _sd3(transformer: Any) -> Any:
     kind = transformers.CLIPTextModelWithProjection
     first, second = (tiny_clip(kind, 8, projection, seed) for projection, seed in ((8, 1), (12, 2)))
     clips = (first, tiny_tokenizer(CLIP), second, tiny_tokenizer(CLIP))
-    autoencoder = tiny_autoencoder(4, 2)
-    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return diffusers.StableDiffusion3Pipeline(
-        transformer, scheduler, autoencoder, *clips, tiny_t5(24), tiny_tokenizer(256)
+        transformer, scheduler, shifted_autoencoder(4, 2), *clips, tiny_t5(24), tiny_tokenizer(256)
     )
 
 
 def _wan(transformer: Any) -> Any:
-    torch.manual_seed(5)
-    autoencoder = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.5, -1.0, 0.0, 2.0],
-        latents_std=[2.0, 0.5, 1.0, 3.0],
-    )
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    return diffusers.WanPipeline(tiny_tokenizer(512), tiny_umt5(24), autoencoder.eval(), scheduler, transformer)
-
-
-def _flux_sampling() -> dict[str, Any]:
-    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    shift = calculate_shift(24, *(FLUX_SCHEDULER.config[name] for name in names))
-    return {"steps": STEPS, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}}
+    return diffusers.WanPipeline(tiny_tokenizer(512), tiny_umt5(24), tiny_wan_autoencoder(), scheduler, transformer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +100,7 @@ CASES = {
         changes={"num_layers": 1, "num_single_layers": 1},
         make=_flux,
         keep=(8, 5),
-        sampling=_flux_sampling(),
+        sampling=flux_sampling(FLUX_SCHEDULER, STEPS, tokens=24),
         arguments={"guidance_scale": 2.0},
         size=(8, 12),
         given={"conditions": {"guidance": np.full(BATCH, 2.0, np.float32)}},

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 import zoo
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers_pipelines import CachedTransformer, build_bundle, tiny_autoencoder
+from diffusers_pipelines import CachedTransformer, build_bundle, flux_sampling, tiny_autoencoder, tiny_wan_autoencoder
 from tolerances import tolerance
 from torch import Tensor, nn
 
@@ -82,17 +80,7 @@ def _flux(transformer: nn.Module, scheduler: Any) -> Any:
 
 
 def _wan(transformer: nn.Module, scheduler: Any) -> Any:
-    autoencoder = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
-    return diffusers.WanPipeline(None, None, autoencoder, scheduler, transformer)
-
-
-def _flux_sampling(scheduler: Any) -> dict[str, Any]:
-    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    shift = calculate_shift(24, *(scheduler.config[name] for name in names))
-    return {"steps": STEPS, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}}
+    return diffusers.WanPipeline(None, None, tiny_wan_autoencoder(), scheduler, transformer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +141,7 @@ CASES = {
         pipeline=_flux,
         size={"height": 8, "width": 12},
         arguments={**_prompts(24), **_pooled(20), "true_cfg_scale": 2.0},
-        plan={"sampling": _flux_sampling(FLUX_SCHEDULER)},
+        plan={"sampling": flux_sampling(FLUX_SCHEDULER, STEPS, tokens=24)},
         unguided={"true_cfg_scale": 1.0},
     ),
     "wan": Case(

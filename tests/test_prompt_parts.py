@@ -200,7 +200,11 @@ def test_who_needs_steps_alone_loads_them_alone(prompted: Prompted, monkeypatch:
 
 
 @ONE
-def test_bench_times_the_sampling_run(prompted: Prompted) -> None:
+def test_bench_times_the_sampling_run_and_no_decoder(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decoded(*_: object) -> None:
+        pytest.fail("the decoder ran")
+
+    monkeypatch.setattr("tc_deploy.runtime.pipeline.images_from_pixels", decoded)
     facts = bench_bundles(prompted.bundle, "onnxruntime", rounds=1)
     assert {*facts["contenders"][0]["variants"]} >= {"full", "cached-1"}
 

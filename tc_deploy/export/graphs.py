@@ -58,10 +58,6 @@ class NamedGraph(nn.Module):
     output_names: tuple[str, ...]
     title: str
     """What messages call it."""
-    stem: str
-    """Of its file."""
-    groups: tuple[TokenGroup, ...] = ()
-    """Blocks whose number of tokens is open."""
     batch_axis = MODEL_BATCH
     """Name of the batch axis where it is left open."""
     folded_elements = FOLDED_ELEMENTS
@@ -86,7 +82,17 @@ class NamedGraph(nn.Module):
         return given
 
 
-class StepGraph(NamedGraph):
+class ModelGraph(NamedGraph):
+    """A graph that runs a step of the model."""
+
+    model: DiffusionTransformer
+    stem: str
+    """Of its file."""
+    groups: tuple[TokenGroup, ...] = ()
+    """Blocks whose number of tokens is open."""
+
+
+class StepGraph(ModelGraph):
     """One variant of a step.
 
     Args:
@@ -136,7 +142,7 @@ class StepGraph(NamedGraph):
         return (sample,)
 
 
-class OpenStepGraph(NamedGraph):
+class OpenStepGraph(ModelGraph):
     """All variants that run the model as one graph, whose token counts are open.
 
     Args:
@@ -189,10 +195,9 @@ class OpenStepGraph(NamedGraph):
 
 def step_graphs(
     model: DiffusionTransformer, cache: CacheRecord, phases: Sequence[int], *, one_graph: bool
-) -> dict[int, StepGraph | OpenStepGraph]:
+) -> dict[int, ModelGraph]:
     """The graph of every variant in use; with ``one_graph`` those that run the model have the same one."""
-    graphs: dict[int, StepGraph | OpenStepGraph]
-    graphs = {variant: StepGraph(model, cache, variant, phases) for variant in (FULL, *phases)}
+    graphs: dict[int, ModelGraph] = {variant: StepGraph(model, cache, variant, phases) for variant in (FULL, *phases)}
     if one_graph:
         graphs |= dict.fromkeys(running_variants(cache, phases), OpenStepGraph(model, cache, phases))
     return graphs

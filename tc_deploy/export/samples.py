@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tc_deploy.export.check import step_inputs
-from tc_deploy.export.graphs import NamedGraph, OpenStepGraph, StepGraph
+from tc_deploy.export.graphs import ModelGraph
 from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
@@ -51,7 +51,7 @@ LIMIT_BYTES = 128 * 2**20
 class _Run:
     """A sampling run under the plan that keeps what every step of the sampler read, and wanted steps of the model."""
 
-    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, NamedGraph]) -> None:
+    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, ModelGraph]) -> None:
         self.steps, self.wanted = steps, wanted
         self.inputs: dict[int, Feed] = {}
         self.outputs: dict[int, Feed] = {}
@@ -83,7 +83,7 @@ class _Run:
 
 
 def samples_of(
-    graphs: Mapping[int, StepGraph | OpenStepGraph],
+    graphs: Mapping[int, ModelGraph],
     records: Mapping[str, GraphRecord],
     plan: Plan,
     token_index: Mapping[int, IntArray],

@@ -22,7 +22,7 @@ from tc_deploy.bundle import check_files, check_replaceable, file_records, new_f
 from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
-from tc_deploy.export.graphs import EXAMPLE_BATCH, OpenStepGraph, StepGraph, onnx_from_graph, step_graphs
+from tc_deploy.export.graphs import EXAMPLE_BATCH, ModelGraph, onnx_from_graph, step_graphs
 from tc_deploy.export.parts import PipelineParts
 from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.samples import samples_of
@@ -230,7 +230,7 @@ def _exported_steps(
         )
     batch = batch_size or EXAMPLE_BATCH
     token_index = token_index_tables(plan, tables)
-    graphs: dict[int, StepGraph | OpenStepGraph] = {}
+    graphs: dict[int, ModelGraph] = {}
     onnx = folder / ONNX_FOLDER
     if graphs_from is None:
         progress("sampling with the plan in PyTorch, for inputs as they occur")
@@ -306,7 +306,7 @@ def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) 
 
 def _exported(
     model: DiffusionTransformer,
-    graphs: Mapping[int, StepGraph | OpenStepGraph],
+    graphs: Mapping[int, ModelGraph],
     examples: Mapping[int, Mapping[str, Tensor]],
     onnx: Path,
     precision: Precision,
@@ -319,7 +319,7 @@ def _exported(
     """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them."""
     records: dict[str, GraphRecord] = {}
     samples: dict[int, Tensor] = {}
-    variants_of: dict[StepGraph | OpenStepGraph, list[int]] = {}
+    variants_of: dict[ModelGraph, list[int]] = {}
     for variant, graph in graphs.items():
         variants_of.setdefault(graph, []).append(variant)
     with half_products(model, precision, fp32_blocks):
@@ -356,7 +356,10 @@ def _taken_graphs(
     *,
     one_graph: bool,
 ) -> dict[str, GraphRecord]:
-    """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them."""
+    """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them.
+
+    The weights of its decoder and text encoders come along, unread.
+    """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
     other, _ = load_plan(bundle)

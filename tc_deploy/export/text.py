@@ -65,6 +65,8 @@ class TextPlan:
     parts: tuple[TextPart, ...]
     tokens: Mapping[str, int]
     """By encoder, what prompts are padded or cut to."""
+    tokenizers: Mapping[str, Any]
+    """By encoder, of transformers."""
     geometry: Geometry
 
 
@@ -130,11 +132,11 @@ def text_plan(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> T
             " --with-text-encoder"
         )
     parts = family.text.present(pipeline.folders)
-    first = pipeline.tokenizer(parts[0]).model_max_length
-    tokens = {}
+    tokens, tokenizers = {}, {}
     for part in parts:
         pipeline.check_text(part)
-        pipeline.tokenizer(part)
+        tokenizers[part.encoder] = pipeline.tokenizer(part)
+        first = tokenizers[parts[0].encoder].model_max_length
         tokens[part.encoder] = part.tokens(geometry.text_tokens, int(first))
         if abs(tokens[part.encoder]) > LONGEST_PROMPT:
             raise ModelError(
@@ -146,7 +148,7 @@ def text_plan(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> T
                 f"{pipeline.path}: of the plan's {geometry.text_tokens} text tokens none are left for {part.tokenizer},"
                 f" as {first} are the first tokenizer's; calibrate with --text-tokens of at least {first + 1}"
             )
-    return TextPlan(encoding=family.text, parts=parts, tokens=tokens, geometry=geometry)
+    return TextPlan(encoding=family.text, parts=parts, tokens=tokens, tokenizers=tokenizers, geometry=geometry)
 
 
 def export_text_encoder(
@@ -174,7 +176,7 @@ def export_text_encoder(
         BackendError: the engine that the check runs in is not installed, or tokenizers is not.
     """
     (folder / TOKENIZERS_FOLDER).mkdir()
-    files = tuple(_saved_tokenizer(pipeline, part, plan.tokens[part.encoder], folder) for part in plan.parts)
+    files = tuple(_saved_tokenizer(plan, part, folder) for part in plan.parts)
     encoding = plan.encoding
     record = TextRecord(cleaning=encoding.cleaning, tokenizers=files, defaults=_defaults(plan), components=())
     tokenizers = Tokenizers(folder, record)
@@ -197,8 +199,7 @@ def export_text_encoder(
     with torch.no_grad(), _fitting(pipeline, "its text encoders"):
         conditions = dict(zip(join.output_names, join(*(joined[name] for name in join.input_names)), strict=True))
     _check_conditions(pipeline, plan.geometry, conditions)
-    with torch.no_grad():
-        models["conditions"] = onnx_from_graph(join, joined, dynamic_batch=dynamic)
+    models["conditions"] = onnx_from_graph(join, joined, dynamic_batch=dynamic)
     _pack(models["conditions"], {}, folder)
     path = folder / ONNX_FOLDER / f"{TEXT_ENCODER}.onnx"
     graph = saved_graph(merged_model(models, TEXT_ENCODER), path)
@@ -220,8 +221,7 @@ def _exported_encoder(
     example = {name: feed[name] for name in part.input_names}
     with torch.no_grad(), _fitting(pipeline, part.encoder):
         made = dict(zip(part.output_names, graph(*example.values()), strict=True))
-    with torch.no_grad():
-        model = onnx_from_graph(graph, example, dynamic_batch=dynamic)
+    model = onnx_from_graph(graph, example, dynamic_batch=dynamic)
     _pack(model, dict(loaded.module.named_parameters()), folder)
     component = ComponentRecord(name=part.encoder, model_class=loaded.model_class, weights_sha256=loaded.weights_sha256)
     return model, made, component
@@ -237,11 +237,11 @@ def _defaults(plan: TextPlan) -> dict[str, float]:
     return {name: value for name, value in plan.encoding.defaults.items() if name in taken}
 
 
-def _saved_tokenizer(pipeline: PipelineFolder, part: TextPart, tokens: int, folder: Path) -> TokenizerRecord:
+def _saved_tokenizer(plan: TextPlan, part: TextPart, folder: Path) -> TokenizerRecord:
     """Write a tokenizer's own JSON, with padding and cutting set as the pipeline asks for them at each call."""
     from tokenizers import Tokenizer
 
-    tokenizer = pipeline.tokenizer(part)
+    tokenizer, tokens = plan.tokenizers[part.encoder], plan.tokens[part.encoder]
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_truncation(tokens, direction=tokenizer.truncation_side)
     backend.enable_padding(
@@ -261,7 +261,7 @@ def _check_tokenizers(pipeline: PipelineFolder, plan: TextPlan, tokenizers: Toke
     found = tokenizers.arrays(PROBES, warn=False)
     cleaned = [clean(probe, plan.encoding.cleaning) for probe in PROBES]
     for part in plan.parts:
-        expected = pipeline.tokenizer(part)(
+        expected = plan.tokenizers[part.encoder](
             cleaned, padding="max_length", max_length=plan.tokens[part.encoder], truncation=True
         )
         same = np.array_equal(found[part.ids], expected["input_ids"])

@@ -2,7 +2,7 @@
 
 A tensor that stands in three graphs (or twice in one) is written once, at a page boundary so that engines can map it.
 Graphs are packed one after the other, so only one is in memory at a time; the decoder's and the text encoders' weights
-are appended when the transformer is out of memory.
+are appended when the transformer is out of memory, and not compared with what is there.
 """
 
 from __future__ import annotations

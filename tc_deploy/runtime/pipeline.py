@@ -337,7 +337,7 @@ class Pipeline:
         program = self._opened(full=full)
         self._write(request, part)
         program.whole.run()
-        return _first_samples(program.steps[-1].latents, request.rows(part).count)
+        return _first_samples(program.steps[-1].latents, request.count_in(part))
 
     def _run(
         self, request: Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
@@ -345,6 +345,7 @@ class Pipeline:
         """Run the part of a request that makes one batch, step by step; the caller holds the pipeline."""
         steps = self._opened(full=full).steps
         self._write(request, part)
+        count = request.count_in(part)
         for index, step in enumerate(steps):
             if should_cancel is not None and should_cancel():
                 raise Cancelled(f"cancelled after {index} of {len(steps)} steps")
@@ -353,7 +354,7 @@ class Pipeline:
                 index=index,
                 total=len(steps),
                 full=step.variant == FULL,
-                read_latents=functools.partial(_first_samples, step.latents, request.rows(part).count),
+                read_latents=functools.partial(_first_samples, step.latents, count),
             )
 
     def _write(self, request: Request, part: slice) -> None:

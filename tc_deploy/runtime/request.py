@@ -67,6 +67,10 @@ class Request:
         checked = checked_conditions(manifest.conditions, *halves, guided=manifest.guided, where="prompts")
         return dataclasses.replace(self, conditions=checked)
 
+    def count_in(self, part: slice) -> int:
+        """How many of the pictures are in a part."""
+        return len(range(self.count)[part])
+
     def rows(self, index: Any) -> Conditions:
         """The conditions of some of the pictures; call it when the prompts are encoded."""
         assert self.conditions is not None, "the prompts are encoded"
@@ -101,13 +105,15 @@ def checked_request(
     checked = texts = None
     if prompts is not None:
         texts = _checked_prompts(manifest, prompts, negative_prompts, conditions, unconditional)
+        count = len(texts.given)
     elif class_labels is not None:
         if unconditional is not None:
             raise UsageError('with class_labels the unconditional half is "no class"; leave out unconditional')
         checked = labelled_conditions(needed, class_labels, guided=guided)
+        count = checked.count
     else:
         checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
-    count = len(texts.given) if texts is not None else checked.count if checked is not None else 0
+        count = checked.count
     seed = checked_seed(seed)
     if guidance_scale is not None and not guided:
         raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
@@ -176,8 +182,10 @@ def _texts(given: Sequence[str], what: str) -> tuple[str, ...]:
     for text in given:
         if not isinstance(text, str):
             raise UsageError(f"{what} must hold text, found {text!r}")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{what}: {text!r} is not Unicode text; give it in UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{what}: {text!r} is not Unicode text; give it in UTF-8") from None
     if not given:
         raise UsageError(f"no text in {what}; a request makes one picture per prompt, so at least one is needed")
     return tuple(given)

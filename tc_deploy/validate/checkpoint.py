@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tc_deploy.export.graphs import NamedGraph, step_graphs
+from tc_deploy.export.graphs import ModelGraph, step_graphs
 from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import full_latents, latents_of
 from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
@@ -74,7 +74,7 @@ class Checkpoint:
     def _sampling(self) -> Sampling:
         return sampling_from_plan(self.plan)
 
-    def step_graph(self, variant: int) -> NamedGraph:
+    def step_graph(self, variant: int) -> ModelGraph:
         """The graph of a variant."""
         graphs = step_graphs(self.model, self.plan.cache, self.plan.phases_used(), one_graph=self._one_graph)
         return graphs[variant]

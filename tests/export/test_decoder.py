@@ -14,7 +14,13 @@ import onnxruntime
 import pytest
 import torch
 import zoo
-from diffusers_pipelines import tiny_autoencoder
+from diffusers_pipelines import (
+    WAN_DEVIATIONS,
+    WAN_MEANS,
+    shifted_autoencoder,
+    tiny_autoencoder,
+    tiny_wan_autoencoder,
+)
 from tolerances import tolerance
 from torch import Tensor
 
@@ -27,26 +33,6 @@ from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 
 EQUAL = tolerance("onnxruntime", "fp32", "max_abs")
-MEANS, DEVIATIONS = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 3.0]
-
-
-def tiny_wan() -> Any:
-    torch.manual_seed(5)
-    return diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=MEANS,
-        latents_std=DEVIATIONS,
-    ).eval()
-
-
-def _shifted(channels: int, levels: int) -> Any:
-    autoencoder = tiny_autoencoder(channels, levels)
-    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
-    return autoencoder
 
 
 def _as_sd3(autoencoder: Any, latents: Tensor) -> Tensor:
@@ -60,7 +46,7 @@ def _as_flux(autoencoder: Any, latents: Tensor) -> Tensor:
 
 
 def _as_wan(autoencoder: Any, latents: Tensor) -> Tensor:
-    mean, deviation = (torch.tensor(values).view(1, 4, 1, 1, 1) for values in (MEANS, DEVIATIONS))
+    mean, deviation = (torch.tensor(values).view(1, 4, 1, 1, 1) for values in (WAN_MEANS, WAN_DEVIATIONS))
     decoded: Tensor = autoencoder.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0]
     return decoded
 
@@ -78,16 +64,18 @@ class Case:
 
 
 CASES = {
-    "sd3": Case(model="sd3", family=sd3.FAMILY, autoencoder=lambda: _shifted(4, 2), decode=_as_sd3, shape=(3, 16, 24)),
+    "sd3": Case(
+        model="sd3", family=sd3.FAMILY, autoencoder=lambda: shifted_autoencoder(4, 2), decode=_as_sd3, shape=(3, 16, 24)
+    ),
     "flux": Case(
         model="flux",
         family=flux.FAMILY,
-        autoencoder=lambda: _shifted(4, 1),
+        autoencoder=lambda: shifted_autoencoder(4, 1),
         decode=_as_flux,
         shape=(3, 8, 12),
         batch_size=3,
     ),
-    "wan": Case(model="wan", family=wan.FAMILY, autoencoder=tiny_wan, decode=_as_wan, shape=(3, 5, 8, 16)),
+    "wan": Case(model="wan", family=wan.FAMILY, autoencoder=tiny_wan_autoencoder, decode=_as_wan, shape=(3, 5, 8, 16)),
 }
 
 
