@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import openvino
 
 from tc_deploy.backends import registry
+from tc_deploy.backends.openvino import precisions_of
 from tc_deploy.bundle import canonical_json
 from tc_deploy.hardware import hardware_line
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest
@@ -36,7 +38,8 @@ from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BufferSpec
-from tc_deploy.manifest import TOKEN_INDEX, read_manifest
+from tc_deploy.backends.load import loaded_graphs
+from tc_deploy.manifest import TOKEN_INDEX, history_of, read_manifest
 
 def resident_mib():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -45,26 +48,26 @@ def resident_mib():
 bundle, backend, options, loaded = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4:]
 manifest = read_manifest(bundle)
 device = registry.backend(backend).open(options)
-batch = manifest.batch_size or 1
-sizes = {"batch": batch, "model_batch": batch * (2 if manifest.guided else 1)}
+sizes = manifest.batch_axes(manifest.batch_size or 1)
 buffers = {}
-for graph, record in manifest.graphs.items():
+for record in manifest.graphs.values():
     for tensor in (*record.inputs, *record.outputs):
-        shape = tuple(sizes.get(size, size) for size in tensor.shape)
-        key = (tensor.name, graph if tensor.name == TOKEN_INDEX else "")
-        if key not in buffers:
-            [buffers[key]] = device.buffers([BufferSpec(dtype=np.dtype(tensor.dtype), shape=shape)])
-        if tensor.name == TOKEN_INDEX:
-            buffers[key].write(np.broadcast_to(np.arange(shape[1]) % 16, shape).astype(tensor.dtype))
+        shape = tensor.shape_at(sizes)
+        if (tensor.name, shape) not in buffers:
+            [buffer] = device.buffers([BufferSpec(dtype=np.dtype(tensor.dtype), shape=shape)])
+            if history_of(tensor.name)[0] == TOKEN_INDEX:
+                buffer.write(np.broadcast_to(np.arange(shape[-1]) % 16, shape).astype(tensor.dtype))
+            buffers[tensor.name, shape] = buffer
 before_mib = resident_mib()
+graphs = loaded_graphs(device, bundle, {graph: manifest.graphs[graph].file for graph in loaded})
 bound = []
 for graph in loaded:
     record = manifest.graphs[graph]
     inputs, outputs = (
-        {tensor.name: buffers[tensor.name, graph if tensor.name == TOKEN_INDEX else ""] for tensor in tensors}
+        {tensor.name: buffers[tensor.name, tensor.shape_at(sizes)] for tensor in tensors}
         for tensors in (record.inputs, record.outputs)
     )
-    bound.append(device.load(bundle / record.file).bind(inputs, outputs))
+    bound.append(graphs[graph].bind(inputs, outputs))
     bound[-1].run()
 print(json.dumps({"before_mib": before_mib, "after_mib": resident_mib()}))
 """
@@ -86,7 +89,10 @@ def main(bundle: Path, output: Path) -> None:
     """Measure the memory that the graphs of BUNDLE take on a CPU, and write OUTPUT."""
     manifest = read_manifest(bundle)
     rows = []
+    offered = precisions_of(openvino.Core())
     for backend, options in MODES:
+        if options.get("precision", offered[0]) not in offered:
+            continue
         one = memory_mib(bundle, backend, options, ["full"])
         every = memory_mib(bundle, backend, options, list(manifest.graphs))
         # Of the engines alone: without Python, the library and the buffers, which both have.

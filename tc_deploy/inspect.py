@@ -77,7 +77,7 @@ def departure(graph: str, max_abs_error: float | None, init_noise_sigma: float) 
     if max_abs_error is None:
         return "not compared"
     if graph == SOLVER:
-        return f"scheduler ± {max_abs_error:.1e}, on latents that begin with deviation {init_noise_sigma:.3g}"
+        return f"scheduler ± {max_abs_error:.1e} in a run whose latents begin with deviation {init_noise_sigma:.3g}"
     return f"PyTorch ± {max_abs_error:.1e}"
 
 

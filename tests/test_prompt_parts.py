@@ -270,8 +270,8 @@ def test_a_manifest_that_does_not_fit_its_graphs_is_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give --class-label, --prompt or --conditions FILE, one of them"),
-        (("--prompt", "a cat", "--class-label", 1), "one of them"),
+        ((), "takes --prompt or --conditions FILE; give one of them"),
+        (("--prompt", "a cat", "--class-label", 1), "takes --prompt or --conditions FILE; give one of them"),
         (("--prompt", "a cat", "-n", 0), "-n must be at least 1, found 0"),
         (
             ("--prompt", "a cat", "--distilled-guidance", 2.0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from tc_deploy.errors import BackendError
 from tc_deploy.hardware import nvidia_gpus
 from tc_deploy.manifest import GpuRecord
 
+_CAPTURING = threading.Lock()
+_CAPTURING = threading.Lock()
 _DEVICE = 0
 """The first GPU that CUDA_VISIBLE_DEVICES leaves visible."""
 
@@ -189,10 +192,12 @@ class Cuda:
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Keep the garbage collector still: memory that it frees on the GPU would spoil a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    # It is one for all threads, so the first of two captures to end would wake it in the other.
+    with _CAPTURING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()

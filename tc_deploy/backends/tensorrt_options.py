@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, StringConstraints, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from tc_deploy.bundle import Document
+from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, Manifest, TensorRecord
 from tc_deploy.types import Precision
@@ -27,7 +27,7 @@ _SHAPE = re.compile(r"[\s,]*(?P<name>[^\s,:]+):(?:\[(?P<list>[\d\s,]*)\]|(?P<tim
 class TensorRtOptions(Document):
     """What a target can be built with."""
 
-    compute_capability: tuple[Annotated[str, StringConstraints(pattern=r"^\d+\.\d$")], ...] = ()
+    compute_capability: tuple[str, ...] = ()
     """TensorRT-RTX: the GPUs to build for; none means Ampere and later."""
     batch_profile: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Least, best and largest number of samples, for a bundle of any batch size."""
@@ -50,6 +50,14 @@ class TensorRtOptions(Document):
     use_cuda_graph: bool = True
     """Runs are captured as CUDA graphs and replayed. A TensorRT-RTX engine is built for it; and whatever loads a target
     runs it as it was built, so no command needs a switch of its own."""
+
+    @field_validator("compute_capability")
+    @classmethod
+    def _check_capabilities(cls, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+        for capability in capabilities:
+            if not re.fullmatch(r"\d+\.\d", capability):
+                raise ValueError(f"expected numbers such as 8.6, parted by commas, found {capability!r}")
+        return capabilities
 
     @field_validator("batch_profile")
     @classmethod
@@ -83,10 +91,9 @@ def checked_options(backend: str, options: Mapping[str, Any], *, ahead_of_time: 
     try:
         chosen = TensorRtOptions.model_validate(options)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, reason = first_problem(error)
         known = ", ".join(TensorRtOptions.model_fields)
-        raise UsageError(f"{backend}: {where}: {first['msg']}; its options are {known}") from None
+        raise UsageError(f"{backend}: {where}: {reason}; its options are {known}") from None
     if not ahead_of_time:
         if chosen.compute_capability:
             raise UsageError(f"{backend} builds for this machine's GPU; --compute-capability is for tensorrt-rtx")

@@ -17,6 +17,7 @@ from tc_deploy.bundle import check_writable, write_bytes
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
+from tc_deploy.manifest import Manifest, read_manifest
 from tc_deploy.sheet import sheet_of
 
 LARGEST_DEFAULT_BATCH = 16
@@ -77,7 +78,7 @@ def command(
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
     if bool(labels) + bool(prompts) + (file is not None) != 1:
-        raise UsageError("give --class-label, --prompt or --conditions FILE, one of them")
+        raise UsageError(f"{bundle} takes {_takes(read_manifest(bundle))}; give one of them")
     if (negative_prompt is not None or distilled_guidance is not None) and not prompts:
         raise UsageError(
             "--negative-prompt and --distilled-guidance go with --prompt; a file of conditions holds its own"
@@ -136,9 +137,14 @@ def command(
     )
 
 
-def _default_batch(bundle: Path, count: int) -> int | None:
-    from tc_deploy.manifest import read_manifest
+def _takes(manifest: Manifest) -> str:
+    """By which options a bundle is told what to make."""
+    labels = ["--class-label"] if any(item.classes is not None for item in manifest.conditions) else []
+    prompts = [] if manifest.text is None else ["--prompt"]
+    return " or ".join([*labels, *prompts, "--conditions FILE"])
 
+
+def _default_batch(bundle: Path, count: int) -> int | None:
     return min(count, LARGEST_DEFAULT_BATCH) if read_manifest(bundle).batch_size is None else None
 
 

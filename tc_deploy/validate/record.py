@@ -175,7 +175,7 @@ def read_validation(path: Path) -> ValidationRecord:
     Raises:
         BundleError: there is no such file, or it is none of this version.
     """
-    return read_document(ValidationRecord, path, "validation", f"tc-deploy validate engines/NAME -o {path}")
+    return read_document(ValidationRecord, path, "validation", "tc-deploy validate engines/NAME -o FILE")
 
 
 def write_validation(record: ValidationRecord, path: Path) -> None:

@@ -22,7 +22,7 @@ from tc_deploy.manifest import ONNX_FOLDER, SOLVER, STEPS, read_engine_record, r
 from tc_deploy.runtime import binding
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FloatArray, Precision
 from tc_deploy.validate.stage import validate_bundle
 
 VARIANTS = ("full", "cached-1", "cached-2")
@@ -202,6 +202,19 @@ def test_a_bundle_of_a_fixed_batch_has_profiles_too(mixed: Made, tmp_path: Path)
         "tokens_1",
         "tokens_2",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_in_half_precision_it_builds_without_a_warning(fp16: Made, precision: Precision, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    manifest = export_bundle(fp16.plan, bundle, precision=precision, one_graph=True)
+    assert all((manifest.graphs[name].snr_to_fp32_db or 0) > 20 for name in ("full", "cached-1"))
+    build_target(bundle, NAME)
+    record = read_engine_record(bundle / NAME / "steps.engine")
+    assert record.warnings == ()
+    halves = {tensor.dtype for tensor in record.profiles[0].tensors if tensor.name.startswith("cache.")}
+    assert halves == {"float16" if precision is Precision.FP16 else "bfloat16"}
 
 
 def test_each_variant_runs_under_its_profile_and_all_in_the_same_scratch_memory(

@@ -118,7 +118,10 @@ def refused(bundle: Path, error: type[TcDeployError], message: str, *words: obje
     [
         (("--threads", 2), "--threads is no option of tensorrt-rtx"),
         (("--compute-capability", "9.0"), "builds for compute capabilities 7.5, 8.0, "),
-        (("--compute-capability", "89"), "tensorrt-rtx: compute_capability.0: "),
+        (
+            ("--compute-capability", "89"),
+            "compute_capability: expected numbers such as 8.6, parted by commas, found '89'",
+        ),
         (("--batch-profile", 2, 1, 4), "expected the least, the best and the largest number of samples"),
         (("--batch-profile", 0, 1, 4), "tensorrt-rtx: batch_profile.0: "),
         (("--optimization-level", 6), "tensorrt-rtx: optimization_level: "),

@@ -97,7 +97,7 @@ def test_a_profile_is_given_once_and_whole() -> None:
         ({"strip_weights": True}, "need a CUDA device while TensorRT-RTX builds"),
         ({"hardware_compatibility": "ampere-plus"}, "are TensorRT's; a TensorRT-RTX engine runs on the GPUs of"),
         ({"version_compatible": True}, "are TensorRT's; a TensorRT-RTX engine runs on the GPUs of"),
-        ({"refit": "everything"}, "tensorrt-rtx: refit: Input should be 'identical'; its options are "),
+        ({"refit": "everything"}, "tensorrt-rtx: refit: must be 'identical', found 'everything'; its options are "),
     ],
 )
 def test_what_tensorrt_rtx_cannot_do_is_refused_with_the_reason(options: dict[str, object], message: str) -> None:
@@ -137,3 +137,9 @@ def test_turing_takes_fp16_alone() -> None:
     for precision in (Precision.FP32, Precision.BF16):
         with pytest.raises(UsageError, match=rf"fp16 alone, and this bundle's are in {precision}; leave 7\.5 out, or"):
             check_turing("tensorrt-rtx", turing, manifest(precision=precision))
+
+
+def test_a_compute_capability_is_a_number() -> None:
+    expected = "compute_capability: expected numbers such as 8.6, parted by commas, found 'abc'"
+    with pytest.raises(UsageError, match=expected):
+        checked_options("tensorrt-rtx", {"compute_capability": ("5.0", "abc")}, ahead_of_time=True)

@@ -479,7 +479,7 @@ def test_an_engine_kind_that_nobody_knows(mixed: Made, tmp_path: Path, command: 
         ((), "--class-label"),
         (
             ("--class-label", 1, "--conditions", "prompts.safetensors"),
-            "give --class-label, --prompt or --conditions FILE",
+            "takes --class-label or --conditions FILE; give one of them",
         ),
         (("--conditions", "prompts.safetensors"), "prompts.safetensors: no such file of conditions"),
         (("--class-label", 1, "-n", 0), "-n must be at least 1, found 0"),
