@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     import openvino
 
 _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
-"""Of a graph's inputs, by name."""
+"""Of a graph's inputs, by name, as it is compiled."""
 
 DEFAULT_PRECISION = "f32"
 _DEVICE = "CPU"
+_OPEN = -1
+"""Size of an axis that stays open."""
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 """What OpenVINO calls a CPU's ability to compute in a precision."""
 
@@ -76,15 +78,21 @@ class OpenVinoBoundGraph:
 
 
 class OpenVinoGraph:
-    """A graph that has been read; it is compiled once for each set of shapes that it is bound to.
+    """A graph that has been read; it is compiled once for each batch that it is bound to.
 
     Compiled for any batch it would infer every shape again at each run, which takes a cached step of the demo nearly
-    twice as long.
+    twice as long. Numbers of tokens that the graph leaves open stay so: they are what variants of one graph differ in,
+    and compiled for each it would be as many copies.
     """
 
     def __init__(self, device: OpenVinoDevice, path: Path) -> None:
         self._device, self._path = device, path
         self._model = device.core.read_model(path)
+        # The batch is the first axis, where an input has one.
+        self._open_axes = {
+            tensor.get_any_name(): {axis for axis, size in enumerate(tensor.partial_shape) if axis and size.is_dynamic}
+            for tensor in self._model.inputs
+        }
         self._weights = weights_as_inputs(self._model, _openvino()) if device.shares(path) else None
         self._compiled: weakref.WeakValueDictionary[_Shapes, Any] = weakref.WeakValueDictionary()
 
@@ -95,7 +103,7 @@ class OpenVinoGraph:
             BackendError: OpenVINO refuses the graph for buffers of these shapes.
         """
         tensors = {name: cast("HostBuffer", buffer).value for name, buffer in {**inputs, **outputs}.items()}
-        shapes = tuple((name, tuple(tensors[name].shape)) for name in inputs)
+        shapes = tuple((name, self._compiled_shape(name, tensors[name].shape)) for name in inputs)
         try:
             compiled = self._compiled.get(shapes)
             if compiled is None:
@@ -106,6 +114,9 @@ class OpenVinoGraph:
         except RuntimeError as error:
             raise _refusal(self._path, error) from error
         return OpenVinoBoundGraph(request, compiled, self._weights)
+
+    def _compiled_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(_OPEN if axis in self._open_axes[name] else size for axis, size in enumerate(shape))
 
     def _compile(self, shapes: _Shapes) -> Any:
         self._model.reshape(dict(shapes))

@@ -30,7 +30,7 @@ from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
-from tc_deploy.bundle import canonical_json, write_bytes
+from tc_deploy.bundle import MANIFEST, canonical_json, write_bytes
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import BackendError, TcDeployError
@@ -47,23 +47,38 @@ STEPS = {"steps": 8}
 SCHEDULE = {"boundary": 4, "k1": 4, "k2": 2}
 """F c1 c1 c1 | F c2 F c2: short, since PyTorch samples beside it on the CPU."""
 LABEL, SEED = 7, 0
-ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in BACKENDS},
-    **{f"onnxruntime:{name}": ("onnxruntime", {"provider": name}) for name in PROVIDERS if name != CPU},
-    "torch:compiled": ("torch", {"compile": True}),
+BUNDLE, ONE_GRAPH = "bundle", "one-graph"
+"""Folders: with a graph for each variant, and with one for all."""
+ENGINES: dict[str, tuple[str, dict[str, Any], str]] = {
+    **{name: (name, {}, BUNDLE) for name in BACKENDS},
+    **{f"{name}:one-graph": (name, {}, ONE_GRAPH) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime")},
+    **{f"onnxruntime:{name}": ("onnxruntime", {"provider": name}, BUNDLE) for name in PROVIDERS if name != CPU},
+    "torch:compiled": ("torch", {"compile": True}, BUNDLE),
 }
-"""What is measured: a backend with options."""
+"""What is measured: a backend with options, on one of the two."""
+MEMORY = """
+import sys
+from cuda.bindings import runtime
+import tc_deploy
+runtime.cudaFree(0)
+_, before, _ = runtime.cudaMemGetInfo()
+pipeline = tc_deploy.load(sys.argv[1], sys.argv[2], batch_size=1)
+pipeline.warmup()
+_, after, _ = runtime.cudaMemGetInfo()
+print(before - after)
+"""
 
 
 def make_bundle(size: str, sample_size: int, folder: Path) -> None:
-    """A random DiT, its plan (half of the tokens kept, then a quarter) and its bundle, for any batch."""
+    """A random DiT, its plan (half of the tokens kept, then a quarter) and its two bundles, for any batch."""
     words = [size, "-o", str(folder / "model"), "--sample-size", str(sample_size)]
     subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
     tokens = load_model(folder / "model").geometry.tokens
     keep = ((tokens // 2,), (tokens // 4,))
     settings = {"sampling": STEPS, "schedule": SCHEDULE, "cache": {"keep_counts": keep}, "measure": {"samples": 0}}
     calibrate(Recipe.model_validate({"model": str(folder / "model"), **settings}), folder / "plan")
-    export_bundle(folder / "plan", folder / "bundle", progress=click.echo)
+    for name in (BUNDLE, ONE_GRAPH):
+        export_bundle(folder / "plan", folder / name, one_graph=name == ONE_GRAPH, progress=click.echo)
 
 
 def pytorch_latents(folder: Path, noise: np.ndarray) -> dict[str, torch.Tensor]:
@@ -90,13 +105,28 @@ def errors_to_pytorch(bundle: Path, backend: str, reference: dict[str, torch.Ten
 
 
 def bench(bundle: Path, backend: str, batch: int, rounds: int) -> Any:
-    """What ``tc-deploy bench`` says, in a process of its own: the GPU's memory is free again afterwards."""
+    """What ``tc-deploy bench`` says, in a process of its own: the GPU's memory is free again afterwards.
+
+    One graph is timed in turn with separate ones, where the same kind of engine was built of them.
+    """
     options = ["--backend", backend, "--batch-size", str(batch), "--rounds", str(rounds), "--json"]
+    separate = bundle.with_name(BUNDLE)
+    if bundle != separate and (separate / backend / MANIFEST).is_file():
+        options += ["--against", f"{separate}:{backend}"]
     words = [sys.executable, "-m", "tc_deploy", "-q", "bench", str(bundle), *options]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise BackendError(answer.stderr.strip().splitlines()[-1])
     return json.loads(answer.stdout)
+
+
+def device_memory_bytes(bundle: Path, backend: str) -> int:
+    """What a pipeline takes of a GPU: engines with their weights, scratch memory, buffers, captured graphs."""
+    words = [sys.executable, "-c", MEMORY, str(bundle), backend]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise BackendError(answer.stderr.strip().splitlines()[-1])
+    return int(answer.stdout)
 
 
 class Launched:
@@ -139,9 +169,9 @@ def say_once(what: str, done: int, total: int) -> None:
 
 def result_of(folder: Path, engine: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
     """What one engine makes of a bundle, as far as it gets."""
-    bundle = folder / "bundle"
-    backend, options = ENGINES[engine]
-    result: dict[str, Any] = {"backend": backend, "options": options}
+    backend, options, name = ENGINES[engine]
+    bundle = folder / name
+    result: dict[str, Any] = {"backend": backend, "options": options, "graphs": name}
     try:
         profile = {"batch_profile": (1, min(batches), max(batches))} if backend.startswith("tensorrt") else {}
         target = build_target(bundle, backend, {**options, **profile}, say_once)
@@ -149,6 +179,7 @@ def result_of(folder: Path, engine: str, batches: tuple[int, ...], rounds: int, 
         result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
         result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
         if backend.startswith("tensorrt"):
+            result["device_memory_bytes"] = device_memory_bytes(bundle, backend)
             result["cuda_graphs"] = [captured_and_launched(bundle, backend, batch, rounds) for batch in batches]
     except TcDeployError as error:
         result["refused"] = str(error)
@@ -177,7 +208,7 @@ def main(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make_bundle(size, sample_size, folder)
-            shape = read_manifest(folder / "bundle").latent_shape
+            shape = read_manifest(folder / BUNDLE).latent_shape
             noise = np.random.Generator(np.random.Philox(key=SEED)).standard_normal(shape, dtype=np.float32)[None]
             reference = pytorch_latents(folder, noise)
             for engine in engines:
