@@ -166,7 +166,7 @@ class OpenStepGraph(ModelGraph):
         given = [name for group in self.groups for name in group.input_names]
         self.input_names = (
             *model.input_names,
-            *((FORECAST_WEIGHTS,) if depth > 1 else ()),
+            *((FORECAST_WEIGHTS,) if depth > 1 and self._read else ()),
             *given,
             *(history_name(name, age) for age in range(depth) for name in self._read),
         )

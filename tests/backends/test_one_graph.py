@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,21 @@ from backends.gpu_stand_in import StandInCudaRuntime
 from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, stand_in
 from bundles import Made, MadeByCommands, run_cli
 from tolerances import tolerance
+from validate import faults
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, UsageError
+from tc_deploy.export.graphs import OpenStepGraph
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, STEPS, read_engine_record, read_manifest
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import CacheRecord
 from tc_deploy.runtime import binding
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
-from tc_deploy.types import FloatArray, Precision
+from tc_deploy.types import Attention, FloatArray, Precision, Reuse
 from tc_deploy.validate.stage import validate_bundle
 
 VARIANTS = ("full", "cached-1", "cached-2")
@@ -131,6 +137,38 @@ def test_validation_sees_other_tokens_than_the_plan_s(one_graph: Made, monkeypat
     assert not record.passed
     assert {fault.tensor for fault in record.wiring} == {"token_index.2"}
     assert all(variant.passed for variant in record.variants)
+
+
+def test_validation_finds_the_block_of_a_fault(one_graph: Made, tmp_path: Path) -> None:
+    bundle = one_graph.copy(tmp_path / "bundle")
+    faults.edit_graph(bundle, STEPS, faults.gate_twice("transformer_blocks.1"))
+    build_target(bundle)
+    record = validate_bundle(bundle, "onnxruntime")
+    # A cached step of phase 2 keeps nothing of that block; the row that it computes all the same is compared too.
+    assert [blame.graph for blame in record.blame] == [*VARIANTS]
+    assert {(blame.origin, blame.block) for blame in record.blame} == {("export", "transformer_blocks.1")}
+
+
+def test_polygraphy_runs_it_on_each_variant_s_inputs(one_graph: Made) -> None:
+    folder = one_graph.bundle / "polygraphy"
+    for name in VARIANTS:
+        words = ["--data-loader-script", f"{folder / 'inputs.py'}:{name.replace('-', '_')}"]
+        words += ["--load-outputs", str(folder / f"{name}.outputs.json"), "--atol", "1e-4"]
+        model = one_graph.bundle / ONNX_FOLDER / "steps.onnx"
+        command = [str(Path(sys.executable).with_name("polygraphy")), "run", str(model), "--onnxrt", *words]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert "Passed: " in answer.stdout
+
+
+def test_where_every_block_keeps_all_tokens_it_reads_no_cache(tiny_dit: DiffusionTransformer) -> None:
+    everything = (tiny_dit.geometry.tokens,) * 3
+    cache = CacheRecord(
+        reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=(everything, everything)
+    )
+    graph = OpenStepGraph(tiny_dit, cache, (1, 2))
+    assert graph.input_names == tiny_dit.input_names
+    assert graph.output_names == ("sample",)
 
 
 def test_a_plan_that_has_one_graph_of_the_model_anyway_is_refused(tmp_path: Path, pixel: MadeByCommands) -> None:
