@@ -37,8 +37,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
-from tc_deploy.backends.base import BufferSpec
-from tc_deploy.backends.load import loaded_graphs
+from tc_deploy.backends.base import BufferSpec, loaded_graphs
 from tc_deploy.manifest import TOKEN_INDEX, history_of, read_manifest
 
 def resident_mib():

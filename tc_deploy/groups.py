@@ -1,7 +1,8 @@
 """Blocks that keep equally many tokens in every variant share an axis where one graph holds all variants.
 
 In: a plan's cache settings. Out: the groups, and what a step gives to their inputs. In such a graph a full step keeps
-all tokens, and a block that keeps none computes the first one, which is thrown away. Never: knows a model.
+all tokens, and a block that keeps none computes the first one, and the text, only for both to be thrown away. Never:
+knows a model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tc_deploy.manifest import COMPUTED, TOKEN_INDEX
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord, Plan, pruned_blocks
 from tc_deploy.schedule import FULL
 from tc_deploy.types import IntArray
 
@@ -97,9 +98,9 @@ def group_inputs(
         By name, (blocks, tokens of the axis) and () int32.
     """
     kept: dict[int, IntArray] = {}
-    if row is not None:
+    pruned = () if variant == FULL else pruned_blocks(cache.keep_counts[variant - 1], tokens)
+    if row is not None and pruned:
         keep_counts = cache.keep_counts[variant - 1]
-        pruned = pruned_blocks(keep_counts, tokens)
         ends = np.cumsum([keep_counts[block] for block in pruned])
         kept = dict(zip(pruned, np.split(row, ends[:-1]), strict=True))
     found: dict[str, IntArray] = {}
@@ -109,3 +110,9 @@ def group_inputs(
         if group.may_keep_none:
             found[group.computed_name] = np.asarray(group.keep_counts[variant] > 0, np.int32)
     return found
+
+
+def planned_group_inputs(plan: Plan, variant: int, row: IntArray | None) -> dict[str, IntArray]:
+    """:func:`group_inputs` of a plan's own groups."""
+    cache, tokens = plan.cache, plan.model.tokens
+    return group_inputs(token_groups(cache, plan.phases_used(), tokens), cache, tokens, variant, row)

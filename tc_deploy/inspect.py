@@ -144,7 +144,7 @@ def _engines(folder: Path, target: TargetManifest) -> dict[str, Any]:
             record = read_engine_record(folder / name)
             engines[name.removesuffix(ENGINE_SUFFIX)] = {
                 "size_bytes": file.size_bytes,
-                "graphs": [profile.graph for profile in record.profiles],
+                "graphs": sorted(graph for profile in record.profiles for graph in profile.graphs),
                 **record.model_dump(mode="json", include={"axes", "layers", "build_s", "peak_memory_mib", "warnings"}),
             }
     return engines

@@ -53,7 +53,7 @@ TOKEN_INDEX = "token_index"  # noqa: S105 - a tensor's name
 """Input of a cached step that prunes: (model batch, sum of M over pruned blocks) int32. Where one graph holds all
 variants, one for each group of blocks (``groups.py``)."""
 COMPUTED = "computed"
-"""Inputs of such a graph alone."""
+"""Input of such a graph for a group that keeps nothing in some variant: (model batch,) int32, 0 in that one, else 1."""
 FORECAST_WEIGHTS = "forecast_weights"
 """Input of a cached step with forecast order r > 0: (model batch, r + 1) float32."""
 CACHE_PREFIX = "cache."
@@ -280,8 +280,8 @@ class GpuRecord(Document):
 class ProfileRecord(Document):
     """What an engine reads and writes under one of its optimization profiles."""
 
-    graph: str
-    """The graph that it runs then."""
+    graphs: tuple[str, ...] = Field(min_length=1)
+    """The graphs that it runs then, by name: variants of equal sizes."""
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
 
@@ -300,7 +300,7 @@ class EngineIdentity(Document):
     onnx_sha256: str
     weights_sha256: str
     profiles: tuple[ProfileRecord, ...] = Field(min_length=1)
-    """Of each graph that the engine holds, in the engine's order."""
+    """In the engine's order."""
     axes: dict[str, tuple[PositiveInt, PositiveInt, PositiveInt]]
     """Least, best and largest size of each batch axis that is left open."""
 

@@ -102,6 +102,16 @@ class Device(Protocol):
         """
 
 
+def loaded_graphs(device: Device, bundle: Path, files: Mapping[str, str]) -> dict[str, Graph]:
+    """Load each of a bundle's files once, whatever number of graphs it holds; ``files`` names it for each graph.
+
+    Raises:
+        BackendError: the engine refuses one.
+    """
+    loaded = {file: device.load(bundle / file) for file in dict.fromkeys(files.values())}
+    return {name: loaded[file] for name, file in files.items()}
+
+
 class Backend(Protocol):
     """An engine kind."""
 

@@ -65,6 +65,7 @@ class CompiledAtLoad(ABC):
                 if record.file == file:
                     progress(f"building {name}", 1, 1)
                     _run_once(device, graph, record, axes, bundle / file)
+            del graph
 
     def engine_file(self, record: GraphRecord) -> str:
         """The ONNX graph, which is its own engine."""

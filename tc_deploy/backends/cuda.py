@@ -22,7 +22,6 @@ from tc_deploy.hardware import nvidia_gpus
 from tc_deploy.manifest import GpuRecord
 
 _CAPTURING = threading.Lock()
-_CAPTURING = threading.Lock()
 _DEVICE = 0
 """The first GPU that CUDA_VISIBLE_DEVICES leaves visible."""
 

@@ -6,11 +6,11 @@ has not been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from tc_deploy.backends import registry
-from tc_deploy.backends.base import Device, Graph
+from tc_deploy.backends.base import Device, Graph, loaded_graphs
 from tc_deploy.bundle import check_files
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import Manifest, read_target
@@ -44,13 +44,3 @@ def load_target(
     engine.check(bundle, target)
     device = engine.open(target.options)
     return device, loaded_graphs(device, bundle, files)
-
-
-def loaded_graphs(device: Device, bundle: Path, files: Mapping[str, str]) -> dict[str, Graph]:
-    """Load each file once, whatever number of graphs it holds; ``files`` names it for each graph.
-
-    Raises:
-        BackendError: the engine refuses one.
-    """
-    loaded = {file: device.load(bundle / file) for file in dict.fromkeys(files.values())}
-    return {name: loaded[file] for name, file in files.items()}

@@ -95,6 +95,8 @@ class OpenVinoGraph:
         }
         self._weights = weights_as_inputs(self._model, _openvino()) if device.shares(path) else None
         self._compiled: weakref.WeakValueDictionary[_Shapes, Any] = weakref.WeakValueDictionary()
+        self._latest: Any = None
+        """Held, for one who binds, runs, lets go and binds again."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OpenVinoBoundGraph:
         """Fix the buffers by tensor name.
@@ -108,6 +110,7 @@ class OpenVinoGraph:
             compiled = self._compiled.get(shapes)
             if compiled is None:
                 self._compiled[shapes] = compiled = self._compile(shapes)
+            self._latest = compiled
             request = compiled.create_infer_request()
             for name, tensor in {**tensors, **(self._weights.tensors if self._weights else {})}.items():
                 request.set_tensor(name, tensor)
@@ -116,7 +119,8 @@ class OpenVinoGraph:
         return OpenVinoBoundGraph(request, compiled, self._weights)
 
     def _compiled_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(_OPEN if axis in self._open_axes[name] else size for axis, size in enumerate(shape))
+        opened = self._open_axes.get(name, ())
+        return tuple(_OPEN if axis in opened else size for axis, size in enumerate(shape))
 
     def _compile(self, shapes: _Shapes) -> Any:
         self._model.reshape(dict(shapes))

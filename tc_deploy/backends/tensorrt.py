@@ -40,6 +40,7 @@ from tc_deploy.manifest import (
     Manifest,
     ProfileRecord,
     TargetManifest,
+    TensorRecord,
     read_engine_record,
 )
 
@@ -86,11 +87,7 @@ class TensorRt:
         progress(f"each build takes up to about {expected_mib:.0f} MiB of memory", 1, 1)
         earlier = self._earlier_target(bundle)
         for file in dict.fromkeys(graph.file for graph in manifest.graphs.values()):
-            profiles = tuple(
-                ProfileRecord(graph=name, inputs=graph.inputs, outputs=graph.outputs)
-                for name, graph in manifest.graphs.items()
-                if graph.file == file
-            )
+            profiles = _profiles(manifest, file)
             sizes = {size for profile in profiles for tensor in profile.inputs for size in tensor.shape}
             identity = EngineIdentity(
                 backend=self.name,
@@ -188,6 +185,18 @@ class TensorRt:
         except BundleError:
             return None
         return target
+
+
+def _profiles(manifest: Manifest, file: str) -> tuple[ProfileRecord, ...]:
+    """One for each set of sizes that the graphs of a file have."""
+    names: dict[tuple[tuple[TensorRecord, ...], tuple[TensorRecord, ...]], list[str]] = {}
+    for name, graph in manifest.graphs.items():
+        if graph.file == file:
+            names.setdefault((graph.inputs, graph.outputs), []).append(name)
+    return tuple(
+        ProfileRecord(graphs=tuple(graphs), inputs=inputs, outputs=outputs)
+        for (inputs, outputs), graphs in names.items()
+    )
 
 
 def _is_built(engine: Path, identity: EngineIdentity) -> bool:

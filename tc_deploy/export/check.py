@@ -86,7 +86,7 @@ def step_inputs(
         history, weights, rows = steps.cached_arguments(step, batch)
         example[FORECAST_WEIGHTS] = weights.contiguous()
     elif groups:
-        _, noted = run_full(steps.model, steps.cache, inputs)
+        noted = steps.history[0] if steps.history else run_full(steps.model, steps.cache, inputs)[1]
         history = [{name: torch.zeros_like(tensor) for name, tensor in noted.items()}] * (
             steps.cache.forecast_order + 1
         )

@@ -215,7 +215,8 @@ def onnx_from_graph(
     Args:
         graph: the graph, such as a variant of a step.
         example: a tensor for each of ``graph.input_names``; at least 2 samples where the batch is dynamic.
-        dynamic_batch: leave the batch axis open; otherwise it is fixed to the example's. Token counts are static.
+        dynamic_batch: leave the batch axis open; otherwise it is fixed to the example's. Token counts are static,
+            unless the graph itself leaves them open.
         precision: what the model's products are in now (``half_products``); nothing is converted here.
 
     Returns:
@@ -223,7 +224,7 @@ def onnx_from_graph(
         outputs in order and named, without the exporter's notes on local files.
 
     Raises:
-        ExportError: PyTorch's exporter refuses the graph, or fixes the batch that was to be left open.
+        ExportError: PyTorch's exporter refuses the graph, or fixes an axis that was to be left open.
     """
     axes = _open_axes(graph, dynamic_batch=dynamic_batch)
     arguments = tuple(example[name] for name in graph.input_names)

@@ -1,8 +1,9 @@
 """Export: a plan and its checkpoint to a bundle ``engines/NAME``.
 
-Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cached-2,solver}.onnx``, one
-``onnx/weights.bin`` that all of them refer to, the tables that the runtime reads, ``polygraphy/`` with samples to
-validate engines by, and ``manifest.json`` last; where it is asked to, the pipeline's decoder and text encoders too.
+Reads ``plan.json`` and ``tables.safetensors``, writes ``onnx/{full,cached-1,cached-2,solver}.onnx`` (or ``steps.onnx``
+in the place of those that run the model), one ``onnx/weights.bin`` that all of them refer to, the tables that the
+runtime reads, ``polygraphy/`` with samples to validate engines by, and ``manifest.json`` last; where it is asked to,
+the pipeline's decoder and text encoders too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from tc_deploy import __version__
 from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
 from tc_deploy.calibrate.prompts import prompts_of_plan
-from tc_deploy.errors import PlanError, UsageError
+from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.graphs import EXAMPLE_BATCH, ModelGraph, onnx_from_graph, step_graphs
 from tc_deploy.export.parts import PipelineParts
@@ -29,10 +30,11 @@ from tc_deploy.export.samples import samples_of
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
-from tc_deploy.groups import running_variants
+from tc_deploy.groups import token_groups
 from tc_deploy.manifest import (
     FORMAT_VERSION,
     FP32_GRAPHS,
+    MODEL_BATCH,
     ONNX_FOLDER,
     RUNTIME_TABLES,
     SOLVER,
@@ -101,8 +103,8 @@ def export_bundle(
         ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         BackendError: the engine that the check runs in is not installed.
         StorageError: the destination cannot be written.
-        UsageError: ``batch_size`` is below 1, there is no block of a name, ``graphs_from`` holds other graphs, or the
-            model has no use for a decoder or a text encoder.
+        UsageError: ``batch_size`` is below 1, there is no block of a name, ``graphs_from`` holds other graphs, the
+            plan has nothing to make one graph of, or the model has no use for a decoder or a text encoder.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"static batch must be at least 1, found {batch_size}")
@@ -114,15 +116,15 @@ def export_bundle(
         )
     check_replaceable(destination)
     plan, tables = load_plan(plan_folder)
+    if one_graph and not token_groups(plan.cache, plan.phases_used(), plan.model.tokens):
+        raise UsageError(
+            f"{plan_folder}: no cached step of the plan runs the model on some of the tokens, so there is nothing to"
+            " make one graph of; leave --one-graph out"
+        )
     progress("loading the checkpoint")
     source = model_path or Path(plan.model.source)
     model = load_model(source, ModelOptions.of(plan.model))
     check_model(plan, model, str(plan_folder))
-    if one_graph and len(running_variants(plan.cache, plan.phases_used())) == 1:
-        raise UsageError(
-            f"{plan_folder}: no cached step of the plan runs the model, so the weights are in one graph anyway; leave"
-            " --one-graph out"
-        )
     family, geometry = model.family, model.geometry
     parts = PipelineParts(
         pipeline_path or source, family, geometry, decoder=with_decoder, text_encoder=with_text_encoder
@@ -332,7 +334,7 @@ def _exported(
                 record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx")
                 for variant in variants:
                     sizes = {group.axis: group.size(variant) for group in graph.groups}
-                    records[variant_name(variant)] = record.sized(sizes)
+                    records[variant_name(variant)] = _sized(record, sizes)
         for variant, graph in graphs.items() if check else ():
             name = variant_name(variant)
             progress(f"comparing {name} with PyTorch")
@@ -344,6 +346,20 @@ def _exported(
             snr_db = snr_to_fp32_db(graphs[variant], examples[variant], sample)
             records[name] = records[name].model_copy(update={"snr_to_fp32_db": snr_db})
     return records
+
+
+def _sized(record: GraphRecord, sizes: Mapping[str, int]) -> GraphRecord:
+    """A graph at a variant's numbers of tokens.
+
+    Raises:
+        ExportError: the exporter has left another axis open, or named one otherwise.
+    """
+    sized = record.sized(sizes)
+    for tensor in (*sized.inputs, *sized.outputs):
+        unknown = {size for size in tensor.shape if isinstance(size, str)} - {MODEL_BATCH}
+        if unknown:
+            raise ExportError(f"{record.file}: {tensor.name} has an axis of unknown size, {unknown.pop()}")
+    return sized
 
 
 def _taken_graphs(
@@ -369,7 +385,8 @@ def _taken_graphs(
     wanted = (precision, set(fp32_blocks), one_graph)
     if fits != (plan.model, plan.cache, plan.phases_used(), batch_size, guided, wanted):
         raise UsageError(
-            f"{bundle}: its graphs are of another model, other cache settings, another batch or precision; export anew"
+            f"{bundle}: its graphs are of another model, other cache settings, another batch or precision, or one graph"
+            " where there should be several; export anew"
         )
     records = {name: record for name, record in manifest.graphs.items() if name not in (SOLVER, *FP32_GRAPHS)}
     for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *{record.file for record in records.values()}):

@@ -1,7 +1,7 @@
 """How image and text rows stand in what a block is given and gives, and how to take them apart and put them back.
 
 Tokens of the picture can be pruned, tokens of the text never are; models keep them in one tensor or two. Works under
-torch.export: row counts are static.
+torch.export, for row counts that are left open too.
 """
 
 from __future__ import annotations

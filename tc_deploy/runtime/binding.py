@@ -19,7 +19,7 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
-from tc_deploy.groups import group_inputs, token_groups
+from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import (
     COMPUTED,
     FORECAST_WEIGHTS,
@@ -56,15 +56,14 @@ class Bundle:
         """One step's row of a table, without the batch axis."""
         if history_of(table)[0] not in (TOKEN_INDEX, COMPUTED):
             return np.asarray(self.step_tables[table][step])
-        schedule, cache, tokens = self.plan.tprr(), self.plan.cache, self.plan.model.tokens
+        schedule = self.plan.tprr()
         variant = FULL if step == EVERY_FULL_STEP else schedule.variants[step]
         index = None if variant == FULL else self.index_tables.get(token_index_name(variant))
         row = None if index is None else np.asarray(index[index_row(schedule, step)], np.int32)
         if table == TOKEN_INDEX:
             assert row is not None, "check_plan sees to it that a phase that prunes has an index table"
             return row
-        groups = token_groups(cache, self.plan.phases_used(), tokens)
-        return group_inputs(groups, cache, tokens, variant, row)[table]
+        return planned_group_inputs(self.plan, variant, row)[table]
 
 
 def read_bundle(path: Path, backend: str | None) -> Bundle:

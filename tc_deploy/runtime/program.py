@@ -90,9 +90,9 @@ def program_of(
     """Lay out a sampling run.
 
     The latents of step s lie in slot ``s mod (solver_history + 2)``, so an update never writes what it reads; a cache
-    of the f-th full step lies in slot ``f mod (forecast_order + 1)``, so a full step, which reads no cache, overwrites
-    the oldest. Where one graph holds all variants, a full step is given zeros to read, and what a cached step's blocks
-    have computed goes where nobody reads it.
+    of the f-th full step lies in slot ``f mod (forecast_order + 1)``, so a full step, which has no use for
+    a cache, overwrites the oldest. Where one graph holds all variants, a full step is given zeros to read, and what a
+    cached step's blocks have computed goes where nobody reads it.
 
     Args:
         graphs: the bundle's graphs.

@@ -224,7 +224,7 @@ class OpenPass(CachedPass):
         """Tokens plus what the block adds, likewise."""
         output = super().residual(block, image, text, compute)
         added = _difference(output.text, text)
-        if text is None or added is None or cache_name(block, text_part(BLOCK)) not in self.history[0]:
+        if text is None or added is None or not self._is_cached(block, text_part(BLOCK)):
             return output
         return Streams(output.image, text + self._text_or_cached(block, BLOCK, added))
 

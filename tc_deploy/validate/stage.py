@@ -21,7 +21,8 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
 from tc_deploy import __version__
 from tc_deploy.backends import registry
-from tc_deploy.backends.load import load_target, loaded_graphs
+from tc_deploy.backends.base import loaded_graphs
+from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.groups import group_inputs, token_groups
+from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import CACHE_PREFIX, COMPUTED, SAMPLE, TOKEN_INDEX, cached_name, history_of, variant_name
 from tc_deploy.plan import Plan, token_index_name
 from tc_deploy.runtime.program import STEP_TABLES
@@ -129,8 +129,7 @@ def _expected_row(
         return name, None
     if tensor == TOKEN_INDEX:
         return name, row
-    cache, tokens = plan.cache, plan.model.tokens
-    return tensor, group_inputs(token_groups(cache, plan.phases_used(), tokens), cache, tokens, variant, row)[tensor]
+    return tensor, planned_group_inputs(plan, variant, row)[tensor]
 
 
 def _condition_faults(call: CallNote, tensor: str, step: int, expected: NDArray[Any]) -> Iterator[WiringFault]:

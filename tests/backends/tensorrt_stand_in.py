@@ -23,12 +23,12 @@ from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt import TensorRt
 from tc_deploy.backends.tensorrt_rtx import RtxExtras
 from tc_deploy.backends.tensorrt_run import TrtDevice
-from tc_deploy.manifest import ONNX_FOLDER, EngineRecord, read_engine_record, read_manifest
+from tc_deploy.manifest import ONNX_FOLDER, SOLVER, EngineRecord, read_engine_record, read_manifest
 
 NAME = "tensorrt-rtx"
 USER_MANAGED = tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
-SCRATCH_BYTES = (4096, 1000)
-"""What engines want of it, some more and some less."""
+SCRATCH_BYTES, SOLVER_SCRATCH_BYTES = 4096, 1000
+"""What engines want of it; the solver's wants less."""
 
 
 class StandInRuntime:
@@ -133,7 +133,7 @@ class StandInEngine:
         record: EngineRecord | None = None,
     ) -> None:
         self._gpu, self.name, self._session, self._runtime, self.record = gpu, name, session, runtime, record
-        self.device_memory_size_v2 = SCRATCH_BYTES[len(name) % 2]
+        self.device_memory_size_v2 = SOLVER_SCRATCH_BYTES if name == SOLVER else SCRATCH_BYTES
         self.names = sorted(tensor.name for tensor in (*session.get_inputs(), *session.get_outputs()))
 
     @property
@@ -178,7 +178,7 @@ class StandInContext:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:  # noqa: ARG002 - there is one
         assert not self._is_captured, "what was captured has become invalid"
-        self._profile = profile
+        self._profile, self._shapes = profile, {}
         return self._engine.record is not None and profile < len(self._engine.record.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from backends.gpu_stand_in import StandInCudaRuntime
-from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, stand_in
+from backends.tensorrt_stand_in import NAME, stand_in
 from bundles import Made, MadeByCommands, run_cli
 from tolerances import tolerance
 from validate import faults
@@ -20,15 +20,12 @@ import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, UsageError
-from tc_deploy.export.graphs import OpenStepGraph
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, STEPS, read_engine_record, read_manifest
-from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import CacheRecord
 from tc_deploy.runtime import binding
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
-from tc_deploy.types import Attention, FloatArray, Precision, Reuse
+from tc_deploy.types import FloatArray, Precision
 from tc_deploy.validate.stage import validate_bundle
 
 VARIANTS = ("full", "cached-1", "cached-2")
@@ -126,13 +123,13 @@ def test_it_passes_validation(one_graph: Made, backend: str) -> None:
 
 
 def test_validation_sees_other_tokens_than_the_plan_s(one_graph: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = binding.group_inputs
+    right = binding.planned_group_inputs
 
     def wrong(*given: object) -> dict[str, np.ndarray]:
         found = right(*given)  # type: ignore[arg-type]
         return found | {"token_index.2": (found["token_index.2"] + 1) % 16}
 
-    monkeypatch.setattr(binding, "group_inputs", wrong)
+    monkeypatch.setattr(binding, "planned_group_inputs", wrong)
     record = validate_bundle(one_graph.bundle, "onnxruntime")
     assert not record.passed
     assert {fault.tensor for fault in record.wiring} == {"token_index.2"}
@@ -161,28 +158,21 @@ def test_polygraphy_runs_it_on_each_variant_s_inputs(one_graph: Made) -> None:
         assert "Passed: " in answer.stdout
 
 
-def test_where_every_block_keeps_all_tokens_it_reads_no_cache(tiny_dit: DiffusionTransformer) -> None:
-    everything = (tiny_dit.geometry.tokens,) * 3
-    cache = CacheRecord(
-        reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=(everything, everything)
-    )
-    graph = OpenStepGraph(tiny_dit, cache, (1, 2))
-    assert graph.input_names == tiny_dit.input_names
-    assert graph.output_names == ("sample",)
-
-
-def test_a_plan_that_has_one_graph_of_the_model_anyway_is_refused(tmp_path: Path, pixel: MadeByCommands) -> None:
+@pytest.mark.parametrize("keep_counts", [(0, 0), (16, 16)])
+def test_a_plan_whose_variants_are_alike_or_skip_the_model_is_refused(
+    tmp_path: Path, pixel: MadeByCommands, keep_counts: tuple[int, int]
+) -> None:
     plan = tmp_path / "plan"
-    made = run_cli("calibrate", pixel.model, "-o", plan, "--steps", 9, "--samples", 0)
+    made = run_cli("calibrate", pixel.model, "-o", plan, "--steps", 9, "--samples", 0, "--keep-counts", *keep_counts)
     assert made.code == 0, made.err
     answer = run_cli("export", plan, "-o", tmp_path / "bundle", "--one-graph")
     assert answer.code == UsageError.exit_code
-    assert "no cached step of the plan runs the model, so the weights are in one graph anyway" in answer.error
+    assert "no cached step of the plan runs the model on some of the tokens" in answer.error
     assert not (tmp_path / "bundle").exists()
 
 
 def test_graphs_of_the_other_kind_are_not_taken(one_graph: Made, mixed: Made, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="export anew"):
+    with pytest.raises(UsageError, match="or one graph where there should be several; export anew"):
         export_bundle(mixed.plan, tmp_path / "bundle", graphs_from=one_graph.bundle)
     manifest = export_bundle(mixed.plan, tmp_path / "bundle", graphs_from=one_graph.bundle, one_graph=True)
     assert manifest.graphs["full"] == read_manifest(one_graph.bundle).graphs["full"]
@@ -206,10 +196,11 @@ def test_tensorrt_rtx_builds_one_engine_with_a_profile_per_variant(engine: Made,
     assert {path.name for path in (engine.bundle / NAME).glob("*.engine")} == {"steps.engine", "solver.engine"}
     record = read_engine_record(engine.bundle / NAME / "steps.engine")
     assert record.onnx_sha256 == sha256_of_file(engine.bundle / ONNX_FOLDER / "steps.onnx")
-    assert [profile.graph for profile in record.profiles] == sorted(VARIANTS)
+    assert [profile.graphs for profile in record.profiles] == [(name,) for name in sorted(VARIANTS)]
     for profile in record.profiles:
-        assert profile.inputs == manifest.graphs[profile.graph].inputs
-        assert profile.outputs == manifest.graphs[profile.graph].outputs
+        (name,) = profile.graphs
+        assert profile.inputs == manifest.graphs[name].inputs
+        assert profile.outputs == manifest.graphs[name].outputs
     assert record.axes == {"model_batch": (2, 4, 8)}
     assert record.warnings == ()
     log = (engine.bundle / NAME / "steps.log").read_text()
@@ -274,4 +265,3 @@ def test_each_variant_runs_under_its_profile_and_all_in_the_same_scratch_memory(
     del pipeline
     gc.collect()
     assert gpu.leaks == {}
-    assert len(set(SCRATCH_BYTES)) > 1

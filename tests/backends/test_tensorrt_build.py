@@ -44,7 +44,7 @@ def test_a_target_says_what_its_engines_are_made_from_and_for(built: Made) -> No
         assert record.onnx_sha256 == sha256_of_file(built.bundle / ONNX_FOLDER / f"{name}.onnx")
         assert record.weights_sha256 == sha256_of_file(built.bundle / ONNX_FOLDER / WEIGHTS)
         (profile,) = record.profiles
-        assert (profile.graph, profile.inputs) == (name, manifest.graphs[name].inputs)
+        assert (profile.graphs, profile.inputs) == ((name,), manifest.graphs[name].inputs)
         assert profile.outputs == manifest.graphs[name].outputs
         axes = {"model_batch": (2, 4, 8)} | ({"batch": PROFILE} if name == SOLVER else {})
         assert record.axes == axes
@@ -214,7 +214,7 @@ def job(folder: Path, bundle: Path, graph: str = SOLVER, **changes: object) -> E
         options={},
         onnx_sha256="0",
         weights_sha256="0",
-        profiles=(ProfileRecord(graph=graph, inputs=record.inputs, outputs=record.outputs),),
+        profiles=(ProfileRecord(graphs=(graph,), inputs=record.inputs, outputs=record.outputs),),
         axes={"batch": (1, 1, 1), "model_batch": (2, 2, 2)},
     )
     fields = {

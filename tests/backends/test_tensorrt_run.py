@@ -13,19 +13,19 @@ import pytest
 import tensorrt_rtx
 from backends.buffers import buffer_of
 from backends.gpu_stand_in import StandInCudaRuntime
-from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, USER_MANAGED, StandInRuntime, stand_in
+from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, SOLVER_SCRATCH_BYTES, USER_MANAGED, StandInRuntime, stand_in
 from bundles import Made
 from gpu.measure import captured_and_launched
 from tolerances import tolerance
 
 import tc_deploy
 from tc_deploy import Pipeline, Step
-from tc_deploy.backends.base import BufferSpec
+from tc_deploy.backends.base import BufferSpec, Device
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.tensorrt_rtx import RtxExtras
-from tc_deploy.backends.tensorrt_run import TrtCapture, TrtDevice
+from tc_deploy.backends.tensorrt_run import TrtBoundGraph, TrtCapture, TrtDevice
 from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.errors import BackendError, Cancelled
 from tc_deploy.manifest import SOLVER, read_manifest
@@ -359,7 +359,7 @@ def test_a_pipeline_s_memory_is_the_layout_in_one_piece(
         layout = pipeline_layout(pipeline.manifest, programs, BATCH)
         # And one for the scratch memory of all engines.
         assert gpu.allocations == 2
-        assert gpu.live_bytes == layout.size_bytes + max(SCRATCH_BYTES)
+        assert gpu.live_bytes == layout.size_bytes + SCRATCH_BYTES
         assert len(runtime.scratch) == 1
         buffers = {name: buffer.address for name, buffer in pipeline._buffers.items()}
         first = min(buffers.values())
@@ -368,6 +368,41 @@ def test_a_pipeline_s_memory_is_the_layout_in_one_piece(
         pipeline(**REQUEST, on_step=lambda number, step: None)
         assert gpu.allocations == 2
         assert gpu.leaks.keys() == {"memory", "pinned", "launchables"}
+    gc.collect()
+    assert gpu.leaks == {}
+
+
+def test_an_engine_that_wants_more_scratch_memory_than_is_there_gets_another_piece(
+    built: Made, gpu: StandInCudaRuntime, runtime: StandInRuntime
+) -> None:
+    manifest = read_manifest(built.bundle)
+    device, graphs = load_target(built.bundle, manifest, NAME, lambda name: False)
+    assert not graphs
+
+    def bound(device: Device, name: str) -> TrtBoundGraph:
+        record, axes = manifest.graphs[name], manifest.batch_axes(1)
+        tensors = (*record.inputs, *record.outputs)
+        specs = [BufferSpec(dtype=tensor.numpy_dtype, shape=tensor.shape_at(axes)) for tensor in tensors]
+        buffers = dict(zip([tensor.name for tensor in tensors], device.buffers(specs), strict=True))
+        made = device.load(built.bundle / NAME / f"{name}.engine").bind(
+            {tensor.name: buffers[tensor.name] for tensor in record.inputs},
+            {tensor.name: buffers[tensor.name] for tensor in record.outputs},
+        )
+        assert isinstance(made, TrtBoundGraph)
+        return made
+
+    small, large = bound(device, SOLVER), bound(device, "full")
+    assert len(runtime.scratch) == 2
+    for graph in (small, large, small):
+        graph.run()
+    gpu.wait()
+    before = gpu.live_bytes
+    del small, graph
+    gc.collect()
+    assert gpu.live_bytes < before - SOLVER_SCRATCH_BYTES
+    large.run()
+    gpu.wait()
+    del large, device
     gc.collect()
     assert gpu.leaks == {}
 

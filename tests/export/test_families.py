@@ -1,7 +1,8 @@
 """The graphs of every family against PyTorch: full and cached steps, any batch and a fixed one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from tolerances import tolerance
 from torch import Tensor
 
 from tc_deploy.errors import ExportError
-from tc_deploy.export.graphs import StepGraph, onnx_from_graph
-from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX
+from tc_deploy.export.graphs import ModelGraph, OpenStepGraph, StepGraph, onnx_from_graph
+from tc_deploy.groups import group_inputs
+from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX, history_of
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions, Values
 from tc_deploy.models.loading import load_model
@@ -87,8 +89,12 @@ def graph_values(model: ir.Model) -> list[ir.Value]:
 
 
 def assert_same_as_pytorch(graph: StepGraph, session: onnxruntime.InferenceSession, batch: int) -> None:
-    inputs = draw(graph, batch)
-    found = session.run(list(graph.output_names), {name: tensor.numpy() for name, tensor in inputs.items()})
+    assert_equal(graph, session, draw(graph, batch))
+
+
+def assert_equal(graph: ModelGraph, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> None:
+    feed = {name: inputs[name].numpy() for name in graph.input_names}
+    found = session.run(list(graph.output_names), feed)
     with torch.no_grad():
         expected = graph(*(inputs[name] for name in graph.input_names))
     told = any(condition.values is Values.GUIDANCE for condition in graph.model.geometry.conditions)
@@ -131,6 +137,54 @@ def test_a_graph_with_residuals_computes_what_pytorch_does_at_its_fixed_batch(
     session = exported(graph, tmp_path / "graph.onnx", dynamic_batch=False)
     assert all(isinstance(size, int) for tensor in session.get_inputs() for size in tensor.shape)
     assert_same_as_pytorch(graph, session, BATCH)
+
+
+def draw_variant(graph: OpenStepGraph, variant: int, batch: int) -> dict[str, Tensor]:
+    """Inputs of the graph of all variants, at which it is one of them; every tensor and sample its own."""
+    model, cache = graph.model, graph.cache
+    generator = torch.Generator().manual_seed(batch)
+    row = None
+    if variant != FULL:
+        keep_counts = cache.keep_counts[variant - 1]
+        row = draw_index(model, keep_counts, 1, generator).reshape(-1).numpy()
+    given = group_inputs(graph.groups, cache, model.geometry.tokens, variant, row)
+    drawn = zoo.inputs_of(model, batch, seed=batch)
+    with torch.no_grad():
+        _, noted = run_full(model, cache, drawn)
+    for name in graph.input_names:
+        if name in given:
+            values = torch.from_numpy(given[name].copy())
+            drawn[name] = values if graph.is_shared(name) else values.expand(batch, *values.shape).contiguous()
+        elif name == FORECAST_WEIGHTS:
+            drawn[name] = torch.randn((batch, cache.forecast_order + 1), generator=generator)
+        elif name not in drawn:
+            drawn[name] = torch.randn(noted[history_of(name)[0]].shape, generator=generator)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "reuse", "attention"),
+    [
+        ("wan", ((5, 0), (0, 5)), Reuse.BRANCH, Attention.KEPT),
+        pytest.param("sd35", ((5, 0, 5), (0, 5, None)), Reuse.BRANCH, Attention.ALL, marks=pytest.mark.slow),
+        pytest.param("flux", ((0, 5, 5, 0), (5, 0, None, 5)), Reuse.RESIDUAL, Attention.KEPT, marks=pytest.mark.slow),
+        pytest.param("uvit", ((0, 5, 5), (5, 0, 0)), Reuse.RESIDUAL, Attention.ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_the_graph_of_all_variants_computes_what_pytorch_does(
+    name: str, keep: tuple[tuple[int | None, ...], ...], reuse: Reuse, attention: Attention, tmp_path: Path
+) -> None:
+    model = zoo.model(name)
+    tokens = model.geometry.tokens
+    first, second = (tuple(tokens if count is None else count for count in counts) for counts in keep)
+    cache = CacheRecord(reuse=reuse, attention=attention, forecast_order=2, keep_counts=(first, second))
+    graph = OpenStepGraph(model, cache, phases=(1, 2))
+    path = tmp_path / "graph.onnx"
+    ir.save(onnx_from_graph(graph, draw_variant(graph, FULL, BATCH), dynamic_batch=True), path)
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for variant, batch in product((FULL, 1, 2), (1, 3)):
+        assert_equal(graph, session, draw_variant(graph, variant, batch))
 
 
 @pytest.mark.parametrize(("name", "grid"), [("flux", (64, 64)), ("pixart", (80, 48))])

@@ -53,6 +53,11 @@ ENGINES: dict[str, tuple[str, dict[str, Any], str]] = {
     **{name: (name, {}, BUNDLE) for name in BACKENDS},
     **{f"{name}:one-graph": (name, {}, ONE_GRAPH) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime")},
     **{f"onnxruntime:{name}": ("onnxruntime", {"provider": name}, BUNDLE) for name in PROVIDERS if name != CPU},
+    **{
+        f"onnxruntime:{name}:one-graph": ("onnxruntime", {"provider": name}, ONE_GRAPH)
+        for name in PROVIDERS
+        if name != CPU
+    },
     "torch:compiled": ("torch", {"compile": True}, BUNDLE),
 }
 """What is measured: a backend with options, on one of the two."""

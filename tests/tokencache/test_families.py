@@ -345,7 +345,7 @@ def test_a_phase_that_skips_the_model_reads_its_output_alone(name: str) -> None:
 # --------------------------------------------------------------------------------------- all variants with open numbers
 @each_family
 @each_setting
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2])
 def test_with_open_numbers_of_tokens_every_variant_is_itself(
     name: str, reuse: Reuse, attention: Attention, order: int
 ) -> None:
@@ -369,7 +369,7 @@ def test_with_open_numbers_of_tokens_every_variant_is_itself(
         history = [{part: step[part] for part in names} for step in history]
         return run_open(model, cache, groups, inputs, history, weights, given)
 
-    weights = torch.ones(BATCH, 1) if order == 0 else torch.tensor([[1.5, -0.5]]).expand(BATCH, -1)
+    weights = torch.tensor([[[1.0], [1.5, -0.5], [2.0, -1.5, 0.5]][order]]).expand(BATCH, -1)
     junk = {part: torch.full_like(tensor, torch.nan) for part, tensor in noted.items()}
     found, rows = run(FULL, [junk] * (order + 1), None)
     assert_close(found, output)
