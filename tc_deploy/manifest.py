@@ -43,6 +43,8 @@ MODEL_BATCH = "model_batch"
 BATCH = "batch"
 """The samples' own batch axis."""
 
+HIDDEN_STATES = "hidden_states"
+"""What the model makes its output of, at every step anew."""
 LATENTS = "latents"
 IMAGES = "images"
 """The decoder's output: (B, 3, H, W), or (B, 3, F, H, W) for video, in [-1, 1] where the decoder does not overshoot."""
@@ -136,6 +138,11 @@ class GraphRecord(Document):
     snr_to_fp32_db: float | None = None
     """The fp32 output's power over that of the error that half precision makes in one pass; None where nothing is half
     or the check was turned off."""
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether it is a variant that runs the model."""
+        return any(tensor.name == HIDDEN_STATES for tensor in self.inputs)
 
     def sized(self, axes: Mapping[str, int]) -> GraphRecord:
         """The graph with some of its open axes closed."""

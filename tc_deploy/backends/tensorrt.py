@@ -45,6 +45,8 @@ from tc_deploy.manifest import (
 )
 
 TIMING_CACHE = "timing.cache"
+LARGE_WEIGHTS_MIB = 256
+"""From here on it is worth a word that several engines hold them."""
 AMPERE = 8
 """Major compute capability."""
 BUILD_MEMORY_MIB, BUILD_MEMORY_PER_WEIGHTS = 400, 3.5
@@ -85,6 +87,9 @@ class TensorRt:
         weights = manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"]
         expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20
         progress(f"each build takes up to about {expected_mib:.0f} MiB of memory", 1, 1)
+        copies = len({graph.file for graph in manifest.graphs.values() if graph.runs_model})
+        if copies > 1 and weights.size_bytes >= LARGE_WEIGHTS_MIB * 2**20:
+            progress(f"{copies} engines will hold the weights; tc-deploy export --one-graph makes one of them", 1, 1)
         earlier = self._earlier_target(bundle)
         for file in dict.fromkeys(graph.file for graph in manifest.graphs.values()):
             profiles = _profiles(manifest, file)

@@ -20,14 +20,14 @@ from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
     GUIDED_OUTPUT,
-    HIDDEN_STATES,
     INPUT_SCALE,
-    LATENTS,
     MODEL_OUTPUT,
     NEXT_LATENTS,
 )
 from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
+    HIDDEN_STATES,
+    LATENTS,
     SAMPLE,
     SOLVER,
     GraphRecord,

@@ -12,19 +12,17 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from tc_deploy.errors import ExportError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, SOLVER, history_name
+from tc_deploy.manifest import BATCH, HIDDEN_STATES, LATENTS, MODEL_BATCH, SOLVER, history_name
 
 OPSET = 20
 IR_VERSION = 10
 
 MODEL_OUTPUT = "model_output"
-LATENTS = "latents"
 GUIDED_OUTPUT = "guided_output"
 COEFFICIENTS = "coefficients"
 INPUT_SCALE = "input_scale"
 GUIDANCE_SCALE = "guidance_scale"
 NEXT_LATENTS = "next_latents"
-HIDDEN_STATES = "hidden_states"
 
 
 def solver_model(

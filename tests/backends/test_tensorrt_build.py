@@ -165,6 +165,17 @@ def test_half_precision_is_built(
     assert {tensor.dtype for tensor in inputs if tensor.name.startswith("cache.")} == {kind}
 
 
+def test_large_weights_are_worth_a_word(built: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = built.copy(tmp_path / "bundle")
+    options = read_target(bundle, NAME).options
+    told: list[str] = []
+    build_target(bundle, NAME, options, lambda what, *_: told.append(what))
+    assert not [what for what in told if "--one-graph" in what]
+    monkeypatch.setattr("tc_deploy.backends.tensorrt.LARGE_WEIGHTS_MIB", 0)
+    build_target(bundle, NAME, options, lambda what, *_: told.append(what))
+    assert "3 engines will hold the weights; tc-deploy export --one-graph makes one of them" in told
+
+
 def test_shapes_give_the_same_engines_as_a_profile(built: Made, tmp_path: Path) -> None:
     bundle = built.copy(tmp_path / "bundle")
     capabilities = ("--compute-capability", ",".join(CAPABILITIES))

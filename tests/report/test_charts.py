@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,16 @@ from tc_deploy.search.record import Kind, PointRecord
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return source_from_folder(write_search(tmp_path_factory.mktemp("charts") / "digits", samples={}))
+
+
+@pytest.fixture(scope="module")
+def searched(source: Source) -> Callable[[list[PointRecord]], Source]:
+    """The source with other points; hypothesis prints a test's arguments, and a whole source is too long for it."""
+
+    def changed(points: list[PointRecord]) -> Source:
+        return with_points(source, points)
+
+    return changed
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +99,13 @@ def test_no_chart_without_a_search_or_points(source: Source) -> None:
     drift=st.lists(st.floats(0, 10), min_size=1, max_size=60),
 )
 def test_any_figures_fit_in_the_plot(
-    source: Source, ratios: list[float], psnrs_db: list[float], drift: list[float]
+    searched: Callable[[list[PointRecord]], Source], ratios: list[float], psnrs_db: list[float], drift: list[float]
 ) -> None:
     points = [
         make_point(str(index), Kind.FEWER_STEPS, ratio, psnr_db, drift=tuple(drift), latency_iqr=ratio)
         for index, (ratio, psnr_db) in enumerate(zip(ratios, psnrs_db, strict=False))
     ]
-    found = with_points(source, points)
+    found = searched(points)
     for chart in (pareto_chart(found), drift_chart(found)):
         assert chart is not None
         across = [value for mark in chart.marks for value in (mark.x_low, mark.x, mark.x_high)]
