@@ -15,25 +15,28 @@ import numpy as np
 
 from tc_deploy.backends.base import Buffer, BufferSpec, Device, Graph, Progress
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import GraphRecord, Manifest, TargetManifest, TensorRecord
+from tc_deploy.manifest import STEPS, WEIGHTS, GraphRecord, Manifest, TargetManifest, TensorRecord
 
 SHARED, PACKED = "shared", "packed"
 WEIGHTS_MODES = (SHARED, PACKED)
 """All graphs read one mapping of the weights file; or each keeps a copy, arranged for its matrix products."""
 SHARED_FROM_MIB = 256
-"""Weights of this size are shared if nothing else is asked for: copies of smaller ones cost little, and run faster."""
+"""Weights of this size are shared if nothing else is asked for: copies of smaller ones cost little, and run faster. So
+does the one copy of a graph that holds all variants."""
 
 
-def are_shared(mode: str | None, weights: Path) -> bool:
-    """Whether graphs that lie beside a weights file share it.
+def are_shared(mode: str | None, graph: Path) -> bool:
+    """Whether a graph reads its weights from the mapping of the weights file.
 
     Args:
-        mode: one of :data:`WEIGHTS_MODES`; None decides by the file's size.
-        weights: the file; graphs without weights have none.
+        mode: one of :data:`WEIGHTS_MODES`; None decides by the file's size, and by whether there are other graphs with
+            the same weights.
+        graph: beside it lies the file; graphs without weights may have none.
     """
     if mode is not None:
         return mode == SHARED
-    return weights.is_file() and weights.stat().st_size >= SHARED_FROM_MIB * 2**20
+    weights = graph.with_name(WEIGHTS)
+    return graph.stem != STEPS and weights.is_file() and weights.stat().st_size >= SHARED_FROM_MIB * 2**20
 
 
 class CompiledAtLoad(ABC):

@@ -165,7 +165,8 @@ class OrtDevice:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (the physical cores).
         provider: what computes.
         weights: on the CPU, whether all graphs read one mapping of the weights file (``shared``), or each packs a copy
-            for its matrix products (``packed``); None decides by the size of the weights.
+            for its matrix products (``packed``); None decides by the size of the weights and by how many copies there
+            would be.
         unfused: run every operator of the graph as it stands there, none fused, folded or moved: slow, and a fault that
             it cures is a fusion's.
     """
@@ -206,9 +207,8 @@ class OrtDevice:
         Raises:
             BackendError: ONNX Runtime refuses the graph, or would compute it elsewhere than asked.
         """
-        file = path.parent / WEIGHTS
-        shared = self._on_cpu and are_shared(self._weights, file)
-        weights = self._mapped_weights(file) if shared else None
+        shared = self._on_cpu and are_shared(self._weights, path)
+        weights = self._mapped_weights(path.with_name(WEIGHTS)) if shared else None
         providers = [(self._provider.name, dict(self._provider.options))]
         try:
             with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from tc_deploy.backends.host import HostBuffer
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import FP32_GRAPHS, WEIGHTS
+from tc_deploy.manifest import FP32_GRAPHS
 
 if TYPE_CHECKING:
     import openvino
@@ -138,7 +138,8 @@ class OpenVinoDevice:
         precision: what matrix products and most else are computed in; inputs, outputs and caches stay as they are, and
             so do a decoder and text encoders, which half precision overflows.
         weights: whether all graphs read the mapping of the weights file (``shared``), or each keeps a copy, arranged
-            and converted for its matrix products (``packed``); None decides by the size of the weights.
+            and converted for its matrix products (``packed``); None decides by the size of the weights and by how
+            many copies there would be.
 
     Raises:
         BackendError: the CPU does not compute in that precision.
@@ -164,7 +165,7 @@ class OpenVinoDevice:
 
     def shares(self, path: Path) -> bool:
         """Whether a graph reads the weights file that lies beside it."""
-        return are_shared(self._weights, path.parent / WEIGHTS)
+        return are_shared(self._weights, path)
 
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
         """Allocate, filled with zeros."""
