@@ -36,7 +36,8 @@ from tc_deploy.types import Precision
 @click.option(
     "--one-graph",
     is_flag=True,
-    help="One graph for the full and the cached steps: a TensorRT engine of it holds the weights once.",
+    help="One graph for all steps that run the model, so that an engine holds the weights once. For plans that keep"
+    " tokens in most blocks; docs/engines.md says what it costs.",
 )
 @click.option(
     "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."

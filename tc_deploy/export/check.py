@@ -20,12 +20,12 @@ from torch import Tensor
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import BackendError, ExportError, first_line
 from tc_deploy.export.graphs import NamedGraph
-from tc_deploy.groups import TokenGroup, group_inputs
+from tc_deploy.groups import TokenGroup, group_inputs, running_variants
 from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
-from tc_deploy.schedule import FULL
+from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import IntArray, Precision
@@ -80,6 +80,8 @@ def step_inputs(
     A graph that all variants share (its ``groups`` are given) reads caches in a full step too, to no effect: zeros.
     """
     variant, batch = steps.schedule.variants[step], len(inputs["timestep"])
+    if variant not in running_variants(steps.cache, PHASES):
+        groups = ()  # A step that skips the model has a graph of its own.
     example = dict(inputs)
     rows = None
     if variant != FULL:

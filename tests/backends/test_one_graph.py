@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from backends.gpu_stand_in import StandInCudaRuntime
 from backends.tensorrt_stand_in import NAME, stand_in
-from bundles import Made, MadeByCommands, run_cli
+from bundles import MIXED, Made, MadeByCommands, make_plan, run_cli
 from tolerances import tolerance
 from validate import faults
 
@@ -111,6 +111,19 @@ def test_a_stepper_runs_it_too(one_graph: Made, mixed: Made) -> None:
             ]
         )
     assert np.allclose(*found, atol=1e-4)
+
+
+def test_a_phase_that_skips_the_model_keeps_a_graph_of_its_own(mixed: Made, tmp_path: Path) -> None:
+    settings = {**MIXED, "cache": {**MIXED["cache"], "keep_counts": ((0, 0, 0), (8, 0, 4)), "skip": "model"}}
+    plan, bundle = make_plan(mixed.model, tmp_path / "plan", **settings), tmp_path / "bundle"
+    manifest = export_bundle(plan, bundle, one_graph=True)
+    files = {name: Path(graph.file).stem for name, graph in manifest.graphs.items()}
+    assert files == {"full": STEPS, "cached-1": "cached-1", "cached-2": STEPS, "solver": "solver"}
+    build_target(bundle)
+    assert validate_bundle(bundle).passed
+    build_target(bundle, NAME)
+    record = read_engine_record(bundle / NAME / "steps.engine")
+    assert [profile.graphs for profile in record.profiles] == [("cached-2",), ("full",)]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
