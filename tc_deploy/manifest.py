@@ -249,6 +249,18 @@ class Manifest(Document):
         """Whether the model batch holds an unconditional half."""
         return self.solver.guidance_scale is not None
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether class labels condition the model."""
+        return any(item.classes is not None for item in self.conditions)
+
+    def graphs_by_file(self) -> dict[str, dict[str, GraphRecord]]:
+        """Of each ONNX file the graphs that it holds, by name."""
+        by_file: dict[str, dict[str, GraphRecord]] = {}
+        for name, graph in self.graphs.items():
+            by_file.setdefault(graph.file, {})[name] = graph
+        return by_file
+
     def batch_axes(self, batch_size: int) -> dict[str, int]:
         """The sizes of the batch axes for so many samples."""
         return {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if self.guided else 1)}

@@ -96,6 +96,15 @@ def run_cli(*words: object) -> Answer:
     return Answer(code=code, out=out.getvalue(), err=err.getvalue())
 
 
+def build_rtx(made: Made, folder: Path) -> tuple[Made, Answer]:
+    """A copy of a bundle with TensorRT-RTX engines for three kinds of GPU and 1 to 4 samples, by the command line."""
+    bundle = made.copy(folder / "bundle")
+    words = ("--compute-capability", "8.6,8.9,12.0", "--batch-profile", 1, 2, 4)
+    answer = run_cli("build", bundle, "--backend", "tensorrt-rtx", *words)
+    assert answer.code == 0, answer.err
+    return Made(model=made.model, plan=made.plan, bundle=bundle), answer
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -62,12 +62,11 @@ class CompiledAtLoad(ABC):
         device = self.open(options)
         axes = manifest.batch_axes(manifest.batch_size or 1)
         # One file after the other, so that a build takes the memory of one.
-        for file in dict.fromkeys(record.file for record in manifest.graphs.values()):
+        for file, records in manifest.graphs_by_file().items():
             graph = device.load(bundle / file)
-            for name, record in manifest.graphs.items():
-                if record.file == file:
-                    progress(f"building {name}", 1, 1)
-                    _run_once(device, graph, record, axes, bundle / file)
+            for name, record in records.items():
+                progress(f"building {name}", 1, 1)
+                _run_once(device, graph, record, axes, bundle / file)
             del graph
 
     def engine_file(self, record: GraphRecord) -> str:

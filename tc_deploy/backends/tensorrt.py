@@ -92,8 +92,8 @@ class TensorRt:
         if copies > 1 and weights.size_bytes >= LARGE_WEIGHTS_MIB * 2**20:
             progress(f"{copies} engines will hold the weights; tc-deploy export --one-graph makes one of them", 1, 1)
         earlier = self._earlier_target(bundle)
-        for file in dict.fromkeys(graph.file for graph in manifest.graphs.values()):
-            profiles = _profiles(manifest, file)
+        for file, graphs in manifest.graphs_by_file().items():
+            profiles = _profiles(graphs)
             sizes = {size for profile in profiles for tensor in profile.inputs for size in tensor.shape}
             identity = EngineIdentity(
                 backend=self.name,
@@ -193,15 +193,13 @@ class TensorRt:
         return target
 
 
-def _profiles(manifest: Manifest, file: str) -> tuple[ProfileRecord, ...]:
+def _profiles(graphs: Mapping[str, GraphRecord]) -> tuple[ProfileRecord, ...]:
     """One for each set of sizes that the graphs of a file have."""
     names: dict[tuple[tuple[TensorRecord, ...], tuple[TensorRecord, ...]], list[str]] = {}
-    for name, graph in manifest.graphs.items():
-        if graph.file == file:
-            names.setdefault((graph.inputs, graph.outputs), []).append(name)
+    for name, graph in graphs.items():
+        names.setdefault((graph.inputs, graph.outputs), []).append(name)
     return tuple(
-        ProfileRecord(graphs=tuple(graphs), inputs=inputs, outputs=outputs)
-        for (inputs, outputs), graphs in names.items()
+        ProfileRecord(graphs=tuple(alike), inputs=inputs, outputs=outputs) for (inputs, outputs), alike in names.items()
     )
 
 

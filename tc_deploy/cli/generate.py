@@ -139,7 +139,7 @@ def command(
 
 def _takes(manifest: Manifest) -> str:
     """By which options a bundle is told what to make."""
-    labels = ["--class-label"] if any(item.classes is not None for item in manifest.conditions) else []
+    labels = ["--class-label"] if manifest.takes_labels else []
     prompts = [] if manifest.text is None else ["--prompt"]
     return " or ".join([*labels, *prompts, "--conditions FILE"])
 

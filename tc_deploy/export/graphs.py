@@ -30,6 +30,7 @@ from tc_deploy.manifest import (
     STEPS,
     TOKEN_INDEX,
     history_name,
+    history_of,
     rows_name,
     variant_name,
 )
@@ -66,9 +67,9 @@ class NamedGraph(nn.Module):
         """Whether an input has no batch axis."""
         return False
 
-    def open_axis(self, name: str) -> str | None:  # noqa: ARG002 - the graph of all variants has such inputs
-        """Name of an input's last axis where it is left open, whatever the batch."""
-        return None
+    def open_axes(self, name: str) -> dict[int, str]:
+        """The axes of an input that can be left open, and their names."""
+        return {} if self.is_shared(name) else {0: self.batch_axis}
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The inputs by name; the exporter is told that they have one batch.
@@ -86,10 +87,20 @@ class ModelGraph(NamedGraph):
     """A graph that runs a step of the model."""
 
     model: DiffusionTransformer
+    cache: CacheRecord
     stem: str
     """Of its file."""
     groups: tuple[TokenGroup, ...] = ()
     """Blocks whose number of tokens is open."""
+
+    def is_shared(self, name: str) -> bool:
+        """Whether an input has no batch axis: the token index of a family whose samples share it."""
+        return history_of(name)[0] == TOKEN_INDEX and self.model.family.shares_index
+
+    def history(self, given: Mapping[str, Tensor], names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Of the inputs, the caches of the last full steps, latest first."""
+        ages = range(self.cache.forecast_order + 1)
+        return [{name: given[history_name(name, age)] for name in names} for age in ages]
 
 
 class StepGraph(ModelGraph):
@@ -124,10 +135,6 @@ class StepGraph(ModelGraph):
         )
         self.output_names = (SAMPLE,)
 
-    def is_shared(self, name: str) -> bool:
-        """Whether an input has no batch axis: the token index of a family whose samples share it."""
-        return name == TOKEN_INDEX and self.model.family.shares_index
-
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
         given = self.named(tensors)
@@ -135,8 +142,7 @@ class StepGraph(ModelGraph):
         if self.variant == FULL:
             sample, noted = run_full(self.model, self.cache, inputs)
             return (sample, *(noted[name] for name in self.cache_names))
-        ages = range(self.cache.forecast_order + 1)
-        history = [{name: given[history_name(name, age)] for name in self.cache_names} for age in ages]
+        history = self.history(given, self.cache_names)
         weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
         sample = run_cached(self.model, self.cache, self.variant, inputs, history, weights, given.get(TOKEN_INDEX))
         return (sample,)
@@ -172,22 +178,16 @@ class OpenStepGraph(ModelGraph):
         )
         self.output_names = (SAMPLE, *(rows_name(name) if name in self._read else name for name in self.cache_names))
 
-    def is_shared(self, name: str) -> bool:
-        """Whether an input has no batch axis: the token index of a family whose samples share it."""
-        return name in self._axes and self.model.family.shares_index
-
-    def open_axis(self, name: str) -> str | None:
-        """The number of tokens, of a group's index."""
-        return self._axes.get(name)
+    def open_axes(self, name: str) -> dict[int, str]:
+        """The batch, and of a group's index (batch, blocks, tokens) or (blocks, tokens) the tokens."""
+        tokens = {1 if self.is_shared(name) else 2: self._axes[name]} if name in self._axes else {}
+        return super().open_axes(name) | tokens
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run a step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
         given = self.named(tensors)
         inputs = {name: given[name] for name in self.model.input_names}
-        history = [
-            {name: given[history_name(name, age)] for name in self._read}
-            for age in range(self.cache.forecast_order + 1)
-        ]
+        history = self.history(given, self._read)
         weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
         sample, noted = run_open(self.model, self.cache, self.groups, inputs, history, weights, given)
         return (sample, *(noted[name] for name in self.cache_names))
@@ -257,16 +257,13 @@ def onnx_from_graph(
 
 def _open_axes(graph: NamedGraph, *, dynamic_batch: bool) -> tuple[dict[int, Any], ...]:
     """The axes of each input that the exporter is to leave open."""
-    names = {graph.batch_axis, *filter(None, map(graph.open_axis, graph.input_names))}
+    opened = [graph.open_axes(name) for name in graph.input_names]
     # At least one, and never a range that some operator could narrow.
-    dims = {name: torch.export.Dim(name, min=1) for name in names}
-    axes = []
-    for name in graph.input_names:
-        last = graph.open_axis(name)
-        shared = graph.is_shared(name)
-        opened = {0: dims[graph.batch_axis]} if dynamic_batch and not shared else {}
-        axes.append(opened if last is None else opened | {1 if shared else 2: dims[last]})
-    return tuple(axes)
+    dims = {size: torch.export.Dim(size, min=1) for axes in opened for size in axes.values()}
+    return tuple(
+        {axis: dims[size] for axis, size in axes.items() if dynamic_batch or size != graph.batch_axis}
+        for axes in opened
+    )
 
 
 def _check_dynamic(model: ir.Model, graph: NamedGraph, axes: Sequence[Mapping[int, Any]]) -> None:

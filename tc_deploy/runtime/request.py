@@ -138,10 +138,9 @@ def _checked_prompts(
 ) -> Prompts:
     record = manifest.text
     if record is None:
-        labels = any(item.classes is not None for item in manifest.conditions)
         raise UsageError(
             "this bundle takes class labels, no prompts; give class_labels (--class-label)"
-            if labels
+            if manifest.takes_labels
             else f"this bundle has no text encoder, so it takes no prompts; export it with one: {EXPORT_TEXT}, or give"
             " conditions, which examples/encode_prompts.py makes"
         )

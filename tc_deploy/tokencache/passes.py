@@ -131,9 +131,7 @@ class CachedPass(CachePoints):
             return tokens[:, :1]
         if block not in self.index:
             return tokens
-        index, width = self.index[block].expand(tokens.shape[0], -1), tokens.shape[2]
-        rows = tokens.reshape(-1, width).index_select(0, _flat_rows(index, tokens.shape[1]))
-        return rows.reshape(*index.shape, width)
+        return _take_rows(tokens, self.index[block].expand(tokens.shape[0], -1))
 
     def table(self, block: int, table: Tensor, axis: int) -> Tensor:
         """The kept tokens' rows."""
@@ -246,8 +244,7 @@ class OpenPass(CachedPass):
         self.noted[cache_name(block, part)] = rows
         base, index = self._forecast(block, part), self.index[block].expand(rows.shape[0], -1)
         if block in self._is_computed:
-            cached = base.reshape(-1, base.shape[2]).index_select(0, _flat_rows(index, base.shape[1]))
-            rows = torch.where(self._is_computed[block][:, None, None], rows, cached.reshape(rows.shape))
+            rows = torch.where(self._is_computed[block][:, None, None], rows, _take_rows(base, index))
         return _put_rows(base, index, rows)
 
 
@@ -306,6 +303,12 @@ def _flat_rows(index: Tensor, tokens: int) -> Tensor:
     """
     positions = torch.arange(index.shape[0], device=index.device)
     return (index + positions[:, None] * tokens).reshape(-1)
+
+
+def _take_rows(base: Tensor, index: Tensor) -> Tensor:
+    """The tokens ``index`` (P, M) of ``base`` (P, N, D), (P, M, D)."""
+    width = base.shape[2]
+    return base.reshape(-1, width).index_select(0, _flat_rows(index, base.shape[1])).reshape(*index.shape, width)
 
 
 def _put_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from backends.gpu_stand_in import StandInCudaRuntime
 from backends.tensorrt_stand_in import NAME, stand_in
-from bundles import MIXED, Made, MadeByCommands, make_plan, run_cli
+from bundles import MIXED, Made, MadeByCommands, build_rtx, make_plan, run_cli
 from tolerances import tolerance
 from validate import faults
 
@@ -197,11 +197,7 @@ def test_graphs_of_the_other_kind_are_not_taken(one_graph: Made, mixed: Made, tm
 @pytest.fixture(scope="module")
 def engine(one_graph: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """With a real engine of TensorRT-RTX for 1 to 4 samples."""
-    bundle = one_graph.copy(tmp_path_factory.mktemp("engine") / "bundle")
-    words = ("--compute-capability", "8.6,8.9,12.0", "--batch-profile", 1, 2, 4)
-    answer = run_cli("build", bundle, "--backend", NAME, *words)
-    assert answer.code == 0, answer.err
-    return Made(model=one_graph.model, plan=one_graph.plan, bundle=bundle)
+    return build_rtx(one_graph, tmp_path_factory.mktemp("engine"))[0]
 
 
 def test_tensorrt_rtx_builds_one_engine_with_a_profile_per_variant(engine: Made, built: Made) -> None:
