@@ -8,15 +8,21 @@
     ├── BundleError               5   an artefact folder is missing, incomplete or altered
     ├── ExportError               6   a graph or a scheduler cannot be exported, or the graph departs from PyTorch
     ├── BackendError              7   an engine cannot be built or loaded here; names the extra to install
-    ├── StorageError              8   an output cannot be written
+    ├── StorageError              8   an output cannot be written, or would replace what is not this tool's
+    ├── NotFiniteError            9   a run, a training or a table came to NaN or infinity
     └── Cancelled               130   the caller stopped a run between two steps
+
+Any other exception that reaches the command line is a defect of ours, and ends with ``INTERNAL_EXIT_CODE``, 70.
 
 A message says what is wrong, where, what was expected and found, and how to mend it, in one line.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+INTERNAL_EXIT_CODE: Final = 70
+"""Of a defect of ours; sysexits.h calls it EX_SOFTWARE."""
 
 
 class TcDeployError(Exception):
@@ -62,9 +68,15 @@ class BackendError(TcDeployError):
 
 
 class StorageError(TcDeployError):
-    """An output cannot be written."""
+    """An output cannot be written, or would replace what this tool did not write."""
 
     exit_code = 8
+
+
+class NotFiniteError(TcDeployError):
+    """A run, a training or a table came to NaN or infinity; the message names the step at which it began."""
+
+    exit_code = 9
 
 
 class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked for, not a failure

@@ -74,7 +74,7 @@ def command_from_target(target: str) -> click.Command:
     commands={name: click.Command(name, short_help=entry.help) for name, entry in COMMANDS.items()},
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 validation failed, 2 usage, 3 model, 4 plan, 5 bundle, 6 export, 7 backend, "
-    "8 storage, 130 interrupted.",
+    "8 storage, 9 not finite, 70 a defect of tc-deploy, 130 interrupted.",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("-v", "--verbose", count=True, help="Say more; twice: libraries too, and tracebacks.")

@@ -127,6 +127,7 @@ def test_the_exit_codes_are_those_that_the_tree_draws() -> None:
         "ExportError": 6,
         "BackendError": 7,
         "StorageError": 8,
+        "NotFiniteError": 9,
         "Cancelled": 130,
     }
     for kind in error_classes():
