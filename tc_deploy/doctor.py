@@ -32,6 +32,7 @@ EXTRA_BY_MODULE = {
     "tokenizers": "text",
     "jinja2": "report",
     "polygraphy": "validate",
+    "cryptography": "sign",
     "matplotlib": "examples",
     "sklearn": "examples",
 }

@@ -39,6 +39,8 @@ COMMANDS = {
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
     "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
     "report": CommandEntry("tc_deploy.cli.report:command", "Draw a plan or a bundle as one HTML page."),
+    "sign": CommandEntry("tc_deploy.cli.sign:sign", "Sign a bundle and the engines built in it."),
+    "verify": CommandEntry("tc_deploy.cli.sign:verify", "Check who signed a bundle, and that it is unchanged."),
     "doctor": CommandEntry("tc_deploy.cli.doctor:command", "Say what this machine can run, and why not the rest."),
     "bench": CommandEntry("tc_deploy.cli.bench:command", "Time full and cached engines, and a process's start."),
 }

@@ -50,6 +50,14 @@ LATENTS = (".safetensors", ".npy")
     type=click.Path(path_type=Path),
     help="A .png sheet (of video a row of frames each), or latents as .safetensors or .npy.",
 )
+@click.option(
+    "--require-signature",
+    metavar="KEY",
+    type=click.Path(path_type=Path),
+    envvar="TC_DEPLOY_REQUIRE_SIGNATURE",
+    show_envvar=True,
+    help="Refuse a bundle that the holder of this public key has not signed.",
+)
 @click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
 @click.option("--backend", help="Which of the bundle's engines.")
 @click.option(
@@ -67,6 +75,7 @@ def command(
     guidance_scale: float | None,
     distilled_guidance: float | None,
     output: Path,
+    require_signature: Path | None,
     full: bool,
     backend: str | None,
     batch_size: int | None,
@@ -95,7 +104,7 @@ def command(
     turns = np.arange(count) % given
     if batch_size is None:
         batch_size = _default_batch(bundle, count)
-    with load(bundle, backend, batch_size=batch_size) as pipeline:
+    with load(bundle, backend, batch_size=batch_size, require_signature=require_signature) as pipeline:
         if output.suffix == PNG and not pipeline.manifest.pixels and pipeline.manifest.decoder is None:
             raise UsageError(
                 f"{bundle} makes latents and has no decoder; write them with -o {output.with_suffix('.safetensors')},"

@@ -33,6 +33,7 @@ from tc_deploy.plan import Plan, index_row, load_plan, token_index_name
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of
 from tc_deploy.schedule import FULL
+from tc_deploy.signing import check_signature
 from tc_deploy.types import FloatArray, IntArray
 
 
@@ -66,20 +67,24 @@ class Bundle:
         return planned_group_inputs(self.plan, variant, row)[table]
 
 
-def read_bundle(path: Path, backend: str | None) -> Bundle:
+def read_bundle(path: Path, backend: str | None, require_signature: Path | None = None) -> Bundle:
     """Read a bundle and check its files.
 
     Args:
         path: ``engines/NAME``.
         backend: which of the bundle's targets; None takes the only one, or the first by name.
+        require_signature: a public key in PEM whose holder must have signed the bundle and that target.
 
     Raises:
-        BundleError: nothing exported or built there, or a file is missing, truncated or altered.
+        BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that
+            is required is missing, another key's, or of other files.
         PlanError: the plan is inconsistent.
         UsageError: there is no such backend.
     """
     manifest = read_manifest(path)
     backend = _chosen_backend(path, backend)
+    if require_signature is not None:
+        check_signature(path, require_signature, [backend])
     check_files(path, manifest.files)
     plan, index_tables = load_plan(path)
     solver = safetensors.numpy.load_file(path / RUNTIME_TABLES)

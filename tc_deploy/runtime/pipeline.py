@@ -64,7 +64,13 @@ class Result:
     steps_cached: int
 
 
-def load(path: str | Path, backend: str | None = None, *, batch_size: int | None = None) -> Pipeline:
+def load(
+    path: str | Path,
+    backend: str | None = None,
+    *,
+    batch_size: int | None = None,
+    require_signature: str | Path | None = None,
+) -> Pipeline:
     """Load a built bundle.
 
     Args:
@@ -72,13 +78,17 @@ def load(path: str | Path, backend: str | None = None, *, batch_size: int | None
         backend: which of the bundle's targets; None takes the only one, or the first by name.
         batch_size: samples that run together. Requests of more run in turns, a turn of fewer is filled up. None
             takes the bundle's own, or 1.
+        require_signature: a public key in PEM, whose holder must have signed the bundle and the target
+            (``tc-deploy sign``); None asks for no signature.
 
     Raises:
-        BundleError: nothing exported or built there, or a file is missing, truncated or altered.
+        BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that
+            is required is missing or does not fit.
         BackendError: the engine is not installed or refuses the graphs.
         UsageError: the batch size does not fit the bundle.
     """
-    return Pipeline(Path(path), backend, batch_size=batch_size)
+    key = None if require_signature is None else Path(require_signature)
+    return Pipeline(Path(path), backend, batch_size=batch_size, require_signature=key)
 
 
 class Pipeline:
@@ -95,10 +105,11 @@ class Pipeline:
         backend: str | None = None,
         *,
         batch_size: int | None = None,
+        require_signature: Path | None = None,
         watch: Watch | None = None,
         engines: tuple[Device, Mapping[str, Graph]] | None = None,
     ) -> None:
-        bundle = read_bundle(path, backend)
+        bundle = read_bundle(path, backend, require_signature)
         self.path = path
         self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
         self.batch_size = checked_batch_size(self.manifest, batch_size)

@@ -1,0 +1,47 @@
+"""``tc-deploy sign`` and ``tc-deploy verify``: a team's own bundles, told from others'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tc_deploy.errors import counted
+from tc_deploy.signing import SIGNATURE, SignatureRecord, sign_bundle, verify_bundle
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Private ed25519 key in PEM: openssl genpkey -algorithm ed25519 -out key.pem",
+)
+def sign(bundle: Path, key: Path) -> None:
+    """Sign BUNDLE (engines/NAME) and the engines built in it, as they stand.
+
+    Build first: engines that are built later are not signed. The password of an encrypted key is taken from
+    TC_DEPLOY_KEY_PASSWORD.
+    """
+    record = sign_bundle(bundle, key)
+    click.echo(f"{bundle / SIGNATURE}: signed the bundle{_with_engines(record)}")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The signer's public key in PEM: openssl pkey -in key.pem -pubout -out key.pub.pem",
+)
+def verify(bundle: Path, key: Path) -> None:
+    """Check who signed BUNDLE (engines/NAME), and that every file is as it was signed."""
+    record = verify_bundle(bundle, key)
+    click.echo(f"{bundle}: signed by {key}, every file is as it was signed: the bundle{_with_engines(record)}")
+
+
+def _with_engines(record: SignatureRecord) -> str:
+    targets = sorted(name.partition("/")[0] for name in record.signs if "/" in name)
+    return f" and {counted(len(targets), 'target')} ({', '.join(targets)})" if targets else ", no engines"
