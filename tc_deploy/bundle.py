@@ -13,18 +13,21 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from tc_deploy.errors import BundleError, StorageError
+from tc_deploy.errors import UNPRINTABLE, BundleError, StorageError, printable
 
 MANIFEST = "manifest.json"
+LARGEST_DOCUMENT_BYTES: Final = 64 * 2**20
+"""More than any plan, manifest or search needs; read whole, so it bounds memory."""
 _UNWRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
     | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG}
@@ -119,24 +122,83 @@ def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> D
         maker: the command that makes it.
 
     Raises:
-        BundleError: the file is missing, no JSON, or not of this kind and version.
+        BundleError: the file is missing, too large, no JSON, or not of this kind and version.
     """
+    article = "an" if what[0] in "aeiou" else "a"
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_DOCUMENT_BYTES:
+            raise BundleError(
+                f"{path}: expected {article} {what}, a file of at most {LARGEST_DOCUMENT_BYTES // 2**20} MiB, found"
+                f" {status.st_size} bytes or no file; make it again with: {maker}"
+            )
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{path.parent} holds no {what} ({path.name} is missing); make one with: {maker}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: cannot be read: {error}") from None
     try:
+        # First, since it refuses what is nested too deeply for json, which alone sees a key that is there twice.
         from_json(text, allow_inf_nan=False)
+        found = json.loads(text, object_pairs_hook=_unique_keys)
+        _check_text(found)
+        _check_version(kind, found)
         return kind.model_validate_json(text, strict=True)
+    except _OtherVersionError as error:
+        raise BundleError(f"{path}: {article} {what} of {error}; make it again with: {maker}") from None
     except ValidationError as error:
         where, reason = first_problem(error)
         reason = f"{where}: {reason}" if where else reason
     except ValueError as error:
         reason = f"cut short or altered, no JSON: {error}"
-    article = "an" if what[0] in "aeiou" else "a"
     raise BundleError(f"{path}: not {article} {what} of this version: {reason}; make it again with: {maker}")
+
+
+class _OtherVersionError(Exception):
+    """A document is of another format version."""
+
+
+def _check_version(kind: type[Document], found: Any) -> None:
+    """Tell a document that an older or newer tc-deploy wrote from one that is none.
+
+    Raises:
+        _OtherVersionError: it is of another version; the text says of which, and which is read.
+    """
+    field = kind.model_fields.get("format_version")
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if field is not None and type(version) is int and version not in get_args(field.annotation):
+        (expected,) = get_args(field.annotation)
+        raise _OtherVersionError(f"format {version}, and this tc-deploy reads format {expected}")
+
+
+def _check_text(found: Any) -> None:
+    """Check that no key and no string would move the cursor or turn the text around when it is printed.
+
+    Raises:
+        ValueError: one would.
+    """
+    match found:
+        case str() if UNPRINTABLE.search(found):
+            raise ValueError(f"control characters in {printable(found)!r}")
+        case dict():
+            _check_text(list(found))
+            _check_text(list(found.values()))
+        case list():
+            for item in found:
+                _check_text(item)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys are there once.
+
+    Raises:
+        ValueError: one is there twice, so that readers differ in what they take.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:

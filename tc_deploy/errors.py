@@ -19,8 +19,11 @@ A message says what is wrong, where, what was expected and found, and how to men
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Final
 
+UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys or cannot show: control characters, marks that turn text around, halves of surrogates."""
 INTERNAL_EXIT_CODE: Final = 70
 """Of a defect of ours; sysexits.h calls it EX_SOFTWARE."""
 
@@ -29,6 +32,10 @@ class TcDeployError(Exception):
     """Base of every error that is the user's to mend; its text is shown without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """The message as one line, whatever a file's name or a library's error brought into it."""
+        return printable(re.sub(r"\s*\n\s*", " ", super().__str__()))
 
 
 class UsageError(TcDeployError):
@@ -83,6 +90,11 @@ class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked
     """The caller stopped a run between two steps; the pipeline stays usable."""
 
     exit_code = 130
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would obey written out, so that an escape sequence is read and not acted on."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def counted(count: int, noun: str) -> str:

@@ -20,7 +20,7 @@ from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, Precision
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ONNX_FOLDER = "onnx"
 WEIGHTS = "weights.bin"
 STEPS = "steps"
@@ -210,7 +210,7 @@ class Manifest(Document):
     """An exported bundle."""
 
     kind: Literal["bundle"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     made_by: str
     precision: Precision
     fp32_blocks: tuple[str, ...] = ()
@@ -339,7 +339,7 @@ class TargetManifest(Document):
     """What a backend made of a bundle."""
 
     kind: Literal["target"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     made_by: str
     backend: str
     backend_version: str

@@ -28,7 +28,7 @@ from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 PLAN = "plan.json"
 TABLES = "tables.safetensors"
 RANDOM: Final = "random"
@@ -114,6 +114,8 @@ class CostRecord(Document):
 class MeasuredRecord(Document):
     """What calibration measured in PyTorch on seeds that training did not see."""
 
+    plan_sha256: str
+    """Of the plan that was measured (:func:`content_sha256`): of another one these figures say nothing."""
     seeds: tuple[int, ...]
     psnr_db: float
     """PSNR to the model's own full run: of pictures clipped to [-1, 1] (peak 2) where the latents are pictures, else of
@@ -151,7 +153,8 @@ class OriginRecord(Document):
 class Plan(Document):
     """The plan document."""
 
-    format_version: Literal[1]
+    kind: Literal["plan"]
+    format_version: Literal[2]
     model: ModelRecord
     sampling: SamplingRecord
     schedule: ScheduleRecord
@@ -209,7 +212,8 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
     """Check all that the JSON schema cannot say.
 
     Raises:
-        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule.
+        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule, or what was measured
+            is of another plan.
     """
     schedule = plan.tprr()
     if len(plan.sampling.timesteps) != schedule.steps:
@@ -236,6 +240,11 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
                     f"{where}: table {name}: block {block} must name ascending tokens in 0..{plan.model.tokens - 1};"
                     " calibrate again"
                 )
+    if plan.measured is not None and plan.measured.plan_sha256 != content_sha256(plan):
+        raise PlanError(
+            f"{where}: what it says under measured is of another plan, so {PLAN} was edited since; calibrate again, or"
+            ' set "measured" to null'
+        )
 
 
 def check_keep_counts(keep_counts: tuple[int, ...], blocks: int, tokens: int, where: str) -> None:
@@ -254,6 +263,14 @@ def check_keep_counts(keep_counts: tuple[int, ...], blocks: int, tokens: int, wh
 def plan_sha256(plan: Plan) -> str:
     """The plan's identity: SHA-256 of its canonical bytes (which name the tables' SHA-256)."""
     return sha256_of_bytes(plan_bytes(plan))
+
+
+def content_sha256(plan: Plan) -> str:
+    """What a plan does, as one number: SHA-256 of all but what was measured of it and where its sources were found."""
+    content = plan.model_dump(mode="json", exclude={"measured": True, "model": {"source"}})
+    if isinstance(content["origin"].get("conditions"), dict):
+        del content["origin"]["conditions"]["file"]
+    return sha256_of_bytes(canonical_json(content).encode("utf-8"))
 
 
 def plan_bytes(plan: Plan) -> bytes:

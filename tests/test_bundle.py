@@ -1,6 +1,7 @@
 """Folders on disk: whole or not there, whatever happens while they are written; and what a reader refuses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tc_deploy import bundle
 from tc_deploy.bundle import (
     MANIFEST,
     Document,
@@ -22,7 +24,7 @@ from tc_deploy.bundle import (
     read_document,
     write_bytes,
 )
-from tc_deploy.errors import BundleError, StorageError
+from tc_deploy.errors import UNPRINTABLE, BundleError, StorageError
 
 JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -361,3 +363,46 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_bytes(tmp_path / "note.json", b"text")
     assert names(tmp_path) == ["note.json"]
     assert names(tmp_path / "note.json") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a", "text": "b"}', "the key 'text' is there twice"),
+        ('{"text": "\\u001b[31mred"}', "control characters in"),
+        ('{"text": "gpj.\\u202e"}', "control characters in"),
+        ('{"te\\u0007xt": "a"}', "control characters in"),
+        ('{"text": "\\ud800"}', "no JSON"),
+        ("[" * 100_000 + "]" * 100_000, "no JSON"),
+        ('{"text":' * 100_000 + "1" + "}" * 100_000, "no JSON"),
+        ('{"text": "a", "number": ' + "9" * 5000 + "}", "number|no JSON"),
+    ],
+)
+def test_a_document_that_readers_could_differ_about_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "note.json").write_text(text)
+    with pytest.raises(BundleError, match=message) as raised:
+        read_document(Note, tmp_path / "note.json", "note", "make note")
+    assert str(raised.value).isprintable()
+
+
+def test_a_document_too_large_to_be_one_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    with path.open("wb") as file:
+        file.truncate(bundle.LARGEST_DOCUMENT_BYTES + 1)
+    with pytest.raises(BundleError, match="a file of at most 64 MiB"):
+        read_document(Note, path, "note", "make note")
+
+
+def test_a_pipe_in_a_document_s_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "note.json")
+    with pytest.raises(BundleError, match="or no file"):
+        read_document(Note, tmp_path / "note.json", "note", "make note")
+
+
+@given(st.text())
+def test_a_message_is_one_line_whatever_stands_in_it(text: str) -> None:
+    shown = str(StorageError(f"{text} cannot be written"))
+    assert not UNPRINTABLE.search(shown)
+    shown.encode()

@@ -25,6 +25,7 @@ from tc_deploy.plan import (
     Plan,
     SamplingRecord,
     ScheduleRecord,
+    content_sha256,
     index_row,
     load_plan,
     plan_bytes,
@@ -47,8 +48,12 @@ def make_tables() -> Tables:
     return {token_index_name(1): np.array([[0, 3, 7, 1, 2], [1, 2, 3, 6, 7]], dtype=np.int32)}
 
 
+MEASURED = MeasuredRecord(plan_sha256="", seeds=(1, 2), psnr_db=40.25, fewer_steps=6, fewer_steps_psnr_db=30.0)
+
+
 def make_plan(tables: Tables, **changes: Any) -> Plan:
     fields: dict[str, Any] = {
+        "kind": "plan",
         "format_version": FORMAT_VERSION,
         "model": ModelRecord(
             source="models/tiny",
@@ -70,10 +75,14 @@ def make_plan(tables: Tables, **changes: Any) -> Plan:
         "cache": CacheRecord(reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=KEEP_COUNTS),
         "cost": CostRecord(full_flops=1000, cached_flops=(400, 50)),
         "origin": OriginRecord(method="predictor", seed=0, settings={"iterations": 10}),
-        "measured": MeasuredRecord(seeds=(1, 2), psnr_db=40.25, fewer_steps=6, fewer_steps_psnr_db=30.0),
+        "measured": MEASURED,
         "tables": tables_record(tables),
     }
-    return Plan(**fields | changes)
+    plan = Plan(**fields | changes)
+    if plan.measured is not None and "measured" not in changes:
+        measured = plan.measured.model_copy(update={"plan_sha256": content_sha256(plan)})
+        plan = plan.model_copy(update={"measured": measured})
+    return plan
 
 
 @pytest.fixture
@@ -142,7 +151,7 @@ def test_a_plan_is_frozen() -> None:
 
 def test_numbers_that_json_lacks_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="finite"):
-        MeasuredRecord(seeds=(1,), psnr_db=float("inf"), fewer_steps=1, fewer_steps_psnr_db=1.0)
+        MeasuredRecord(plan_sha256="", seeds=(1,), psnr_db=float("inf"), fewer_steps=1, fewer_steps_psnr_db=1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- what it says
@@ -174,7 +183,10 @@ def test_a_phase_without_cached_steps_needs_no_table() -> None:
     [
         (lambda d: d.update(colour="red"), "colour: unknown key"),
         (lambda d: d["model"].update(colour="red"), "model.colour: unknown key"),
-        (lambda d: d.update(format_version=2), "format_version: must be 1, found 2"),
+        (lambda d: d.update(kind="bundle"), "kind: must be 'plan', found 'bundle'"),
+        (lambda d: d.pop("kind"), "kind: this key is required"),
+        (lambda d: d.update(format_version=1), "a plan of format 1, and this tc-deploy reads format 2"),
+        (lambda d: d.update(format_version="2"), "format_version: must be 2, found '2'"),
         (lambda d: d.pop("format_version"), "format_version: this key is required"),
         (lambda d: d.pop("model"), "model: this key is required"),
         (lambda d: d["schedule"].update(k1=0), "schedule.k1: .*greater than 0"),
@@ -218,6 +230,33 @@ def test_a_plan_at_odds_with_itself(folder: Path, change: Callable[[dict[str, An
     rewrite(folder, change)
     with pytest.raises(PlanError, match=message):
         load_plan(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["cache"].update(forecast_order=2),
+        lambda d: d["cache"].update(attention="kept"),
+        lambda d: d["sampling"].update(guidance_scale=2.5),
+        lambda d: d["sampling"]["timesteps"].__setitem__(3, 601.0),
+        lambda d: d["cost"].update(full_flops=2000),
+        lambda d: d["model"].update(weights_sha256="1" * 64),
+        lambda d: d["measured"].update(plan_sha256="0" * 64),
+    ],
+)
+def test_what_was_measured_on_another_plan_is_not_quoted(
+    folder: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    rewrite(folder, change)
+    with pytest.raises(PlanError, match=r'under measured is of another plan.*or set "measured" to null'):
+        load_plan(folder)
+    rewrite(folder, lambda document: document.update(measured=None))
+    load_plan(folder)
+
+
+def test_a_checkpoint_that_was_moved_leaves_a_measurement_what_it_was(folder: Path) -> None:
+    rewrite(folder, lambda document: document["model"].update(source="elsewhere"))
+    assert load_plan(folder)[0].measured is not None
 
 
 GOOD_ROW = [0, 3, 7, 1, 2]

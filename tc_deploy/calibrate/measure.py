@@ -30,6 +30,7 @@ def measure(
     token_index: Mapping[int, IntArray],
     cost_in_full_steps: float,
     samples: int,
+    plan_sha256: str,
 ) -> MeasuredRecord:
     """Run the plan, the full run and the full run with fewer steps from the same noise.
 
@@ -41,6 +42,7 @@ def measure(
         token_index: the plan's index tables by phase.
         cost_in_full_steps: the plan's cost; fewer steps get it rounded up.
         samples: how many pictures to compare.
+        plan_sha256: :func:`tc_deploy.plan.content_sha256` of the plan.
 
     Raises:
         ModelError: the model's own run gives values that are not finite.
@@ -71,6 +73,7 @@ def measure(
             " lower forecast_order"
         )
     return MeasuredRecord(
+        plan_sha256=plan_sha256,
         seeds=seeds,
         psnr_db=round(picture_psnr_db(found, reference, pixels=pixels), 2),
         fewer_steps=fewer_steps,

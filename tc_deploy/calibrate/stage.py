@@ -41,6 +41,7 @@ from tc_deploy.plan import (
     SamplingRecord,
     ScheduleRecord,
     check_keep_counts,
+    content_sha256,
     importance_name,
     save_plan,
     tables_record,
@@ -127,7 +128,14 @@ def calibrate(
     if recipe.measure.samples:
         report("measuring against the full run", 0, 1)
         measured = measure(
-            model, sampling, cache, schedule, token_index, plan.cost_in_full_steps(), recipe.measure.samples
+            model,
+            sampling,
+            cache,
+            schedule,
+            token_index,
+            plan.cost_in_full_steps(),
+            recipe.measure.samples,
+            content_sha256(plan),
         )
         plan = plan.model_copy(update={"measured": measured})
     save_plan(plan, tables, destination)
@@ -218,6 +226,7 @@ def assemble_plan(
     drawn = RANDOM if takes_prompts(model) else None
     conditions = drawn if sampling.prompts is None else sampling.prompts.record
     plan = Plan(
+        kind="plan",
         format_version=FORMAT_VERSION,
         model=model.record(),
         sampling=SamplingRecord(

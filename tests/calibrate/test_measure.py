@@ -36,7 +36,7 @@ def run(
     cache = CacheRecord(
         reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=((keep,) * BLOCKS,) * 2
     )
-    return measure(model, sampling, cache, schedule, {}, cost, samples)
+    return measure(model, sampling, cache, schedule, {}, cost, samples, "of no plan")
 
 
 def test_full_steps_only_are_the_full_run(tiny_dit: DiffusionTransformer, sampling: Sampling) -> None:
