@@ -24,7 +24,7 @@ from tc_deploy.manifest import (
     read_manifest,
     read_target,
 )
-from tc_deploy.plan import PLAN, Plan, load_plan, plan_sha256
+from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written, plan_sha256
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
@@ -102,14 +102,14 @@ def inspect_path(path: Path, batch_size: int | None = None) -> dict[str, Any]:
         raise UsageError(f"{path}: a plan has no buffers; leave --batch-size out, or give a bundle engines/NAME")
     check_is_whole(path)
     if (path / PLAN).is_file():
-        return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0])}
+        return {"kind": "plan", "path": str(path), **_plan(load_plan(path)[0], path)}
     raise BundleError(f"{path}: neither {PLAN} nor {MANIFEST} in it; give a folder calibration/NAME or engines/NAME")
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
     schedule = plan.tprr()
     return {
-        "plan_sha256": plan_sha256(plan),
+        "plan_sha256": plan_sha256(plan_as_written(plan, folder)),
         "model": plan.model.model_dump(mode="json"),
         "scheduler": plan.sampling.scheduler_class,
         "guidance_scale": plan.sampling.guidance_scale,
@@ -203,6 +203,7 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
         "precision": manifest.precision,
         "fp32_blocks": list(manifest.fp32_blocks),
         "batch_size": manifest.batch_size,
+        "pixels": manifest.pixels,
         "latent_shape": list(manifest.latent_shape),
         "init_noise_sigma": manifest.solver.init_noise_sigma,
         "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],
@@ -221,5 +222,5 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
         "files": {name: record.model_dump() for name, record in manifest.files.items()},
         "targets": targets,
         "memory": _memory(manifest, plan, batch_size),
-        "plan": _plan(plan),
+        "plan": _plan(plan, path),
     }

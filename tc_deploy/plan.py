@@ -6,7 +6,8 @@ index tables. The JSON is canonical: the same calibration gives the same bytes. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -31,6 +32,8 @@ from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 FORMAT_VERSION: Final = 2
 PLAN = "plan.json"
 TABLES = "tables.safetensors"
+VARIANT: Final = r"^[A-Za-z0-9_-]+$"
+"""What the name of a copy of the weights looks like: it becomes a part of file names."""
 RANDOM: Final = "random"
 """Conditions that are drawn although the model takes prompts: for trials and for models with random weights."""
 
@@ -39,7 +42,8 @@ class ModelRecord(Document):
     """The checkpoint that the plan was made for."""
 
     source: str
-    """Where it was found: a folder, relative to the working directory where it lies below it. A hint, not identity."""
+    """Where it was found: a folder, or a hub's ``owner/name``. A hint, not identity. In a plan's file a folder is said
+    relative to the plan's, beginning with a dot, or absolute."""
     model_class: str
     config: dict[str, Any]
     weights_sha256: str
@@ -50,13 +54,18 @@ class ModelRecord(Document):
     """(H, W) or (F, H, W) of the latents where it was chosen; None means the family's default."""
     text_tokens: PositiveInt | None = None
     """Prompt embeddings of one sample where their number was chosen; None means the family's default."""
+    variant: Annotated[str, Field(pattern=VARIANT)] | None = None
+    """Which of several copies of the weights it is, as ``fp16``; None is the one without a name."""
+    autoencoder: bool = False
+    """Whether the pipeline that it was found in has an autoencoder, so that its latents are no pictures, whatever their
+    channels."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what was not chosen, so that a plan without choices has the bytes that it always had."""
         fields: dict[str, Any] = handler(self)
-        chosen = ("latent_size", "text_tokens")
-        return {name: value for name, value in fields.items() if name not in chosen or value is not None}
+        chosen = ("latent_size", "text_tokens", "variant", "autoencoder")
+        return {name: value for name, value in fields.items() if name not in chosen or value not in (None, False)}
 
 
 class SamplingRecord(Document):
@@ -129,7 +138,7 @@ class PromptsRecord(Document):
     """The file of prompt embeddings that a plan was made with."""
 
     file: str
-    """A path, relative to the working directory where it lies below it. A hint, not identity."""
+    """A path, said as the checkpoint's is. A hint, not identity."""
     sha256: str
     prompts: PositiveInt
 
@@ -298,17 +307,60 @@ def save_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: P
     """
     check_plan(plan, tables, str(folder))
     with new_folder(folder, marker=PLAN) as temporary:
-        write_plan_files(plan, tables, temporary)
+        write_plan_files(plan, tables, temporary, folder)
 
 
-def write_plan_files(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: Path) -> None:
-    """Write the two files of a plan into a folder that is being made; the JSON last."""
+def write_plan_files(
+    plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: Path, place: Path | None = None
+) -> None:
+    """Write the two files of a plan into a folder that is being made; the JSON last.
+
+    Args:
+        plan: the plan.
+        tables: its tables.
+        folder: where they are written.
+        place: where the folder will lie; None: where it is.
+    """
     (folder / TABLES).write_bytes(tables_bytes(tables))
-    (folder / PLAN).write_bytes(plan_bytes(plan))
+    (folder / PLAN).write_bytes(plan_bytes(plan_as_written(plan, place or folder)))
+
+
+def plan_as_written(plan: Plan, folder: Path) -> Plan:
+    """A plan with its paths as a file of it in ``folder`` says them."""
+    return _with_paths(plan, lambda path: relative_path(path, folder))
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """An absolute path as the documents in ``folder`` name it: relative, so that both can move together.
+
+    One that shares nothing but the root with the folder stays absolute, and so does what is no absolute path.
+    """
+    if not Path(path).is_absolute():
+        return path
+    target, here = Path(path).resolve(), folder.resolve()
+    if os.path.commonpath((target, here)) == target.anchor:
+        return target.as_posix()
+    relative = Path(os.path.relpath(target, here)).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def absolute_path(path: str, folder: Path) -> str:
+    """What :func:`relative_path` made relative, as an absolute path again; a hub's id stays as it is."""
+    return Path(os.path.normpath(folder.resolve() / path)).as_posix() if path.startswith(".") else path
+
+
+def _with_paths(plan: Plan, said: Callable[[str], str]) -> Plan:
+    """A plan whose paths are said otherwise."""
+    model = plan.model.model_copy(update={"source": said(plan.model.source)})
+    origin, prompts = plan.origin, plan.origin.conditions
+    if isinstance(prompts, PromptsRecord):
+        prompts = prompts.model_copy(update={"file": said(prompts.file)})
+        origin = origin.model_copy(update={"conditions": prompts})
+    return plan.model_copy(update={"model": model, "origin": origin})
 
 
 def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
-    """Read and check a plan folder.
+    """Read and check a plan folder. Paths that its file has relative to it are absolute in what is returned.
 
     Returns:
         The plan and its tables by name.
@@ -324,7 +376,7 @@ def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
         raise PlanError(f"{folder / TABLES}: not a safetensors file of numpy types: {error}; calibrate again") from None
     check_plan(plan, tables, str(folder))
-    return plan, tables
+    return _with_paths(plan, lambda path: absolute_path(path, folder)), tables
 
 
 def index_row(schedule: Schedule, step: int) -> int:

@@ -196,13 +196,10 @@ class TorchDevice:
 
     def _model(self, bundle: Path) -> DiffusionTransformer:
         if bundle not in self._models:
-            from tc_deploy.export.stage import check_model
-            from tc_deploy.models.geometry import ModelOptions
-            from tc_deploy.models.loading import load_model
+            from tc_deploy.export.stage import model_of_plan
 
             plan, _ = load_plan(bundle)
-            model = load_model(Path(self._source or plan.model.source), ModelOptions.of(plan.model))
-            check_model(plan, model, str(bundle))
+            model = model_of_plan(plan, str(bundle), Path(self._source) if self._source else None)
             model.module.to(self.place)
             self._models[bundle] = model
         return self._models[bundle]

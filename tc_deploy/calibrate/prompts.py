@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tc_deploy.bundle import portable_path, sha256_of_file
+from tc_deploy.bundle import sha256_of_file
 from tc_deploy.conditions import HOW_TO_ENCODE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
@@ -51,7 +51,7 @@ def prompts_for(model: DiffusionTransformer, conditions: str | None, *, guided: 
     path = Path(str(conditions))
     given, unconditional = read_conditions(path)
     checked = checked_conditions(model.geometry.conditions, given, unconditional, guided=guided, where=str(path))
-    record = PromptsRecord(file=portable_path(path), sha256=sha256_of_file(path), prompts=checked.count)
+    record = PromptsRecord(file=path.resolve().as_posix(), sha256=sha256_of_file(path), prompts=checked.count)
     return Prompts(conditions=checked, record=record)
 
 

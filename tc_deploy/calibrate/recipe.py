@@ -33,7 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UsageError
-from tc_deploy.plan import RANDOM
+from tc_deploy.plan import RANDOM, VARIANT
 from tc_deploy.types import Attention, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -157,6 +157,8 @@ class Recipe(Document):
     conditions: str | None = None
     """What a model is conditioned on that takes more than labels: a safetensors file of prompt embeddings (relative to
     the recipe), or "random"."""
+    variant: Annotated[str, Field(pattern=VARIANT)] | None = None
+    """Which of several copies of the weights, as ``fp16`` of ``diffusion_pytorch_model.fp16.safetensors``."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     sampling: SamplingRecipe = SamplingRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -230,4 +232,6 @@ def _keys_of(tables: list[str]) -> list[str]:
 def _beside(recipe: Path, text: str) -> str:
     """A path that a recipe has relative to itself, as short as it can be said from here."""
     place, here = (recipe.parent / text).resolve(), Path.cwd().resolve()
+    if text.startswith(".") and not place.exists():
+        return str(place)  # Two names without the dot would read like a hub's id.
     return str(place.relative_to(here) if place.is_relative_to(here) else place)

@@ -94,7 +94,7 @@ def calibrate(
         k1=recipe.schedule.k1,
         k2=recipe.schedule.k2,
     )
-    model_folder(local_folder(Path(recipe.model)))
+    model_folder(local_folder(Path(recipe.model), recipe.variant))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
     sampling = sampling_from_recipe(recipe, model)
@@ -169,7 +169,7 @@ def model_from_recipe(recipe: Recipe, device: str = CPU) -> DiffusionTransformer
     Raises:
         ModelError: the checkpoint cannot be loaded, or a size does not fit it.
     """
-    options = ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens)
+    options = ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens, variant=recipe.variant)
     model = load_model(Path(recipe.model), options)
     model.module.to(device)
     return model
@@ -183,7 +183,7 @@ def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Samplin
         UsageError: the model needs prompts and the recipe names none, or the file does not fit the model.
     """
     return Sampling(
-        scheduler=load_scheduler(Path(recipe.model)),
+        scheduler=load_scheduler(Path(recipe.model), recipe.variant),
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,
         set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,

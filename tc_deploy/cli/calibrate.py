@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tc_deploy.cli.options import conditions_option, device_option, size_option, text_option
+from tc_deploy.cli.options import ModelPath, conditions_option, device_option, size_option, text_option, variant_option
 from tc_deploy.cli.progress import log_step, progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -22,7 +22,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 
 
 @click.command()
-@click.argument("source", metavar="RECIPE|MODEL", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RECIPE|MODEL", type=ModelPath())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @click.option(
@@ -34,6 +34,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @size_option
 @text_option
 @conditions_option
+@variant_option
 @device_option
 @click.option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
 @click.option("--k1", "schedule__k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")

@@ -8,6 +8,7 @@ import click
 
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
+from tc_deploy.cli.options import ModelPath
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure
@@ -17,7 +18,7 @@ from tc_deploy.types import Precision
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder, engines/NAME.")
-@click.option("--model", type=click.Path(path_type=Path), help="The checkpoint, if it is not where the plan says.")
+@click.option("--model", type=ModelPath(), help="The checkpoint, if it is not where the plan says.")
 @click.option("--static-batch", type=int, metavar="N", help="Fix N samples per batch; without it the batch is dynamic.")
 @click.option(
     "--precision",
@@ -51,6 +52,11 @@ from tc_deploy.types import Precision
     type=click.Path(path_type=Path),
     help="The diffusers pipeline that holds vae/, text_encoder/ and tokenizer/, if it is not where the model is.",
 )
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which copy of the weights, as fp16 of model.fp16.safetensors; without it the plan's.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(
     plan: Path,
@@ -63,6 +69,7 @@ def command(
     with_decoder: bool,
     with_text_encoder: bool,
     pipeline: Path | None,
+    variant: str | None,
     check: bool,
 ) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
@@ -84,6 +91,7 @@ def command(
         with_decoder=with_decoder,
         with_text_encoder=with_text_encoder,
         pipeline_path=pipeline,
+        variant=variant,
         progress=log_step,
     )
     for name, graph in manifest.graphs.items():

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tc_deploy.plan import RANDOM
+
+
+class ModelPath(click.Path):
+    """A folder, or a hub's ``owner/name``. What begins with a dot means a folder, so it cannot be taken for an id."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """As click does for a path."""
+        path = Path(str(super().convert(value, param, ctx)))
+        return path.absolute() if str(value).startswith(".") and not path.exists() else path
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
@@ -30,6 +43,9 @@ conditions_option = click.option(
     metavar=f"FILE|{RANDOM}",
     help="What a model with prompts is sampled on: embeddings, as examples/encode_prompts.py writes them, or"
     f" {RANDOM} draws for a trial.",
+)
+variant_option = click.option(
+    "--variant", metavar="NAME", help="Which copy of the weights, as fp16 of diffusion_pytorch_model.fp16.safetensors."
 )
 device_option = click.option(
     "--device",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tc_deploy.cli.options import conditions_option, device_option, size_option, text_option
+from tc_deploy.cli.options import ModelPath, conditions_option, device_option, size_option, text_option, variant_option
 from tc_deploy.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="RECIPE|MODEL|PLAN", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RECIPE|MODEL|PLAN", type=ModelPath())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
 @click.option("--target-psnr", type=float, help="The fastest plan at least so close to the full run, in dB.")
 @click.option("--max-latency-ms", type=float, help="The closest plan that takes no longer for a whole run.")
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @size_option
 @text_option
 @conditions_option
+@variant_option
 @device_option
 @click.option("--seed", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the search's record.")
@@ -48,6 +49,7 @@ def command(
     latent_size: list[int] | None,
     text_tokens: int | None,
     conditions: str | None,
+    variant: str | None,
     device: str,
     seed: int | None,
 ) -> None:
@@ -71,7 +73,7 @@ def command(
     if (source / SEARCH).is_file():
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
-        sizes = (latent_size, text_tokens, conditions)
+        sizes = (latent_size, text_tokens, conditions, variant)
         settings = (backend, search__trials, sampling__steps, sampling__guidance_scale, seed, *sizes)
         if from_flops or any(value is not None for value in settings):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
@@ -87,6 +89,7 @@ def command(
             "latent_size": latent_size,
             "text_tokens": text_tokens,
             "conditions": conditions,
+            "variant": variant,
             "seed": seed,
         }
         recipe = read_recipe(source, overrides)

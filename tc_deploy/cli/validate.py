@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tc_deploy.bundle import canonical_json, check_writable
+from tc_deploy.cli.options import ModelPath
 from tc_deploy.cli.progress import log_step
 from tc_deploy.validate.record import DriftRecord, ValidationRecord, write_validation
 
@@ -28,7 +29,7 @@ SHOWN_STEPS = 9
     metavar="REFERENCE",
     help="recorded: what PyTorch made at export; torch: the checkpoint anew; onnxruntime; or another built backend.",
 )
-@click.option("--model", type=click.Path(path_type=Path), help="The checkpoint, if it is not where the plan says.")
+@click.option("--model", type=ModelPath(), help="The checkpoint, if it is not where the plan says.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON, for the report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

@@ -28,9 +28,10 @@ from tc_deploy.manifest import (
     WEIGHTS,
     ComponentRecord,
 )
-from tc_deploy.models.components import AUTOENCODER, Component, PipelineFolder
+from tc_deploy.models.components import Component, PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
+from tc_deploy.models.pipeline_index import AUTOENCODER
 from tc_deploy.samples import GraphSamples, Trajectory
 
 

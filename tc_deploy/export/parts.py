@@ -39,20 +39,35 @@ class PipelineParts:
         geometry: its sizes.
         decoder: whether the decoder is wanted.
         text_encoder: whether the text encoders are.
+        variant: which copy of their weights, where a part has it.
+        progress: told where one has not.
 
     Raises:
         UsageError: the model has no use for one.
         ModelError: one is missing, damaged, a pickle, or of a class that is not known.
     """
 
-    def __init__(self, path: Path, family: Family, geometry: Geometry, *, decoder: bool, text_encoder: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        family: Family,
+        geometry: Geometry,
+        *,
+        decoder: bool,
+        text_encoder: bool,
+        variant: str | None = None,
+        progress: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self._family, self._geometry, self._decoder = family, geometry, decoder
         self._text = None
         if decoder and geometry.pixels:
-            raise UsageError("the model's latents are pictures already; export without --with-decoder")
+            raise UsageError(
+                "the model's latents are pictures already; export without --with-decoder, or where they are not,"
+                " calibrate with the pipeline's folder, whose vae/ says so"
+            )
         if not (decoder or text_encoder):
             return
-        self._pipeline = PipelineFolder(path, "decoder" if decoder else "text encoders")
+        self._pipeline = PipelineFolder(path, "decoder" if decoder else "text encoders", variant, progress)
         if decoder:
             self._pipeline.check_autoencoder()
         if text_encoder:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tc_deploy import __version__
 from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
 from tc_deploy.calibrate.prompts import prompts_of_plan
-from tc_deploy.errors import ExportError, PlanError, UsageError
+from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.graphs import EXAMPLE_BATCH, ModelGraph, onnx_from_graph, step_graphs
 from tc_deploy.export.parts import PipelineParts
@@ -49,6 +49,7 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
@@ -73,6 +74,7 @@ def export_bundle(
     with_decoder: bool = False,
     with_text_encoder: bool = False,
     pipeline_path: Path | None = None,
+    variant: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Export a plan's graphs.
@@ -95,6 +97,7 @@ def export_bundle(
         with_decoder: also export the decoder of the pipeline's autoencoder.
         with_text_encoder: also export the pipeline's text encoders, and its tokenizers.
         pipeline_path: the folder that holds these; None looks where the checkpoint is.
+        variant: which copy of the checkpoint's, the decoder's and the text encoders' weights; None takes the plan's.
         progress: told what is being done.
 
     Raises:
@@ -122,12 +125,16 @@ def export_bundle(
             " make one graph of; leave --one-graph out"
         )
     progress("loading the checkpoint")
-    source = model_path or Path(plan.model.source)
-    model = load_model(source, ModelOptions.of(plan.model))
-    check_model(plan, model, str(plan_folder))
+    model = model_of_plan(plan, str(plan_folder), model_path, variant)
     family, geometry = model.family, model.geometry
     parts = PipelineParts(
-        pipeline_path or source, family, geometry, decoder=with_decoder, text_encoder=with_text_encoder
+        pipeline_path or model_path or Path(plan.model.source),
+        family,
+        geometry,
+        decoder=with_decoder,
+        text_encoder=with_text_encoder,
+        variant=variant or plan.model.variant,
+        progress=progress,
     )
     with new_folder(destination) as folder:
         (folder / ONNX_FOLDER).mkdir()
@@ -154,7 +161,7 @@ def export_bundle(
         if steps.trajectory is not None:
             more = {name: part.samples for name, part in made.graphs.items() if part.samples is not None}
             sample_files = write_samples(steps.samples | more, steps.trajectory, folder)
-        write_plan_files(plan, tables, folder)
+        write_plan_files(plan, tables, folder, destination)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(steps.solver)))
         names = [
             PLAN,
@@ -266,6 +273,32 @@ def _exported_steps(
     return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory)
 
 
+def model_of_plan(
+    plan: Plan, where: str, model_path: Path | None = None, variant: str | None = None
+) -> DiffusionTransformer:
+    """Load the checkpoint that a plan was made for.
+
+    Args:
+        plan: the plan.
+        where: its folder, for messages.
+        model_path: the checkpoint, where it is not where the plan says.
+        variant: which copy of its weights, where it is not the plan's.
+
+    Raises:
+        ModelError: the checkpoint is missing or cannot be loaded.
+        PlanError: it is another than the plan was made for.
+    """
+    path = model_path or Path(plan.model.source)
+    if model_path is None and not path.exists() and not is_hub_id(path):
+        raise ModelError(
+            f"{where}: the plan was made for the checkpoint {path}, which is not there; name where it is with --model"
+        )
+    options = ModelOptions.of(plan.model)
+    model = load_model(path, options if variant is None else dataclasses.replace(options, variant=variant))
+    check_model(plan, model, where)
+    return model
+
+
 def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
     """Check that a plan belongs to a checkpoint.
 
@@ -278,6 +311,9 @@ def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
     # A newer diffusers may save settings that the older one did not know.
     for key in sorted(plan.model.config.keys() & found.config.keys()):
         facts[f"config.{key}"] = (plan.model.config[key], found.config[key])
+    if model.geometry.picture_like:
+        # What is a picture was measured as one.
+        facts["autoencoder"] = (plan.model.autoencoder, found.autoencoder)
     for what, (expected, present) in facts.items():
         if expected != present:
             raise PlanError(

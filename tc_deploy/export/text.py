@@ -131,7 +131,7 @@ def text_plan(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> T
             f"{family.model_class} takes no prompt, or its family does not say how one is encoded; export without"
             " --with-text-encoder"
         )
-    parts = family.text.present(pipeline.folders)
+    parts = pipeline.text_parts(family.text)
     tokens, tokenizers = {}, {}
     for part in parts:
         pipeline.check_text(part)

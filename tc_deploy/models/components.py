@@ -7,14 +7,16 @@ them in memory. Never: reads a pickle, fills a missing weight, or fetches anythi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from tc_deploy.errors import ModelError, first_line
@@ -22,18 +24,22 @@ from tc_deploy.models.files import (
     AGAIN,
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
-    check_whole,
     read_json,
-    weight_files,
+    refuse_pointer,
+    variants_in,
     weights_sha256,
 )
-from tc_deploy.models.text import TextPart
+from tc_deploy.models.obstacles import check_fit, missing_library, refuse_loading
+from tc_deploy.models.pipeline_index import AUTOENCODER, INDEX, PipelineIndex, Said
+from tc_deploy.models.text import TOKENIZER, TextEncoding, TextPart
+from tc_deploy.models.weights import LOADING, checked_weights, from_pretrained
 
-AUTOENCODER = "vae"
-INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLWan")
 """The classes whose decoders are known to export."""
-_LOADING = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
+_SCALING = re.compile(r"scal|shift|mean|std|bn_|batch_norm")
+"""What settings are called that change the latents on their way to the decoder."""
+_TEXT = ("text_encoder", TOKENIZER)
+"""What the parts are called that read a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +57,45 @@ class PipelineFolder:
     Args:
         path: the folder.
         what: what of it is wanted, for messages.
+        variant: which copy of the parts' weights to take, where a part has it.
+        progress: told where a part has no such copy.
 
     Raises:
         ModelError: it is no pipeline folder.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        what: str,
+        variant: str | None = None,
+        progress: Callable[[str], None] = lambda message: None,
+    ) -> None:
         if not path.is_dir():
             raise ModelError(
                 f"{path}: no such folder to take the {what} from; name the diffusers pipeline folder that holds them"
                 " with --pipeline"
             )
-        self.path = path
-        self._index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """What lies in it."""
-        return tuple(sorted(entry.name for entry in self.path.iterdir() if entry.is_dir()))
+        self.path, self._variant, self._progress = path, variant, progress
+        self.index = PipelineIndex(path)
+        self._said: set[str] = set()
 
     def check_autoencoder(self) -> None:
         """See that the autoencoder can be exported, before it is loaded.
 
         Raises:
-            ModelError: it is missing, damaged, a pickle, or of a class that is not known.
+            ModelError: it is missing, damaged, a pickle, of a class that is not known, or has a scaling that is not.
         """
-        self._autoencoder_config()
-        check_whole(weight_files(self.path / AUTOENCODER))
+        config = self._autoencoder_config()
+        self._weights(AUTOENCODER, DIFFUSERS_WEIGHTS)
+        known = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
+        unknown = [key for key in config if key[0] != "_" and key not in known and _SCALING.search(key)]
+        if unknown:
+            raise ModelError(
+                f"{self.path / AUTOENCODER}: {unknown[0]} is no setting of {config['_class_name']} in diffusers"
+                f" {diffusers.__version__}, and seems to scale latents; install the diffusers that wrote it"
+                f" ({config.get('_diffusers_version', 'unknown')}), or export without --with-decoder"
+            )
 
     def autoencoder(self) -> Component:
         """Load the autoencoder, without its encoder.
@@ -86,19 +104,71 @@ class PipelineFolder:
             ModelError: as for ``check_autoencoder``, or the weights do not fit the configuration.
         """
         name = str(self._autoencoder_config()["_class_name"])
-        folder = self.path / AUTOENCODER
-        module = _loaded(getattr(diffusers, name), folder, torch_dtype=torch.float32)
-        module.encoder, module.quant_conv = nn.Identity(), nn.Identity()
-        return Component(module=module, model_class=name, weights_sha256=weights_sha256(weight_files(folder)))
+        made = self._loaded(getattr(diffusers, name), AUTOENCODER, DIFFUSERS_WEIGHTS, torch_dtype=torch.float32)
+        made.module.encoder, made.module.quant_conv = nn.Identity(), nn.Identity()
+        return made
 
     def _autoencoder_config(self) -> dict[str, Any]:
+        self._check_named(AUTOENCODER)
         config = read_json(self._part(AUTOENCODER) / "config.json")
-        if config.get("_class_name") not in AUTOENCODERS:
+        found = config.get("_class_name")
+        named = self.index.class_of(AUTOENCODER) or found
+        if named != found:
             raise ModelError(
-                f"{self.path / AUTOENCODER}: the decoder of {config.get('_class_name')!r} is not known to export;"
+                f"{self.path}: {INDEX} names {named} as {AUTOENCODER}, {AUTOENCODER}/config.json is of {found}; {AGAIN}"
+            )
+        if found not in AUTOENCODERS:
+            raise ModelError(
+                f"{self.path / AUTOENCODER}: the decoder of {found!r} is not known to export;"
                 f" known: {', '.join(AUTOENCODERS)}; export without --with-decoder"
             )
         return config
+
+    def text_parts(self, encoding: TextEncoding) -> tuple[TextPart, ...]:
+        """The text encoders that the pipeline runs: what its index names, and where that says "none", none.
+
+        Raises:
+            ModelError: the index names other parts than the family's pipelines have, a part is missing, or without an
+                index nothing says whether there should be one.
+        """
+        known = {name for part in encoding.parts for name in (part.encoder, part.tokenizer)}
+        others = [name for name in self.index.parts if name.startswith(_TEXT) and name not in known]
+        if others:
+            raise ModelError(
+                f"{self.path}: {INDEX} names {others[0]}, which this family's prompts are not encoded by; name the"
+                " model's own pipeline with --pipeline"
+            )
+        return tuple(part for part in encoding.parts if self._runs(part))
+
+    def _runs(self, part: TextPart) -> bool:
+        if not part.optional:
+            for name in (part.encoder, part.tokenizer):
+                self._check_named(name)
+            return True
+        said = self.index.said(part.encoder)
+        if said is Said.ABSENT:
+            return False
+        if said is Said.NOTHING and not (self.path / part.encoder).is_dir():
+            why = f"{INDEX} does not name it" if self.index.is_there else f"there is no {INDEX}"
+            raise ModelError(
+                f"{self.path}: {part.encoder}/ is missing, and {why}, so nothing says whether the pipeline runs without"
+                f' it; where it does, have {INDEX} say "{part.encoder}": [null, null]'
+            )
+        self._check_named(part.tokenizer)
+        return True
+
+    def _check_named(self, name: str) -> None:
+        """Check that the index does not deny a part that is needed.
+
+        Raises:
+            ModelError: it does.
+        """
+        if self.index.said(name) is Said.ABSENT:
+            raise ModelError(
+                f"{self.path}: {INDEX} says that the pipeline has no {name}; name one that has with --pipeline"
+            )
+        if self.index.is_there and self.index.said(name) is Said.NOTHING and not (self.path / name).is_dir():
+            raise ModelError(f"{self.path}: {INDEX} names no {name}; name the model's own pipeline with --pipeline")
 
     def check_text(self, part: TextPart) -> None:
         """See that a text encoder can be exported, before it is loaded.
@@ -107,15 +177,14 @@ class PipelineFolder:
             ModelError: it is missing, damaged, a pickle, or of another class than the family's pipelines use.
         """
         folder = self._part(part.encoder)
-        named = self._index.get(part.encoder)
         architectures = read_json(folder / "config.json").get("architectures") or [part.model_class]
-        found = named[-1] if isinstance(named, list) and named else architectures[0]
+        found = self.index.class_of(part.encoder) or architectures[0]
         if found != part.model_class:
             raise ModelError(
                 f"{folder}: a {found}, but this family's prompts are encoded by a {part.model_class}; name its own"
                 " pipeline with --pipeline"
             )
-        check_whole(weight_files(folder, TRANSFORMERS_WEIGHTS))
+        self._weights(part.encoder, TRANSFORMERS_WEIGHTS)
 
     def text_encoder(self, part: TextPart) -> Component:
         """Load a text encoder.
@@ -125,10 +194,9 @@ class PipelineFolder:
         """
         import transformers
 
-        folder = self.path / part.encoder
-        module = _loaded(getattr(transformers, part.model_class), folder, dtype=torch.float32)
-        files = weight_files(folder, TRANSFORMERS_WEIGHTS)
-        return Component(module=module, model_class=part.model_class, weights_sha256=weights_sha256(files))
+        return self._loaded(
+            getattr(transformers, part.model_class), part.encoder, TRANSFORMERS_WEIGHTS, dtype=torch.float32
+        )
 
     def tokenizer(self, part: TextPart) -> Any:
         """Load a tokenizer of transformers, of the fast kind.
@@ -139,13 +207,23 @@ class PipelineFolder:
         import transformers
 
         folder = self._part(part.tokenizer, file="tokenizer_config.json")
+        for file in sorted(folder.iterdir()):
+            refuse_pointer(file)
         try:
             with _quiet():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-        except _LOADING as error:
+        except LOADING as error:
+            library = missing_library(error)
+            if any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
+                library = "sentencepiece"  # transformers takes its files for others then, and asks for what reads those
+            if library is not None:
+                raise ModelError(
+                    f"{folder}: to make the tokenizer's fast form of these files {library} is needed, which is not"
+                    f" installed here; pip install {library}, or put the model's tokenizer.json there"
+                ) from None
             raise ModelError(
                 f"{folder}: the tokenizer cannot be loaded in its fast form: {first_line(error)}; put the model's"
-                " tokenizer.json there, or install sentencepiece for it to be converted"
+                " tokenizer.json there"
             ) from None
         if not tokenizer.is_fast:
             raise ModelError(
@@ -158,37 +236,50 @@ class PipelineFolder:
         if not any(files and all(file.is_file() for file in files) for files in whole):
             raise ModelError(f"{folder}: the tokenizer's vocabulary is missing, as {whole[0][0].name}; {AGAIN}")
         if tokenizer.pad_token_id is None:
-            raise ModelError(f"{folder}: the tokenizer has no padding token; {AGAIN}")
+            raise ModelError(
+                f"{folder}: the tokenizer has no padding token; name its own as pad_token in tokenizer_config.json"
+            )
         return tokenizer
 
     def _part(self, name: str, file: str = "config.json") -> Path:
         if not (self.path / name / file).is_file():
+            named = f"{INDEX} names {name}, and " if self.index.said(name) is Said.PRESENT else ""
             raise ModelError(
-                f"{self.path}: {name}/{file} is missing; name the diffusers pipeline folder that holds it with"
+                f"{self.path}: {named}{name}/{file} is missing; name the diffusers pipeline folder that holds it with"
                 " --pipeline"
             )
         return self.path / name
 
+    def _variant_of(self, name: str, weights: str) -> str | None:
+        """The copy that is taken of a part's weights; said where it is not the one that was asked for."""
+        found = variants_in(self.path / name, weights)
+        if self._variant is None or self._variant in found or None not in found:
+            return self._variant
+        if name not in self._said:
+            self._said.add(name)
+            self._progress(f"{name} has no weights of variant {self._variant}: {found[None]} is taken")
+        return None
 
-def _loaded(kind: Any, folder: Path, **settings: Any) -> Any:
-    files = weight_files(folder, DIFFUSERS_WEIGHTS if kind.__module__.startswith("diffusers") else TRANSFORMERS_WEIGHTS)
-    check_whole(files)
-    try:
-        with _quiet():
-            module, info = kind.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **settings
-            )
-    except _LOADING as error:
-        raise ModelError(
-            f"{folder}: config.json and the weights do not make a {kind.__name__}: {first_line(error)}; {AGAIN}"
-        ) from error
-    # What else a checkpoint holds, as CLIP's picture half, does not matter.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: the weights do not fit config.json: {len(missing)} missing keys, first {missing[0]}; {AGAIN}"
+    def _weights(self, name: str, weights: str) -> tuple[tuple[Path, ...], str | None]:
+        variant = self._variant_of(name, weights)
+        config = read_json(self.path / name / "config.json")
+        return checked_weights(self.path / name, config, weights, variant), variant
+
+    def _loaded(self, kind: Any, name: str, weights: str, **settings: Any) -> Component:
+        folder = self.path / name
+        files, variant = self._weights(name, weights)
+        try:
+            with _quiet():
+                module, info = from_pretrained(kind, folder, files, weights, variant, **settings)
+        except LOADING as error:
+            raise refuse_loading(error, folder, f"config.json and the weights do not make a {kind.__name__}") from error
+        # What else a checkpoint holds, as CLIP's picture half, does not matter.
+        check_fit(info["missing_keys"], (), len(module.state_dict()), folder)
+        return Component(
+            module=module.eval().requires_grad_(False),
+            model_class=kind.__name__,
+            weights_sha256=weights_sha256(files),
         )
-    return module.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,7 +198,8 @@ class DiffusionTransformer:
     def record(self) -> ModelRecord:
         """How a plan names this model."""
         return ModelRecord(
-            source=self.source,
+            # A hub's id is no folder.
+            source=Path(self.source).resolve().as_posix() if Path(self.source).exists() else self.source,
             model_class=self.family.model_class,
             config=dict(self.config),
             weights_sha256=self.weights_sha256,
@@ -206,6 +208,8 @@ class DiffusionTransformer:
             width=self.geometry.width,
             latent_size=self.options.latent_size,
             text_tokens=self.options.text_tokens,
+            variant=self.options.variant,
+            autoencoder=self.geometry.autoencoder,
         )
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -28,11 +28,20 @@ class ModelOptions:
     """(H, W) or, for video, (F, H, W) of the latents, before they are packed where the family packs them."""
     text_tokens: int | None = None
     """T, how many prompt embeddings one sample has."""
+    variant: str | None = None
+    """Which of several copies of the weights, as ``fp16``; None is the one without a name."""
+    autoencoder: bool | None = None
+    """Whether pictures are made of the latents by an autoencoder; None: as what lies beside the checkpoint says."""
 
     @staticmethod
     def of(record: ModelRecord) -> ModelOptions:
         """The options that a plan was made with."""
-        return ModelOptions(latent_size=record.latent_size, text_tokens=record.text_tokens)
+        return ModelOptions(
+            latent_size=record.latent_size,
+            text_tokens=record.text_tokens,
+            variant=record.variant,
+            autoencoder=record.autoencoder or None,
+        )
 
 
 class Values(StrEnum):
@@ -110,9 +119,17 @@ class Geometry:
     text_tokens: int = 0
     """T, text tokens of one sample."""
 
+    autoencoder: bool = False
+    """Whether the pipeline that the model was found in makes pictures of the latents by an autoencoder."""
+
     @property
     def pixels(self) -> bool:
-        """Whether the latents are pictures in [-1, 1]: one or three channels; autoencoders have four and more."""
+        """Whether the latents are pictures in [-1, 1]: of one or three channels, and no autoencoder to decode them."""
+        return not self.autoencoder and self.picture_like
+
+    @property
+    def picture_like(self) -> bool:
+        """Whether they have a picture's channels, as the latents of some autoencoders do too."""
         return len(self.latent_shape) == 3 and self.latent_shape[0] in (1, 3)
 
 

@@ -6,6 +6,7 @@ Out: the module in fp32 on the CPU, in evaluation mode, hashed. Never: reads a p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,9 +22,20 @@ from tc_deploy.bundle import portable_path
 from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
-from tc_deploy.models.files import AGAIN, check_whole, read_json, refuse_pickles, weight_files, weights_sha256
+from tc_deploy.models.files import (
+    DIFFUSERS_WEIGHTS,
+    GGUF,
+    SAFETENSORS,
+    read_json,
+    refuse_pickles,
+    refuse_single_file,
+    weights_sha256,
+)
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
+from tc_deploy.models.obstacles import check_fit, missing_library, refuse_loading
+from tc_deploy.models.pipeline_index import INDEX, TRANSFORMER, PipelineIndex
+from tc_deploy.models.weights import LOADING, checked_weights, from_pretrained
 
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_class: module.FAMILY for module in (dit, pixart, sd3, flux, wan)}
 ENTRY_POINTS = "tc_deploy.families"
@@ -47,36 +58,32 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
             configuration asks for what its family does not cover, or the options do not fit the model.
     """
     options = options or ModelOptions()
-    folder = model_folder(local_folder(path))
+    folder = model_folder(local_folder(path, options.variant))
     config = read_json(folder / "config.json")
     family = family_of(config, folder / "config.json")
-    files = weight_files(folder)
-    check_whole(files)
+    files = checked_weights(folder, config, DIFFUSERS_WEIGHTS, options.variant)
     try:
         if family.build is not None:
             module, info = _built(family.build, config, files)
         else:
-            module, info = getattr(diffusers, family.model_class).from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            kind = getattr(diffusers, family.model_class)
+            module, info = from_pretrained(
+                kind, folder, files, DIFFUSERS_WEIGHTS, options.variant, torch_dtype=torch.float32
             )
-    except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, SafetensorError) as error:
-        # diffusers' advice that follows would fill missing weights with random ones.
-        reason = first_line(error).partition(". If you want to instead overwrite")[0]
-        raise ModelError(
-            f"{folder}: config.json and the weights do not make a {family.model_class}: {reason}; {AGAIN}"
+    except LOADING as error:
+        raise refuse_loading(
+            error, folder, f"config.json and the weights do not make a {family.model_class}"
         ) from error
-    for problem in ("missing_keys", "unexpected_keys"):
-        if info[problem]:
-            keys = sorted(info[problem])
-            raise ModelError(
-                f"{folder}: the weights do not fit config.json: {len(keys)} {problem.replace('_', ' ')},"
-                f" first {keys[0]}; the checkpoint is of another model or incomplete, {AGAIN}"
-            )
+    check_fit(info["missing_keys"], info["unexpected_keys"], len(module.state_dict()), folder)
     module.eval().requires_grad_(False)
     try:
         geometry = family.geometry(module, options)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
+    autoencoder = options.autoencoder
+    if autoencoder is None:
+        autoencoder = _pipeline_of(folder).has_autoencoder
+    geometry = dataclasses.replace(geometry, autoencoder=autoencoder)
     if options.text_tokens is not None and not geometry.text_tokens:
         raise ModelError(
             f"{folder}: text tokens: {family.model_class} takes no text, found {options.text_tokens}; leave them out"
@@ -90,6 +97,12 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         weights_sha256=weights_sha256(files),
         options=options,
     )
+
+
+def _pipeline_of(folder: Path) -> PipelineIndex:
+    """The pipeline that a transformer's folder is a part of; one without parts where it stands alone."""
+    in_one = folder.name == TRANSFORMER or (folder.parent / INDEX).is_file()
+    return PipelineIndex(folder.parent if in_one else folder)
 
 
 def _built(
@@ -151,8 +164,7 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
             f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; docs/adapters.md"
             " shows how to describe another"
         )
-    pipeline = where.parent.parent / "model_index.json"
-    uncovered = family.check(config, read_json(pipeline) if pipeline.is_file() else {})
+    uncovered = family.check(config, _pipeline_of(where.parent).entries)
     if uncovered is not None:
         raise ModelError(
             f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"
@@ -161,11 +173,12 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     return family
 
 
-def load_scheduler(path: Path) -> Any:
+def load_scheduler(path: Path, variant: str | None = None) -> Any:
     """Load the scheduler that stands beside a model.
 
     Args:
         path: what :func:`load_model` takes; ``scheduler/`` is looked for in it and beside ``transformer/``.
+        variant: of the model's weights, where they are of a hub.
 
     Returns:
         A diffusers scheduler.
@@ -173,7 +186,7 @@ def load_scheduler(path: Path) -> Any:
     Raises:
         ModelError: no scheduler folder, or one that diffusers does not know.
     """
-    local = local_folder(path)
+    local = local_folder(path, variant)
     for folder in (local / "scheduler", model_folder(local).parent / "scheduler"):
         if (folder / "scheduler_config.json").is_file():
             config = read_json(folder / "scheduler_config.json")
@@ -191,16 +204,38 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any], where: str
     """
     kind: Any = getattr(diffusers, class_name, None)
     if not _is_scheduler(kind):
+        _refuse_stand_in(kind, class_name, where)
         raise ModelError(
             f"{where}: diffusers {diffusers.__version__} has no scheduler {class_name!r}; save one that it has, or"
             " update diffusers"
         )
     try:
         return kind.from_config(dict(config))
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, ImportError) as error:
+        if library := missing_library(error):
+            raise ModelError(
+                f"{where}: {class_name} needs {library}, which is not installed here; pip install {library}"
+            ) from None
         raise ModelError(
             f"{where}: {class_name} refuses its configuration: {first_line(error)}; save the scheduler again"
         ) from error
+
+
+def _refuse_stand_in(kind: Any, class_name: str, where: str) -> None:
+    """Name the library for want of which diffusers puts a class in a scheduler's place that only says so.
+
+    Raises:
+        ModelError: it is such a class.
+    """
+    if not isinstance(kind, type) or not hasattr(kind, "_backends"):
+        return
+    try:
+        kind()
+    except ImportError as error:
+        library = missing_library(error) or first_line(error)
+        raise ModelError(
+            f"{where}: {class_name} needs {library}, which is not installed here; pip install {library}"
+        ) from None
 
 
 def _is_scheduler(kind: Any) -> bool:
@@ -214,17 +249,21 @@ def model_folder(path: Path) -> Path:
         ModelError: there is none.
     """
     if path.is_file():
-        refuse_pickles([path])
-        raise ModelError(f"{path}: a single file; save the model as a diffusers folder, with save_pretrained(folder)")
+        refuse_single_file(path)
     if not path.is_dir():
         raise ModelError(
             f"{path}: no such folder; give a diffusers model folder, a pipeline folder with transformer/, or a hub's id"
             " like owner/name"
         )
-    for folder in (path / "transformer", path):
+    PipelineIndex(path).check_transformer()
+    for folder in (path / TRANSFORMER, path):
         if (folder / "config.json").is_file():
             return folder
-    refuse_pickles(path.iterdir())
+    present = sorted(path.iterdir())
+    refuse_pickles(present)
+    single = next((file for file in present if file.suffix in (GGUF, SAFETENSORS)), None)
+    if single is not None:
+        refuse_single_file(single)
     raise ModelError(
         f"{path}: neither config.json nor transformer/config.json; not a diffusers model folder;"
         " give one that save_pretrained wrote"

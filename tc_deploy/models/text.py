@@ -7,7 +7,7 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,10 +75,6 @@ class TextEncoding:
     """What is done to a prompt before it is cut into tokens."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Conditions that are no text, with what the pipeline gives where it is not told."""
-
-    def present(self, folders: Sequence[str]) -> tuple[TextPart, ...]:
-        """The parts of a pipeline that has these folders; an optional one that it lacks is left out."""
-        return tuple(part for part in self.parts if not part.optional or part.encoder in folders)
 
 
 def prompt_tokens(text_tokens: int, model_max_length: int) -> int:  # noqa: ARG001 - as TextPart.tokens

@@ -125,6 +125,7 @@ def toml_from_plan(plan: Plan) -> str:
     given = {
         "latent_size": plan.model.latent_size,
         "text_tokens": plan.model.text_tokens,
+        "variant": plan.model.variant,
         "conditions": conditions.file if isinstance(conditions, PromptsRecord) else conditions,
     }
     lines += [f"{key} = {_toml(value)}" for key, value in given.items() if value is not None]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_manifest, read_target
-from tc_deploy.plan import PLAN, Plan, load_plan
+from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
     SAMPLES,
@@ -44,6 +44,7 @@ class Source:
     name: str
     """The folder's; where it lies is nobody's business to whom the page is passed on."""
     plan: Plan
+    """As its file says it: with paths relative to the folder."""
     tables: dict[str, FloatArray | IntArray]
     manifest: Manifest | None
     """None where the folder is a plan and no bundle."""
@@ -123,7 +124,7 @@ def source_from_folder(path: Path, validation: Path | None = None) -> Source:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")
     return Source(
         name=path.resolve().name,
-        plan=plan,
+        plan=plan_as_written(plan, path),
         tables=tables,
         manifest=manifest,
         targets=() if manifest is None else _targets(path),

@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from tc_deploy.bundle import canonical_json, check_files, new_folder
 from tc_deploy.errors import BundleError, UsageError
-from tc_deploy.plan import PLAN, load_plan, write_plan_files
+from tc_deploy.plan import PLAN, load_plan, relative_path, write_plan_files
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import (
     FULL_POINT,
@@ -138,15 +138,18 @@ def write_search(
         StorageError: the destination cannot be written.
     """
     chosen = chosen_point(record, wish)
+    model = record.model.model_copy(update={"source": relative_path(record.model.source, destination)})
+    record = record.model_copy(update={"model": model})
     with new_folder(destination, marker=PLAN) as folder:
         for point in record.points:
             if point.settings is not None:
-                own = folder / POINTS / _slug(point.name)
-                own.mkdir(parents=True)
-                write_plan_files(plans[point.name].plan, plans[point.name].tables, own)
+                own = Path(POINTS, _slug(point.name))
+                (folder / own).mkdir(parents=True)
+                planned = plans[point.name]
+                write_plan_files(planned.plan, planned.tables, folder / own, destination / own)
         (folder / SAMPLES).write_bytes(safetensors.numpy.save(dict(samples)))
         (folder / SEARCH).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
-        write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder)
+        write_plan_files(plans[chosen.name].plan, plans[chosen.name].tables, folder, destination)
 
 
 def uniquely_named(points: Iterable[PlannedPoint]) -> list[PlannedPoint]:

@@ -20,11 +20,9 @@ from torch import Tensor
 from tc_deploy.export.graphs import ModelGraph, step_graphs
 from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import full_latents, latents_of
-from tc_deploy.export.stage import check_model, sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import model_of_plan, sampling_from_plan, token_index_tables
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import load_model
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.samples import Feed, Trajectory
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps
@@ -63,10 +61,7 @@ class Checkpoint:
         self.precision, self.fp32_blocks = precision, fp32_blocks
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
-        self.model: DiffusionTransformer = load_model(
-            model_path or Path(self.plan.model.source), ModelOptions.of(self.plan.model)
-        )
-        check_model(self.plan, self.model, str(bundle))
+        self.model: DiffusionTransformer = model_of_plan(self.plan, str(bundle), model_path)
         self._one_graph = read_manifest(bundle).one_graph
         self._token_index: dict[int, IntArray] = token_index_tables(self.plan, tables)
 

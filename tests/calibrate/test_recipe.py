@@ -83,6 +83,10 @@ def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
     path = write(folder, 'model = "../../models/dit"')
     monkeypatch.chdir(tmp_path)
     for given in (path, path.relative_to(tmp_path)):
+        # What is not there must not read like a hub's id, owner/name.
+        assert read_recipe(given, {}).model == str(tmp_path / "models" / "dit")
+    (tmp_path / "models" / "dit").mkdir(parents=True)
+    for given in (path, path.relative_to(tmp_path)):
         assert read_recipe(given, {}).model == "models/dit"
     monkeypatch.chdir(folder)
     assert read_recipe(path, {}).model == str(tmp_path / "models" / "dit")

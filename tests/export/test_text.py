@@ -269,7 +269,7 @@ def test_a_tokenizer_without_a_fast_form_is_refused(made: Made, broken: Path) ->
     refused(made, broken, r"ByT5Tokenizer has no fast form, .* export without --with-text-encoder")
     (broken / "tokenizer" / "spiece.model").write_bytes(b"no model")
     (broken / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
-    refused(made, broken, r"cannot be loaded in its fast form: .*; put the model's tokenizer.json there, or install")
+    refused(made, broken, r"sentencepiece is needed, which is not installed here; .* put the model's tokenizer.json")
     (broken / "tokenizer" / "spiece.model").unlink()
     refused(made, broken, r"the tokenizer's vocabulary is missing, as tokenizer.json")
 

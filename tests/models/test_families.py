@@ -219,8 +219,8 @@ def test_half_precision_weights_of_a_class_of_one_s_own_load_as_fp32(example: Pa
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda weights: weights.pop("head.weight"), r"1 missing keys, first head\.weight"),
-        (lambda weights: weights.update(surplus=torch.zeros(2)), "1 unexpected keys, first surplus"),
+        (lambda weights: weights.pop("head.weight"), r"1 missing key, first head\.weight"),
+        (lambda weights: weights.update(surplus=torch.zeros(2)), "1 unexpected key, first surplus"),
         (lambda weights: weights.update({"head.weight": torch.zeros(3, 3)}), "do not make a UViT"),
     ],
     ids=["missing", "unexpected", "another shape"],

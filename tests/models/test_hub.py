@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tc_deploy.errors import ModelError
-from tc_deploy.models.hub import WANTED, local_folder
+from tc_deploy.models.hub import local_folder, wanted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
@@ -118,6 +118,6 @@ def test_neither_pickles_nor_other_parts_are_fetched() -> None:
     from fnmatch import fnmatch
 
     files = ["transformer/diffusion_pytorch_model.bin", "text_encoder/model.safetensors", "vae/config.json", "x.ckpt"]
-    assert not [name for name in files if any(fnmatch(name, pattern) for pattern in WANTED)]
+    assert not [name for name in files if any(fnmatch(name, pattern) for pattern in wanted())]
     for name in ("transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "scheduler/scheduler_config.json"):
-        assert any(fnmatch(name, pattern) for pattern in WANTED)
+        assert any(fnmatch(name, pattern) for pattern in wanted())
