@@ -8,38 +8,15 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tc_deploy import __version__
+from tc_deploy.errors import first_line
 from tc_deploy.hardware import Gpu, cpu_and_features, memory_mib, nvidia_gpus, usable_cores
-
-EXTRA_BY_MODULE = {
-    "accelerate": "compile",
-    "diffusers": "compile",
-    "onnx": "compile",
-    "onnx_ir": "compile",
-    "onnxscript": "compile",
-    "optuna": "compile",
-    "torch": "compile",
-    "torchmetrics": "compile",
-    "transformers": "compile",
-    "onnxruntime": "cpu",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "rtx",
-    "openvino": "openvino",
-    "tokenizers": "text",
-    "jinja2": "report",
-    "polygraphy": "validate",
-    "cryptography": "sign",
-    "matplotlib": "examples",
-    "sklearn": "examples",
-}
-"""The extra of tc-deploy that brings a library, by the name under which Python imports it."""
-
-NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"
-"""What pip needs beside the extra ``tensorrt``, whose wheels are not on PyPI."""
+from tc_deploy.libraries import EXTRA_BY_MODULE, install_command, is_missing
 
 COMPILE_DISTRIBUTIONS = (
     "torch",
@@ -129,11 +106,6 @@ class Report:
     """Whether the default path, ONNX Runtime on the CPU, can run here."""
 
 
-def install_command(extra: str) -> str:
-    """The command that installs an extra; nothing is published, so it is for the clone's folder."""
-    return f"pip install '.[{extra}]'{NVIDIA_INDEX if extra == 'tensorrt' else ''} (in the clone)"
-
-
 def examine() -> Report:
     """Look at this machine and judge it."""
     return report_from_facts(gather_facts())
@@ -194,7 +166,7 @@ def _openvino_stage(facts: Facts) -> Stage:
 def _cuda_stage(facts: Facts) -> Stage:
     name = "build, run (ONNX Runtime, CUDA)"
     if CUDA_PROVIDER not in facts.providers:
-        cure = "pip uninstall -y onnxruntime; then pip install 'tc-deploy[cuda]'"
+        cure = f"pip uninstall -y onnxruntime; then {install_command('cuda')}"
         return Stage(name=name, status=Status.MISSING, detail=f"onnxruntime has no {CUDA_PROVIDER} here", cure=cure)
     installed = _versions_line(facts, _installed_onnxruntimes(facts))
     if not facts.gpus:
@@ -280,10 +252,8 @@ def _try_onnxruntime() -> tuple[tuple[str, ...], str | None]:
         providers = tuple(onnxruntime.get_available_providers())
         session = onnxruntime.InferenceSession(_NEGATION, providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {"x": np.ones(1, dtype=np.float32)})
-    except ModuleNotFoundError as error:
-        return (), None if error.name == "onnxruntime" else f"onnxruntime does not import: {error}"
     except Exception as error:  # noqa: BLE001 - a half-deleted installation fails in ways that nobody can list
-        return (), f"onnxruntime is installed and does not work: {type(error).__name__}: {error}"
+        return (), _what_is_wrong("onnxruntime", error)
     return providers, None if y.tolist() == [-1.0] else f"onnxruntime computes wrongly: -1 came out as {y.tolist()}"
 
 
@@ -299,8 +269,14 @@ def _try_openvino() -> tuple[tuple[str, ...], str | None]:
         compiled = core.compile_model(core.read_model(_NEGATION), "CPU")
         y = compiled({"x": np.ones(1, dtype=np.float32)})["y"]
         precisions = precisions_of(core)
-    except ModuleNotFoundError as error:
-        return (), None if error.name == "openvino" else f"openvino does not import: {error}"
     except Exception as error:  # noqa: BLE001 - as in _try_onnxruntime
-        return (), f"openvino is installed and does not work: {type(error).__name__}: {error}"
+        return (), _what_is_wrong("openvino", error)
     return precisions, None if y.tolist() == [-1.0] else f"openvino computes wrongly: -1 came out as {y.tolist()}"
+
+
+def _what_is_wrong(library: str, error: Exception) -> str | None:
+    """Why a library does not work; None where it is not there."""
+    if is_missing(library, error):
+        return None
+    verb = "work" if library in sys.modules else "load"
+    return f"{library} is installed but does not {verb}: {type(error).__name__}: {first_line(error)}"

@@ -10,9 +10,12 @@
     ├── BackendError              7   an engine cannot be built or loaded here; names the extra to install
     ├── StorageError              8   an output cannot be written, or would replace what is not this tool's
     ├── NotFiniteError            9   a run, a training or a table came to NaN or infinity
+    ├── OutOfMemoryError         10   the machine's memory does not suffice for what was asked
     └── Cancelled               130   the caller stopped a run between two steps
 
-Any other exception that reaches the command line is a defect of ours, and ends with ``INTERNAL_EXIT_CODE``, 70.
+Any other exception that reaches the command line is a defect of ours, and ends with ``INTERNAL_EXIT_CODE``, 70. A
+signal ends the command line with 128 + its number: 129 SIGHUP, 130 SIGINT, 143 SIGTERM; and whoever stops reading its
+output ends it with 141, silently, as SIGPIPE would.
 
 A message says what is wrong, where, what was expected and found, and how to mend it, in one line.
 """
@@ -26,6 +29,8 @@ UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u
 """What a terminal obeys or cannot show: control characters, marks that turn text around, halves of surrogates."""
 INTERNAL_EXIT_CODE: Final = 70
 """Of a defect of ours; sysexits.h calls it EX_SOFTWARE."""
+READER_LEFT_EXIT_CODE: Final = 141
+"""Nobody reads the output any more; a shell reports a program so that SIGPIPE ended."""
 
 
 class TcDeployError(Exception):
@@ -84,6 +89,12 @@ class NotFiniteError(TcDeployError):
     """A run, a training or a table came to NaN or infinity; the message names the step at which it began."""
 
     exit_code = 9
+
+
+class OutOfMemoryError(TcDeployError):
+    """The machine's memory does not suffice for what was asked."""
+
+    exit_code = 10
 
 
 class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked for, not a failure

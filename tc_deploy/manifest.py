@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
-from tc_deploy.errors import BackendError, BundleError
+from tc_deploy.errors import BundleError
+from tc_deploy.libraries import imported
 from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, Precision
@@ -108,11 +109,8 @@ class TensorRecord(Document):
             BackendError: it is bfloat16, which numpy has from ml_dtypes, and that is not installed.
         """
         if self.dtype == "bfloat16":
-            try:
-                from ml_dtypes import bfloat16
-            except ImportError:
-                raise BackendError(f"{self.name} is bfloat16, for which ml_dtypes is needed; install it") from None
-            found: np.dtype[Any] = np.dtype(bfloat16)
+            ml_dtypes = imported("ml_dtypes", purpose=f"{self.name} is bfloat16, which numpy has from a library: ")
+            found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return found
         return np.dtype(self.dtype)
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.errors import BackendError, BundleError, first_line
+from tc_deploy.errors import BundleError, first_line
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import TextRecord, TokenizerRecord
 from tc_deploy.types import Cleaning
 
@@ -90,13 +91,10 @@ def clean(prompt: str, cleaning: Cleaning) -> str:
 
 
 def _loaded(bundle: Path, record: TokenizerRecord) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise BackendError("prompts need tokenizers, which is not installed; install tc-deploy[text]") from None
+    tokenizers = imported("tokenizers", purpose="prompts need a library: ")
     path = bundle / record.file
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
         raise BundleError(f"{path}: not a tokenizer: {first_line(error)}; export again") from error
     lengths = [(tokenizer.truncation or {}).get("max_length"), (tokenizer.padding or {}).get("length")]

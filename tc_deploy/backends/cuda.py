@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.errors import BackendError
 from tc_deploy.hardware import nvidia_gpus
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import GpuRecord
 
 _CAPTURING = threading.Lock()
@@ -27,13 +28,7 @@ _DEVICE = 0
 
 
 def _cuda_runtime() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError:
-        raise BackendError(
-            "cuda-bindings is not installed; install tc-deploy[rtx] or tc-deploy[tensorrt], as you built"
-        ) from None
-    return runtime
+    return imported("cuda.bindings.runtime")
 
 
 class Cuda:

@@ -21,6 +21,7 @@ from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, C
 from tc_deploy.backends.host import HostBuffer, check_array
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
+from tc_deploy.libraries import imported, install_command
 from tc_deploy.manifest import WEIGHTS, Manifest
 from tc_deploy.types import Precision
 
@@ -39,41 +40,44 @@ class Provider:
     """ONNX Runtime's."""
     options: Mapping[str, str]
     """Its own settings."""
-    package: str
-    """What brings it."""
+    extra: str | None
+    """What brings it; None: no package of ONNX Runtime does."""
+    also: str = ""
+    """What it needs beside."""
+
+    def cure(self) -> str:
+        """How to get it; the packages of ONNX Runtime overwrite each other's files."""
+        if self.extra is None:
+            return "install a build of ONNX Runtime with it"
+        removal = "" if self.extra == CPU else "pip uninstall -y onnxruntime; then "
+        return f"{removal}{install_command(self.extra)}{self.also}"
 
 
 CPU = "cpu"
 PROVIDERS = {
-    CPU: Provider(name="CPUExecutionProvider", options={}, package="tc-deploy[cpu]"),
-    "cuda": Provider(
-        name="CUDAExecutionProvider", options={"enable_cuda_graph": "1"}, package="tc-deploy[cuda] instead of [cpu]"
-    ),
+    CPU: Provider(name="CPUExecutionProvider", options={}, extra="cpu"),
+    "cuda": Provider(name="CUDAExecutionProvider", options={"enable_cuda_graph": "1"}, extra="cuda"),
     "tensorrt": Provider(
         name="TensorrtExecutionProvider",
         options={"trt_cuda_graph_enable": "1"},
-        package="tc-deploy[cuda] instead of [cpu], and TensorRT",
+        extra="cuda",
+        also="; and TensorRT",
     ),
     "nv-tensorrt-rtx": Provider(
         name="NvTensorRTRTXExecutionProvider",
         options={"enable_cuda_graph": "1"},
-        package="a build of ONNX Runtime with it",
+        extra=None,
     ),
 }
 """By the name that the option ``provider`` takes. A CUDA graph is captured of every binding."""
 
 
 def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BackendError(
-            "ONNX Runtime is not installed; install tc-deploy[cpu] (or tc-deploy[cuda], never both)"
-        ) from None
+    onnxruntime = imported("onnxruntime")
     if not hasattr(onnxruntime, "InferenceSession"):
         raise BackendError(
-            "ONNX Runtime is broken: onnxruntime and onnxruntime-gpu were installed over each other;"
-            " uninstall both, then install one (tc-deploy doctor shows it)"
+            "onnxruntime is installed but does not load: onnxruntime and onnxruntime-gpu were installed over"
+            " each other; uninstall both, then install one (tc-deploy doctor shows it)"
         )
     return onnxruntime
 
@@ -223,7 +227,7 @@ class OrtDevice:
         if found[0] != self._provider.name:
             raise BackendError(
                 f"{path}: ONNX Runtime would run it with {found[0]}, not with {self._provider.name} as it was built for"
-                f" (see: tc-deploy doctor); install {self._provider.package}, or build again for another --provider"
+                f" (see: tc-deploy doctor); {self._provider.cure()}; or build again for another --provider"
             )
         return OrtGraph(session, weights)
 
@@ -294,6 +298,6 @@ class OnnxRuntime(CompiledAtLoad):
         if provider.name not in available:
             raise BackendError(
                 f"this ONNX Runtime has no {provider.name}, only {', '.join(available)};"
-                f" install {provider.package}, or build again for another --provider"
+                f" {provider.cure()}; or build again for another --provider"
             )
         return OrtDevice(threads=threads, provider=provider, weights=settings["weights"], unfused=settings["unfused"])

@@ -21,6 +21,7 @@ from tc_deploy.backends.host import HostBuffer
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import FP32_GRAPHS
 
 if TYPE_CHECKING:
@@ -38,11 +39,7 @@ _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
 def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError:
-        raise BackendError("OpenVINO is not installed; install tc-deploy[openvino]") from None
-    return openvino
+    return imported("openvino")
 
 
 def precisions_of(core: openvino.Core) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from tc_deploy.errors import UsageError
 _ALL: tuple[Backend, ...] = (
     OnnxRuntime(),
     OpenVino(),
-    TensorRt("tensorrt", extra="tensorrt"),
-    TensorRt("tensorrt_rtx", extra="rtx"),
+    TensorRt("tensorrt"),
+    TensorRt("tensorrt_rtx"),
     Torch(),
 )
 BACKENDS = {engine.name: engine for engine in _ALL}

@@ -9,7 +9,6 @@ for another version or GPU.
 from __future__ import annotations
 
 import functools
-import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from tc_deploy.backends.tensorrt_rtx import RtxExtras
 from tc_deploy.backends.tensorrt_run import TrtDevice
 from tc_deploy.bundle import MANIFEST, check_files, read_document
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import (
     BATCH,
     ENGINE_SUFFIX,
@@ -59,13 +59,12 @@ class TensorRt:
 
     Args:
         module: ``tensorrt`` or ``tensorrt_rtx``.
-        extra: the extra of tc-deploy that brings it.
         cuda: opens the GPU.
     """
 
-    def __init__(self, module: str, *, extra: str, cuda: Callable[[], Cuda] = Cuda) -> None:
+    def __init__(self, module: str, *, cuda: Callable[[], Cuda] = Cuda) -> None:
         self.name = module.replace("_", "-")
-        self._module, self._extra, self._cuda = module, extra, cuda
+        self._module, self._cuda = module, cuda
         self._ahead_of_time = module == "tensorrt_rtx"
 
     def version(self) -> str:
@@ -159,12 +158,7 @@ class TensorRt:
         )
 
     def _import(self) -> Any:
-        try:
-            return importlib.import_module(self._module)
-        except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == self._module
-            why = "is not installed" if missing else f"does not import ({first_line(error)})"
-            raise BackendError(f"{self.name} {why}; install tc-deploy[{self._extra}]") from None
+        return imported(self._module)
 
     def _options(self, options: Mapping[str, Any]) -> TensorRtOptions:
         return checked_options(self.name, options, ahead_of_time=self._ahead_of_time)

@@ -21,6 +21,7 @@ from tc_deploy.backends.compiled_at_load import CompiledAtLoad
 from tc_deploy.backends.host import check_array
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest
 from tc_deploy.plan import load_plan
 from tc_deploy.types import Precision
@@ -35,11 +36,7 @@ _Step: TypeAlias = "Callable[..., Sequence[Tensor]]"
 
 
 def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise BackendError("PyTorch is not installed; install tc-deploy[compile]") from None
-    return torch
+    return imported("torch")
 
 
 class TorchBuffer:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.calibrate.prompts import draw_batch
-from tc_deploy.errors import BackendError, ExportError, first_line
+from tc_deploy.errors import ExportError, first_line
 from tc_deploy.export.graphs import NamedGraph
 from tc_deploy.groups import TokenGroup, group_inputs, running_variants
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
@@ -218,12 +219,7 @@ def _run_in_onnxruntime(path: Path, feed: Mapping[str, Tensor], outputs: Sequenc
 
 
 def _run_in_openvino(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-    try:
-        import openvino
-    except ImportError:
-        raise BackendError(
-            "the check of a bf16 export needs OpenVINO; install tc-deploy[openvino], or pass --no-check"
-        ) from None
+    openvino = imported("openvino", purpose="the check of a bf16 export needs OpenVINO (--no-check leaves it out): ")
     try:
         core = openvino.Core()
         # The hint leaves bf16 operators alone; OpenVINO's own default would make the others bf16 too.
@@ -250,12 +246,7 @@ def _from_openvino(tensor: Any) -> Tensor:
 
 
 def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BackendError(
-            "the check after export needs ONNX Runtime; install tc-deploy[cpu] (or [cuda]), or pass --no-check"
-        ) from None
+    onnxruntime = imported("onnxruntime", purpose="the check after export needs it (--no-check leaves it out): ")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Prepacked weights are a second copy of them, and a check runs once.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tc_deploy.errors import BackendError, ModelError, first_line
+from tc_deploy.errors import ModelError, first_line
+from tc_deploy.libraries import imported
 
 IMAGES, FEATURES, LOGITS = "images", "features", "logits"
 _CONTRACT = (
@@ -97,10 +98,7 @@ class Classifier:
 
 
 def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BackendError("a classifier needs ONNX Runtime; install tc-deploy[cpu] (or [cuda], never both)") from None
+    onnxruntime = imported("onnxruntime", purpose="a classifier needs ONNX Runtime: ")
     if not path.is_file():
         raise ModelError(f"{path}: no such file; a classifier is one ONNX file")
     options = onnxruntime.SessionOptions()

@@ -31,6 +31,8 @@ from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.errors import BackendError
+from tc_deploy.libraries import imported
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.tokencache.sampler import Sampling, denoise, device_of
 
@@ -102,13 +104,12 @@ class PeerRun:
 
 def why_no_peer(model: DiffusionTransformer | None = None) -> str | None:
     """What keeps :func:`cache_dit_runs` from running, with any model or this one; None where nothing does."""
-    if importlib.util.find_spec("cache_dit") is None:
-        return "cache-dit is not installed; pip install 'tc-deploy[peers]'"
-    if model is not None:
-        import cache_dit
-
-        if not cache_dit.BlockAdapterRegister.is_supported(model.module):
-            return f"cache-dit {importlib.metadata.version('cache-dit')} does not know {model.family.model_class}"
+    try:
+        cache_dit = imported("cache_dit")
+    except BackendError as error:
+        return str(error)
+    if model is not None and not cache_dit.BlockAdapterRegister.is_supported(model.module):
+        return f"cache-dit {importlib.metadata.version('cache-dit')} does not know {model.family.model_class}"
     return None
 
 

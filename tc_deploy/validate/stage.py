@@ -26,6 +26,7 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line
+from tc_deploy.libraries import load_failure
 from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, TargetManifest, read_target, variant_name
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
@@ -129,8 +130,10 @@ class _Validation:
         """The checkpoint, when somebody asks for it."""
         try:
             from tc_deploy.validate.checkpoint import Checkpoint
-        except ModuleNotFoundError as error:
-            raise BackendError(f"PyTorch as a reference needs {error.name}; install tc-deploy[compile]") from None
+        except Exception as error:
+            if (words := load_failure(error)) is None:
+                raise
+            raise BackendError(f"PyTorch as a reference: {words}") from error
         self.progress("loading the checkpoint")
         return Checkpoint(self.path, self.model_path, self.manifest.precision, self.manifest.fp32_blocks)
 
@@ -204,7 +207,7 @@ class _Validation:
     def _runs(self, latents: FloatArray, trajectory: Trajectory) -> Runs:
         """The chain of runs that the drift is read off."""
         onnxruntime = own = None
-        if self.backend != ONNXRUNTIME and _is_installed(ONNXRUNTIME):
+        if self.backend != ONNXRUNTIME and _why_missing(ONNXRUNTIME) is None:
             self.progress("sampling with ONNX Runtime")
             (onnxruntime,) = self._run(self._opened(ONNXRUNTIME, {}))
         if self.precision != self.manifest.precision and self.backend in _OWN_PRECISION:
@@ -262,8 +265,8 @@ class _Validation:
                 {"graph": name, "step": failure.step, "origin": origin, "text": text, **fields}
             )
 
-        if not _is_installed(ONNXRUNTIME):
-            return unknown("to tell export from engine ONNX Runtime is needed; install tc-deploy[cpu]")
+        if (why := _why_missing(ONNXRUNTIME)) is not None:
+            return unknown(f"to tell export from engine ONNX Runtime is needed: {why}")
         record = self.manifest.graphs[name]
         found = onnxruntime_outputs(self.path / record.file, feed)
         expected, why_not = failure.expected, ""
@@ -348,12 +351,13 @@ def _in_order(manifest: Manifest) -> list[str]:
     return sorted(manifest.graphs, key=lambda name: (name not in _VARIANTS, _VARIANTS.get(name, 0), name))
 
 
-def _is_installed(backend: str) -> bool:
+def _why_missing(backend: str) -> str | None:
+    """What keeps an engine kind away; None where it is there."""
     try:
         registry.backend(backend).version()
-    except BackendError:
-        return False
-    return True
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def _all_close(found: Feed, expected: Feed, backend: str, precision: str) -> bool:

@@ -278,5 +278,5 @@ def stand_in(
                 refit=runtime.refit,
             )
 
-    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", extra="rtx", cuda=lambda: Cuda(gpu)))
+    monkeypatch.setitem(registry.BACKENDS, NAME, OnStandIn("tensorrt_rtx", cuda=lambda: Cuda(gpu)))
     return runtime

@@ -207,21 +207,17 @@ def test_an_option_that_it_does_not_know_is_refused(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("backend", "replacement", "message"),
     [
-        (
-            "onnxruntime",
-            "None",
-            "ONNX Runtime is not installed; install tc-deploy[cpu] (or tc-deploy[cuda], never both)",
-        ),
+        ("onnxruntime", "None", "onnxruntime is not installed: pip install 'onnxruntime>=1.22'"),
         # What is left where the CPU and the CUDA build were installed over each other and one was removed.
         (
             "onnxruntime",
             "types.ModuleType('onnxruntime')",
             (
-                "ONNX Runtime is broken: onnxruntime and onnxruntime-gpu were installed over each other;"
-                " uninstall both, then install one (tc-deploy doctor shows it)"
+                "onnxruntime is installed but does not load: onnxruntime and onnxruntime-gpu were installed over"
+                " each other; uninstall both, then install one (tc-deploy doctor shows it)"
             ),
         ),
-        ("openvino", "None", "OpenVINO is not installed; install tc-deploy[openvino]"),
+        ("openvino", "None", "openvino is not installed: pip install 'ml-dtypes>=0.5' 'openvino>=2025.0'"),
     ],
     ids=["onnxruntime missing", "onnxruntime broken", "openvino missing"],
 )

@@ -123,8 +123,8 @@ def test_a_build_from_the_command_line_records_its_options(mixed: Made, tmp_path
 @pytest.mark.parametrize(
     ("provider", "name", "cure"),
     [
-        ("cuda", "CUDAExecutionProvider", "install tc-deploy[cuda] instead of [cpu]"),
-        ("tensorrt", "TensorrtExecutionProvider", "install tc-deploy[cuda] instead of [cpu], and TensorRT"),
+        ("cuda", "CUDAExecutionProvider", "pip uninstall -y onnxruntime; then pip install 'onnxruntime-gpu["),
+        ("tensorrt", "TensorrtExecutionProvider", "; and TensorRT"),
         ("nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "install a build of ONNX Runtime with it"),
     ],
 )

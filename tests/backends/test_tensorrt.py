@@ -254,4 +254,4 @@ def test_a_machine_without_tensorrt_is_told_the_extra(built: Made, tmp_path: Pat
     words = [sys.executable, "-c", program, command, str(bundle), "--backend", "tensorrt", *rest]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     assert answer.returncode == BackendError.exit_code
-    assert "error: tensorrt is not installed; install tc-deploy[tensorrt]" in answer.stderr
+    assert "error: tensorrt is not installed: pip install " in answer.stderr

@@ -128,6 +128,7 @@ def test_the_exit_codes_are_those_that_the_tree_draws() -> None:
         "BackendError": 7,
         "StorageError": 8,
         "NotFiniteError": 9,
+        "OutOfMemoryError": 10,
         "Cancelled": 130,
     }
     for kind in error_classes():
@@ -163,24 +164,76 @@ def test_wrong_words(words: list[str], message: str) -> None:
     assert len(answer.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("library", "extra"), [("torch", "compile"), ("diffusers.models", "compile"), ("onnxruntime", "cpu")]
-)
-def test_a_missing_library_names_its_extra(
-    library: str, extra: str, doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("library", "names"), [("torch", "'torch>="), ("onnxruntime", "pip install 'onnxruntime>=")])
+def test_a_missing_library_names_what_to_install(
+    library: str, names: str, doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     doctor_does(raising(ModuleNotFoundError(f"No module named {library!r}", name=library)))
     assert cli.main(["doctor"]) == errors.BackendError.exit_code
-    assert f"pip install '.[{extra}]' (in the clone)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{library} is not installed: pip install " in said
+    assert names in said
 
 
-def test_our_own_bug_keeps_its_traceback(doctor_does: Callable[[Body], None]) -> None:
-    doctor_does(raising(ModuleNotFoundError("No module named 'tc_deploy.typo'", name="tc_deploy.typo")))
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["doctor"])
-    doctor_does(raising(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["doctor"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tc_deploy.typo'", name="tc_deploy.typo"),
+        ZeroDivisionError(),
+        RecursionError("maximum recursion depth exceeded"),
+        SystemExit(1),
+        EOFError("Ran out of input"),
+        FileNotFoundError(2, "No such file or directory", "x"),
+        ValueError("two\nlines"),
+    ],
+)
+def test_our_own_bug_is_one_line_and_a_traceback_on_request(
+    error: BaseException, doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor_does(raising(error))
+    assert cli.main(["doctor"]) == errors.INTERNAL_EXIT_CODE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: internal error: {type(error).__name__}")
+    assert line.endswith("; please report it with the output of tc-deploy -v and the same words")
+    assert cli.main(["-v", "doctor"]) == errors.INTERNAL_EXIT_CODE
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryError(), errors.OutOfMemoryError.exit_code, "memory does not suffice"),
+        (RuntimeError("std::bad_alloc"), errors.OutOfMemoryError.exit_code, "memory does not suffice: std::bad_alloc"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+            errors.OutOfMemoryError.exit_code,
+            "memory does not suffice",
+        ),
+        (OSError(28, "No space left on device", "/tmp/x"), errors.StorageError.exit_code, "/tmp/x: No space left"),
+        (OSError(24, "Too many open files"), errors.StorageError.exit_code, "error: Too many open files"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_defect(
+    error: Exception, code: int, words: str, doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor_does(raising(error))
+    assert cli.main(["doctor"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_message_does_nothing_to_a_terminal(
+    doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor_does(raising(errors.BundleError("a\x1b]0;b\x07\u202ec")))
+    assert cli.main(["doctor"]) == errors.BundleError.exit_code
+    assert capsys.readouterr().err == "error: a\\x1b]0;b\\x07\\u202ec\n"
+
+
+@pytest.mark.parametrize("word", ["caf\udce9", "a\0b"])
+def test_an_argument_that_is_no_text_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", word]) == errors.UsageError.exit_code
+    assert ascii(word) in capsys.readouterr().err
 
 
 def test_an_interruption_is_no_traceback(
@@ -188,7 +241,21 @@ def test_an_interruption_is_no_traceback(
 ) -> None:
     doctor_does(raising(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 128 + signal.SIGINT
-    assert capsys.readouterr().err.strip() == "error: interrupted"
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_what_a_library_makes_of_an_interruption_is_still_one(
+    doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a callback failed") from error
+
+    doctor_does(body)
+    assert cli.main(["doctor"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
@@ -199,7 +266,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
             assert process.stderr is not None
             process.stdout.close()
             assert process.stderr.read() == b""
-        assert process.returncode == errors.TcDeployError.exit_code
+        assert process.returncode == errors.READER_LEFT_EXIT_CODE == 128 + signal.SIGPIPE
 
 
 def test_a_command_s_exit_code_is_the_program_s(doctor_does: Callable[[Body], None]) -> None:

@@ -162,5 +162,5 @@ def test_onnx_runtime_that_is_not_there_is_named_with_its_extra(
 ) -> None:
     path = write_classifier(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"a classifier needs ONNX Runtime; install tc-deploy\[cpu\]"):
+    with pytest.raises(BackendError, match=r"a classifier needs ONNX Runtime: onnxruntime is not installed: pip"):
         Classifier(path)

@@ -1,0 +1,150 @@
+"""Libraries that not every machine has: import one, or say what keeps it away and what to install.
+
+In: a module's name. Out: the module, or one line. The line names requirements, read from this package's own metadata:
+that works from a wheel, from a clone, and whatever the package is called in an index. Never: installs anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from types import TracebackType
+from typing import Any
+
+from tc_deploy.errors import BackendError, first_line
+
+DISTRIBUTION = "tc-deploy"
+EXTRA_BY_MODULE = {
+    "accelerate": "compile",
+    "diffusers": "compile",
+    "onnx": "compile",
+    "onnx_ir": "compile",
+    "onnxscript": "compile",
+    "optuna": "compile",
+    "torch": "compile",
+    "torchmetrics": "compile",
+    "transformers": "compile",
+    "onnxruntime": "cpu",
+    "cuda": "rtx",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "openvino": "openvino",
+    "ml_dtypes": "openvino",
+    "tokenizers": "text",
+    "jinja2": "report",
+    "polygraphy": "validate",
+    "cryptography": "sign",
+    "cache_dit": "peers",
+    "matplotlib": "examples",
+    "sklearn": "examples",
+}
+"""The extra of tc-deploy that brings a library, by the name under which Python imports it."""
+
+_ALONE = {"cuda": "cuda-bindings", "ml_dtypes": "ml-dtypes"}
+"""Libraries that several extras bring, with the distribution that is enough."""
+NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"
+"""What pip needs beside the extra ``tensorrt``, whose wheels are not on PyPI."""
+
+_OF_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
+
+
+def requirements_of(extra: str) -> list[str]:
+    """What an extra requires, as pip takes it; empty where the installed metadata does not know the extra."""
+    try:
+        declared = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = []
+    for requirement in declared:
+        what, _, marker = requirement.partition(";")
+        if (of := _OF_EXTRA.search(marker)) is not None and of[1] == extra:
+            found.append(what.strip())
+    return found
+
+
+def install_command(extra: str, alone: str | None = None) -> str:
+    """The command that installs what an extra brings, or one distribution of it ``alone``.
+
+    Only a clone can lack the metadata, or have older ones; there pip reads pyproject.toml.
+    """
+    index = NVIDIA_INDEX if extra == "tensorrt" else ""
+    if names := [name for name in requirements_of(extra) if alone is None or name.startswith(alone)]:
+        return "pip install " + " ".join(f"'{name}'" for name in names) + index
+    return f"pip install '.[{extra}]'{index} (in the clone)"
+
+
+def imported(module: str, *, extra: str | None = None, purpose: str = "") -> Any:
+    """Import a library that may be missing.
+
+    Args:
+        module: its name for Python, with dots for a part of it.
+        extra: what brings it, where :data:`EXTRA_BY_MODULE` does not say.
+        purpose: what it is for, as the beginning of the message.
+
+    Raises:
+        BackendError: it is not installed, or does not load; names the cause and the command.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise BackendError(f"{purpose}{import_failure(module, error, extra)}") from error
+
+
+def import_failure(module: str, error: BaseException, extra: str | None = None) -> str:
+    """What keeps a library away, and what to install."""
+    library = module.partition(".")[0]
+    command = install_command(extra or EXTRA_BY_MODULE[library], _ALONE.get(library))
+    if is_missing(module, error):
+        return f"{library} is not installed: {command}"
+    return f"{library} is installed but does not load: {_root_cause(error)}; install it again: {command}"
+
+
+def is_missing(module: str, error: BaseException) -> bool:
+    """Whether an import failed because there is no such library, and not because of what it wants in turn."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return False
+    return f"{module}.".startswith(f"{error.name}.")
+
+
+def load_failure(error: BaseException) -> str | None:
+    """The same for an error from anywhere in our code that an import ended in; None where it comes from elsewhere.
+
+    Libraries import parts of themselves when they are first used, so the traceback is looked at: it ends in a module's
+    own lines, below a library that ours called.
+    """
+    library = _importing_library(error)
+    if library is None and isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+    if library not in EXTRA_BY_MODULE:
+        return None
+    return import_failure(library, error)
+
+
+def _importing_library(error: BaseException) -> str | None:
+    seen: BaseException | None = error
+    found = None
+    while seen is not None:
+        found = _first_library(seen.__traceback__) or found
+        seen = seen.__cause__ or seen.__context__
+    return found
+
+
+def _first_library(traceback: TracebackType | None) -> str | None:
+    """The library below our last frame in a traceback, if it was importing something there."""
+    names: list[tuple[str, bool]] = []
+    while traceback is not None:
+        frame = traceback.tb_frame
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] == __package__:
+            names.clear()
+        elif "importlib" not in name:
+            names.append((name.partition(".")[0], frame.f_code.co_name == "<module>"))
+        traceback = traceback.tb_next
+    return names[0][0] if any(importing for _, importing in names) else None
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
