@@ -17,7 +17,8 @@ from tolerances import tolerance
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.diffusers import EngineTransformer, _usual_call
+from tc_deploy.diffusers import EngineTransformer
+from tc_deploy.diffusers.transformer import _usual_call
 from tc_deploy.errors import UsageError
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models import dit
@@ -179,6 +180,12 @@ def call(engine: EngineTransformer, step: int, batch: int = 1, **changes: Any) -
     return engine(changes.pop("hidden_states", hidden_states), **arguments | changes)
 
 
+def run_by_hand(engine: EngineTransformer, **changes: Any) -> list[Tensor]:
+    """A run's outputs, at latents that no scheduler made."""
+    with engine.run():
+        return [call(engine, step, **changes)[0] for step in range(STEPS)]
+
+
 TIMESTEPS = list(range(900, -1, -100))
 """DDIM's for 10 of 1000 steps."""
 
@@ -190,7 +197,6 @@ def test_it_shows_what_a_pipeline_asks_its_transformer_for(
     assert {name: engine.config[name] for name in shown} == shown
     assert engine.config.sample_size == original.config.sample_size
     assert (engine.dtype, engine.device) == (torch.float32, torch.device("cpu"))
-    assert not list(engine.parameters())
     assert not engine.state_dict()
     pipe.transformer = engine
     assert pipe.to("cpu").device == torch.device("cpu")
@@ -204,32 +210,47 @@ def test_settings_that_a_file_leaves_out_have_the_class_s_defaults(engine: Engin
 
 
 def test_an_output_is_the_caller_s_own(engine: EngineTransformer) -> None:
-    (first,) = call(engine, 0)
-    kept = first.clone()
-    assert first.shape == (1, 8, 8, 8)
-    second = call(engine, 1, return_dict=True).sample
+    with engine.run():
+        (first,) = call(engine, 0)
+        kept = first.clone()
+        assert first.shape == (1, 8, 8, 8)
+        second = call(engine, 1, return_dict=True).sample
     assert torch.equal(first, kept)
     assert relative_error(second, first) > VISIBLE
 
 
 def test_halves_of_guidance_that_come_one_by_one_have_caches_of_their_own(engine: EngineTransformer) -> None:
     labels = {"cond": torch.tensor([3]), "uncond": torch.tensor([1000])}
-    alone = {name: [call(engine, step, class_labels=labels[name])[0] for step in range(STEPS)] for name in labels}
+    alone = {name: run_by_hand(engine, class_labels=labels[name]) for name in labels}
     assert relative_error(alone["cond"][-1], alone["uncond"][-1]) > VISIBLE
-    for step in range(STEPS):
-        for name, label in labels.items():
-            with engine.cache_context(name, step_index=step):
-                (found,) = call(engine, step, class_labels=label)
-            assert torch.equal(found, alone[name][step])
+    with engine.run():
+        for step in range(STEPS):
+            for name, label in labels.items():
+                with engine.cache_context(name, step_index=step):
+                    (found,) = call(engine, step, class_labels=label)
+                assert torch.equal(found, alone[name][step])
+
+
+def test_halves_of_guidance_are_told_by_their_conditions_too(engine: EngineTransformer) -> None:
+    """As in FluxImg2ImgPipeline, which names no half."""
+    labels = [torch.tensor([3]), torch.tensor([1000])]
+    alone = [run_by_hand(engine, class_labels=label) for label in labels]
+    with engine.run():
+        for step in range(STEPS):
+            for label, expected in zip(labels, alone, strict=True):
+                assert torch.equal(call(engine, step, class_labels=label)[0], expected[step])
+                # And the same question has the same answer, as where both prompts are alike.
+                assert torch.equal(call(engine, step, class_labels=label)[0], expected[step])
 
 
 def test_rows_of_a_batch_are_independent(engine: EngineTransformer) -> None:
     def second_row(companion: float) -> list[Tensor]:
         outputs = []
-        for step in range(STEPS):
-            states = torch.full((2, 4, 8, 8), companion)
-            states[1] = 0.1 * step
-            outputs.append(call(engine, step, 2, hidden_states=states)[0][1])
+        with engine.run():
+            for step in range(STEPS):
+                states = torch.full((2, 4, 8, 8), companion)
+                states[1] = 0.1 * step
+                outputs.append(call(engine, step, 2, hidden_states=states)[0][1])
         return outputs
 
     for one, other in zip(second_row(0.0), second_row(5.0), strict=True):
@@ -254,7 +275,8 @@ def test_another_scheduler_is_refused(
     pipe: diffusers.DiTPipeline, engine: EngineTransformer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "scheduler", diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
-    with pytest.raises(UsageError, match="call the pipeline with that scheduler and num_inference_steps=10"):
+    message = r"expected DDIMScheduler\(clip_sample=False\), which the plan is for, found DPMSolverMultistepScheduler"
+    with pytest.raises(UsageError, match=message):
         run(pipe, engine)
 
 
@@ -265,15 +287,16 @@ def test_a_run_that_does_not_begin_at_the_beginning_is_refused(bundle: Path, ste
 
 
 def test_a_step_out_of_order_is_refused_and_the_run_goes_on(engine: EngineTransformer) -> None:
-    expected = [call(engine, step)[0] for step in range(STEPS)]
-    call(engine, 0)
-    for step in (2, 9):
-        with pytest.raises(UsageError, match="expected 800 at step 1"):
-            call(engine, step)
-    for step in range(1, STEPS):
-        assert torch.equal(call(engine, step)[0], expected[step])
-    with pytest.raises(UsageError, match="expected 900 at step 0, found 0"):
-        call(engine, STEPS - 1)
+    expected = run_by_hand(engine)
+    with engine.run():
+        call(engine, 0)
+        for step in (2, 9):
+            with pytest.raises(UsageError, match=r"expected 800 at step 1, found .*, which is step .* come in order"):
+                call(engine, step)
+        for step in range(1, STEPS):
+            assert torch.equal(call(engine, step)[0], expected[step])
+        with pytest.raises(UsageError, match="expected 900 at step 0, found 800"):
+            call(engine, 1)
 
 
 def test_a_batch_that_changes_in_a_run_is_refused(engine: EngineTransformer) -> None:

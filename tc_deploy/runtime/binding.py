@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST, check_files
-from tc_deploy.errors import BundleError
+from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import (
     COMPUTED,
@@ -72,14 +72,14 @@ def read_bundle(path: Path, backend: str | None, require_signature: Path | None 
 
     Args:
         path: ``engines/NAME``.
-        backend: which of the bundle's targets; None takes the only one, or the first by name.
+        backend: which of the bundle's targets; None takes the only one.
         require_signature: a public key in PEM whose holder must have signed the bundle and that target.
 
     Raises:
         BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that
             is required is missing, another key's, or of other files.
         PlanError: the plan is inconsistent.
-        UsageError: there is no such backend.
+        UsageError: there is no such backend, or there are several targets and none is named.
     """
     manifest = read_manifest(path)
     backend = _chosen_backend(path, backend)
@@ -150,13 +150,17 @@ def _chosen_backend(path: Path, backend: str | None) -> str:
     if backend is not None:
         registry.backend(backend)
     built = sorted(name for name in registry.BACKENDS if (path / name / MANIFEST).is_file())
-    if backend is None and built:
-        return built[0]
-    if backend not in built:
+    if backend is None and len(built) > 1:
+        raise UsageError(
+            f"{path}: built for {' and '.join(built)}, and none is named; choose one with --backend {built[0]}, in"
+            f" Python with backend={built[0]!r}"
+        )
+    chosen = built[0] if backend is None and built else backend
+    if chosen not in built:
         wanted = "engine" if backend is None else f"{backend} engine"
         beside = f" (built: {', '.join(built)})" if built else ""
         raise BundleError(
             f"{path}: no {wanted} built there{beside}; build one with:"
             f" tc-deploy build {path}" + ("" if backend is None else f" --backend {backend}")
         )
-    return str(backend)
+    return str(chosen)

@@ -75,7 +75,7 @@ def load(
 
     Args:
         path: ``engines/NAME``.
-        backend: which of the bundle's targets; None takes the only one, or the first by name.
+        backend: which of the bundle's targets; None takes the only one.
         batch_size: samples that run together. Requests of more run in turns, a turn of fewer is filled up. None
             takes the bundle's own, or 1.
         require_signature: a public key in PEM, whose holder must have signed the bundle and the target
@@ -85,7 +85,7 @@ def load(
         BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that
             is required is missing or does not fit.
         BackendError: the engine is not installed or refuses the graphs.
-        UsageError: the batch size does not fit the bundle.
+        UsageError: the batch size does not fit the bundle, or it has several targets and none is named.
     """
     key = None if require_signature is None else Path(require_signature)
     return Pipeline(Path(path), backend, batch_size=batch_size, require_signature=key)

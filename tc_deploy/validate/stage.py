@@ -78,7 +78,7 @@ def validate_bundle(
 
     Args:
         path: ``engines/NAME``.
-        backend: which target; None takes the only one, or the first by name.
+        backend: which target; None takes the only one.
         against: ``recorded``, ``torch``, ``onnxruntime`` or another of the bundle's targets.
         model_path: the checkpoint, where it is not where the plan says.
         progress: told what is being done.
@@ -89,7 +89,7 @@ def validate_bundle(
         BackendError: an engine or a library is not installed, the target is for another GPU, or an engine fails.
         ModelError: the checkpoint is wanted and cannot be loaded.
         PlanError: the checkpoint is another than the plan was made for.
-        UsageError: there is no such backend.
+        UsageError: there is no such backend, or there are several targets and none is named.
     """
     return _Validation(path, backend, against, model_path, progress).record()
 

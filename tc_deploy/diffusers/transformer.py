@@ -1,17 +1,17 @@
-"""Back into diffusers: engines in the place of a pipeline's transformer.
+"""A module in the place of a pipeline's transformer, that runs engines.
 
-In: a built bundle. Out: :class:`EngineTransformer`, which a diffusers pipeline calls as it calls its own transformer;
-the pipeline keeps its scheduler, its guidance, its text encoders and its decoder. Never: guesses. A call that the plan
-was not made for is refused, since caches of other steps give pictures that look almost right.
+In: what a pipeline calls its transformer with. Out: the model's output. Never: guesses. An argument, a size or a run
+that the engines were not made for is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -21,17 +21,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PlannedScheduler, calling_run
+from tc_deploy.diffusers.runs import LATENTS, Call, NamedRun, Runs
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import TensorRecord
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import FAMILIES
+from tc_deploy.models.loading import known_families
 from tc_deploy.plan import ModelRecord
 from tc_deploy.runtime.binding import read_bundle
-from tc_deploy.runtime.stepper import Engines, Stepper
-
-TIMESTEP_TOLERANCE: Final = 1e-5
-"""Relative: schedulers compute timesteps in single precision, some differently from machine to machine."""
+from tc_deploy.runtime.stepper import Engines
 
 
 class UnsupportedAttributeError(UsageError, AttributeError):
@@ -52,30 +51,36 @@ class _Config(FrozenDict):
 class EngineTransformer(nn.Module):
     """Stands in for ``pipe.transformer``.
 
-    It takes the arguments of the diffusers class that the bundle was exported from and has its ``config``. The first
-    timestep of the plan begins a run, also after one that was left early; ``cache_context``, by which pipelines that
-    call their transformer once for each half of guidance tell the halves apart, gives each half caches of its own.
-    Buffers are made at the first run of a batch and kept. One pipeline at a time: two that share an engine
-    transformer mix their caches.
+    It takes the arguments of the diffusers class that the bundle was exported from and has its ``config``.
+
+    A cached step needs the caches of its own run, so every call is held against the run that it comes from. In a
+    diffusers pipeline that is one call of the pipeline: its scheduler must be the plan's, the first timestep begins the
+    run, steps follow in order, and batch and conditions stay what they were. Each half of guidance has caches of its
+    own, also where the halves come one by one, and so have pipelines that take turns. Latents that a callback changes
+    are taken as they are. A loop that is no pipeline's may do the same without changes to the latents, which must be
+    what the plan's scheduler makes of the outputs; one that changes them calls inside :meth:`run`. Everything else is
+    refused, and leaves no trace: the first timestep begins anew.
+
+    Buffers are kept for a few trajectories (:data:`tc_deploy.diffusers.runs.KEPT`); those that wait longest are freed.
 
     Args:
         path: ``engines/NAME``, built.
-        backend: which of the bundle's targets; None takes the only one, or the first by name.
+        backend: which of the bundle's targets; may be left out where there is one.
         full: run every step in full, for comparison.
 
     Raises:
         BundleError: nothing exported or built there, or a file is missing, truncated or altered.
         BackendError: the engine is not installed or refuses the graphs.
-        UsageError: the bundle is not of a diffusers class, or its plan begins a run as it goes on.
+        ModelError: diffusers has no such model or scheduler any more, or an installed family cannot be imported.
+        UsageError: the bundle has several targets and none is named, it is not of a diffusers class, or its plan begins
+            a run as it goes on.
     """
-
-    _place: Tensor
 
     def __init__(self, path: str | Path, backend: str | None = None, *, full: bool = False) -> None:
         super().__init__()
         bundle = read_bundle(Path(path), backend)
         self.path, self._full, self._plan = Path(path), full, bundle.plan
-        family = FAMILIES.get(bundle.plan.model.model_class)
+        family = known_families().get(bundle.plan.model.model_class)
         if family is None:
             raise UsageError(
                 f"{path}: {bundle.plan.model.model_class} is no class of diffusers, so no pipeline of its calls it; run"
@@ -87,7 +92,7 @@ class EngineTransformer(nn.Module):
         self.config.model_class = family.model_class
         self._signature = inspect.signature(type(module).forward.__get__(module))
         self._timesteps: NDArray[Any] = call.pop("timestep").numpy()
-        if self._is_step(slice(1, None), self._timesteps[0]).any():
+        if np.isclose(self._timesteps[1:], self._timesteps[0], rtol=TIMESTEP_TOLERANCE, atol=0).any():
             raise UsageError(
                 f"{path}: the plan's first timestep, {self._timesteps[0]:g}, occurs again, so a run that begins could"
                 " not be told from one that goes on; calibrate with fewer steps"
@@ -96,11 +101,11 @@ class EngineTransformer(nn.Module):
         self._inputs = {tensor.name: tensor for tensor in self._engines.inputs}
         self._constants = {name: value for name, value in call.items() if name not in self._inputs}
         self._classes = {condition.name: condition.classes for condition in bundle.manifest.conditions}
-        self._steppers: dict[tuple[str | None, int], Stepper] = {}
-        self._running: dict[str | None, tuple[int, Stepper]] = {}
-        self._context: str | None = None
-        # Without parameters a module has no place; this one goes where the pipeline is moved.
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self._runs = Runs(self._engines, self._timesteps, PlannedScheduler(bundle.plan), full=full)
+        self._lock = threading.Lock()
+        self._here = _Here()
+        # It goes where the pipeline is moved; accelerate asks a module's first parameter where that is.
+        self._place = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def device(self) -> torch.device:
@@ -121,14 +126,30 @@ class EngineTransformer(nn.Module):
                 " adapters into the checkpoint, then: tc-deploy calibrate, export, build"
             ) from None
 
+    def _save_to_state_dict(self, *_: Any) -> None:
+        """Give nothing: the weights are in the bundle."""
+
     @contextlib.contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
         """Calls inside have caches of their own, by name, as in diffusers' ``CacheMixin``."""
-        before, self._context = self._context, name
+        before, self._here.context = self._here.context, name
         try:
             yield
         finally:
-            self._context = before
+            self._here.context = before
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """Calls inside, in this thread, are one run, whatever their latents: for a loop of one's own that changes them.
+
+        The first timestep begins it. A diffusers pipeline needs no such help.
+        """
+        before, self._here.run = self._here.run, NamedRun()
+        try:
+            yield
+        finally:
+            self._here.run.is_over = True
+            self._here.run = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run the next step; the arguments are those of the diffusers class.
@@ -139,6 +160,8 @@ class EngineTransformer(nn.Module):
         Raises:
             UsageError: an argument that the engines cannot honour, or a size, dtype, batch, label or timestep that the
                 bundle was not made for; says how to get one that is.
+                So is a step of a run that these engines have not run from its first timestep on.
+            NotFiniteError: the model's output is not finite.
             BackendError: the engine fails.
         """
         given = self._arguments(args, kwargs)
@@ -155,7 +178,14 @@ class EngineTransformer(nn.Module):
                     f"{name}: engines cannot honour it: their graphs were exported without, or for another value; leave"
                     f" it out, or keep the {self._plan.model.model_class} itself for this call"
                 )
-        output = self._stepper(timestep, batch).step(arrays)
+        call = Call(
+            timestep=_one_timestep(timestep),
+            context=self._here.context,
+            latents=arrays.pop(LATENTS),
+            conditions=arrays,
+        )
+        with self._lock:
+            output = self._runs.answer(call, self._here.run or calling_run())
         sample = torch.from_numpy(output).to(tensors["hidden_states"].device)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -189,43 +219,9 @@ class EngineTransformer(nn.Module):
         if classes is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) <= classes:
             worst = int(value.min()) if value.min() < 0 else int(value.max())
             raise UsageError(f"{name}: expected labels in 0..{classes} ({classes} stands for none), found {worst}")
+        if value.dtype.is_floating_point and not torch.isfinite(value).all():
+            raise UsageError(f"{name}: expected finite values, found NaN or infinity")
         return np.asarray(value.detach().cpu().to(expected).numpy())
-
-    def _stepper(self, timestep: Any, batch: int) -> Stepper:
-        """The trajectory that a call goes on with, or begins.
-
-        Raises:
-            UsageError: the timestep is not the plan's next, or the batch not the run's.
-        """
-        found = np.atleast_1d(np.asarray(timestep.detach().cpu() if isinstance(timestep, Tensor) else timestep))
-        if found.ndim != 1 or not found.size or found.dtype == object or not (found == found[0]).all():
-            what = "nothing" if timestep is None else f"{type(timestep).__name__} ({_sizes(found.shape)})"
-            raise UsageError(f"timestep: expected one number for the whole batch, found {what}; engines take no other")
-        if self._is_step(0, found[0]):
-            key = self._context, batch
-            if key not in self._steppers:
-                self._steppers[key] = self._engines.stepper(batch, full=self._full)
-            self._steppers[key].start()
-            self._running[self._context] = batch, self._steppers[key]
-            return self._steppers[key]
-        steps = len(self._timesteps)
-        running, stepper = self._running.get(self._context, (batch, None))
-        position = 0 if stepper is None else stepper.position % steps
-        if position == 0 or stepper is None or not self._is_step(position, found[0]):
-            raise UsageError(
-                f"timestep: expected {self._timesteps[position]:g} at step {position}, found {found[0]:g}: the plan is"
-                f" for {steps} steps of {self._plan.sampling.scheduler_class}; call the pipeline with that scheduler"
-                f" and num_inference_steps={steps}; for other steps {self._how_to_get(' --steps N')}"
-            )
-        if running != batch:
-            raise UsageError(
-                f"hidden_states: expected a batch of {running}, which this run began with, found {batch} at step"
-                f" {position}; keep guidance on, or off, for the whole run"
-            )
-        return stepper
-
-    def _is_step(self, position: int | slice, timestep: Any) -> NDArray[np.bool_]:
-        return np.asarray(np.isclose(self._timesteps[position], float(timestep), rtol=TIMESTEP_TOLERANCE, atol=0))
 
     def _default(self, name: str) -> Any:
         return self._signature.parameters[name].default
@@ -235,6 +231,26 @@ class EngineTransformer(nn.Module):
             f"make a plan: tc-deploy calibrate {self._plan.model.source}{option} -o calibration/NAME, then export and"
             " build"
         )
+
+
+class _Here(threading.local):
+    """What the caller's thread has said of its calls."""
+
+    context: str | None = None
+    run: NamedRun | None = None
+
+
+def _one_timestep(timestep: Any) -> float:
+    """The timestep of a call.
+
+    Raises:
+        UsageError: it is not one number for the whole batch.
+    """
+    found = np.atleast_1d(np.asarray(timestep.detach().cpu() if isinstance(timestep, Tensor) else timestep))
+    if found.ndim != 1 or not found.size or found.dtype == object or not (found == found[0]).all():
+        what = "nothing" if timestep is None else f"{type(timestep).__name__} ({_sizes(found.shape)})"
+        raise UsageError(f"timestep: expected one number for the whole batch, found {what}; engines take no other")
+    return float(found[0])
 
 
 def _usual_call(family: Family, record: ModelRecord, timesteps: Tensor) -> tuple[Any, dict[str, Any]]:
