@@ -13,6 +13,7 @@ from typing import Any
 
 from tc_deploy.backends.arena import ALIGNMENT_BYTES
 from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError, counted
 from tc_deploy.manifest import (
     ENGINE_SUFFIX,
@@ -21,7 +22,6 @@ from tc_deploy.manifest import (
     TargetManifest,
     check_is_whole,
     read_engine_record,
-    read_manifest,
     read_target,
 )
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written, plan_sha256
@@ -177,9 +177,8 @@ def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str,
 
 
 def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    check_files(path, manifest.files)
-    plan, _ = load_plan(path)
+    documents = read_documents(path)
+    manifest, plan = documents.manifest, documents.plan
     targets = {}
     for file in sorted(path.glob(f"*/{MANIFEST}")):
         name = file.parent.name

@@ -13,9 +13,19 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import safetensors.numpy
-from pydantic import Field, NonNegativeInt, PositiveInt, SerializerFunctionWrapHandler, model_serializer
-from safetensors import SafetensorError
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from tc_deploy.bounds import (
+    MAX_AXES,
+    MAX_BLOCKS,
+    Count,
+    Float32,
+    NonNegativeFloat32,
+    PositiveCount,
+    Size,
+    Step,
+    Steps,
+)
 from tc_deploy.bundle import (
     Document,
     FileRecord,
@@ -27,6 +37,7 @@ from tc_deploy.bundle import (
 )
 from tc_deploy.errors import PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
 FORMAT_VERSION: Final = 2
@@ -47,12 +58,12 @@ class ModelRecord(Document):
     model_class: str
     config: dict[str, Any]
     weights_sha256: str
-    blocks: PositiveInt
-    tokens: PositiveInt
-    width: PositiveInt
-    latent_size: tuple[PositiveInt, ...] | None = None
+    blocks: Annotated[int, Field(gt=0, le=MAX_BLOCKS)]
+    tokens: Size
+    width: Size
+    latent_size: Annotated[tuple[Size, ...], Field(max_length=MAX_AXES)] | None = None
     """(H, W) or (F, H, W) of the latents where it was chosen; None means the family's default."""
-    text_tokens: PositiveInt | None = None
+    text_tokens: Size | None = None
     """Prompt embeddings of one sample where their number was chosen; None means the family's default."""
     variant: Annotated[str, Field(pattern=VARIANT)] | None = None
     """Which of several copies of the weights it is, as ``fp16``; None is the one without a name."""
@@ -74,18 +85,18 @@ class SamplingRecord(Document):
     scheduler_class: str
     scheduler_config: dict[str, Any]
     set_timesteps_kwargs: dict[str, Any]
-    timesteps: tuple[float, ...]
-    guidance_scale: float | None
+    timesteps: tuple[Float32, ...]
+    guidance_scale: NonNegativeFloat32 | None
     """Classifier-free guidance with this scale by default; None means one model call per sample, without guidance."""
 
 
 class ScheduleRecord(Document):
     """TPRR as stored; :class:`tc_deploy.schedule.Schedule` gives it meaning."""
 
-    steps: PositiveInt
-    boundary: NonNegativeInt
-    k1: PositiveInt
-    k2: PositiveInt
+    steps: Steps
+    boundary: Step
+    k1: Steps
+    k2: Steps
 
 
 class CacheRecord(Document):
@@ -94,7 +105,7 @@ class CacheRecord(Document):
     reuse: Reuse
     attention: Attention
     forecast_order: Annotated[int, Field(ge=0, le=2)]
-    keep_counts: tuple[tuple[NonNegativeInt, ...], tuple[NonNegativeInt, ...]]
+    keep_counts: tuple[tuple[Count, ...], tuple[Count, ...]]
     """Per phase, the tokens that each block computes in a cached step; 0 skips the block, N leaves it whole."""
     skip: Skip = Skip.BLOCKS
     """What a phase does whose keep counts are all 0."""
@@ -111,8 +122,8 @@ class CacheRecord(Document):
 class CostRecord(Document):
     """Multiply-adds of one step for one sample, doubled (FLOPs), counted on the PyTorch modules."""
 
-    full_flops: PositiveInt
-    cached_flops: tuple[NonNegativeInt, NonNegativeInt]
+    full_flops: PositiveCount
+    cached_flops: tuple[Count, Count]
 
     def in_full_steps(self, schedule: Schedule) -> float:
         """What a run under ``schedule`` costs, in full steps."""
@@ -125,11 +136,11 @@ class MeasuredRecord(Document):
 
     plan_sha256: str
     """Of the plan that was measured (:func:`content_sha256`): of another one these figures say nothing."""
-    seeds: tuple[int, ...]
+    seeds: tuple[Count, ...]
     psnr_db: float
     """PSNR to the model's own full run: of pictures clipped to [-1, 1] (peak 2) where the latents are pictures, else of
     the final latents (the peak is their range in the full run)."""
-    fewer_steps: PositiveInt
+    fewer_steps: Steps
     """The step count at which running every step in full costs what the plan costs, rounded up."""
     fewer_steps_psnr_db: float
 
@@ -140,14 +151,14 @@ class PromptsRecord(Document):
     file: str
     """A path, said as the checkpoint's is. A hint, not identity."""
     sha256: str
-    prompts: PositiveInt
+    prompts: PositiveCount
 
 
 class OriginRecord(Document):
     """How the plan came to be."""
 
     method: Literal["predictor", "manual", "search", "baseline"]
-    seed: int
+    seed: Count
     settings: dict[str, Any]
     conditions: PromptsRecord | Literal["random"] | None = None
     """What samples were conditioned on; None for labels, which are drawn."""
@@ -227,7 +238,15 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
     schedule = plan.tprr()
     if len(plan.sampling.timesteps) != schedule.steps:
         raise PlanError(f"{where}: {len(plan.sampling.timesteps)} timesteps for {schedule.steps} steps")
+    known = {name(phase) for phase in PHASES for name in (token_index_name, importance_name)}
+    unknown = sorted(tables.keys() - known)
+    if unknown:
+        raise PlanError(f"{where}: table {unknown[0]} is unknown; calibrate again")
     for phase in PHASES:
+        name = importance_name(phase)
+        wrong = what_is_wrong(tables.get(name), np.float32, (plan.model.blocks, plan.model.tokens))
+        if name in tables and wrong is not None:
+            raise PlanError(f"{where}: table {name}: {wrong}; calibrate again")
         keep_counts = plan.keep_counts(phase)
         check_keep_counts(keep_counts, plan.model.blocks, plan.model.tokens, f"{where}: phase {phase}")
         pruned = pruned_blocks(keep_counts, plan.model.tokens)
@@ -372,9 +391,9 @@ def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
     check_files(folder, {TABLES: plan.tables})
     try:
-        tables = safetensors.numpy.load_file(folder / TABLES)
-    except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
-        raise PlanError(f"{folder / TABLES}: not a safetensors file of numpy types: {error}; calibrate again") from None
+        tables = read_tensors(folder / TABLES)
+    except ValueError as error:
+        raise PlanError(f"{folder / TABLES}: {error}; calibrate again") from None
     check_plan(plan, tables, str(folder))
     return _with_paths(plan, lambda path: absolute_path(path, folder)), tables
 

@@ -13,8 +13,9 @@ from typing import Any
 from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Progress
-from tc_deploy.bundle import MANIFEST, check_files, file_records, new_folder, sha256_of_file
-from tc_deploy.manifest import FORMAT_VERSION, TargetManifest, read_manifest, write_manifest
+from tc_deploy.bundle import MANIFEST, file_records, new_folder, sha256_of_file
+from tc_deploy.consistency import read_documents
+from tc_deploy.manifest import FORMAT_VERSION, TargetManifest, write_manifest
 from tc_deploy.plan import PLAN
 
 
@@ -40,8 +41,7 @@ def build_target(
     """
     engine = registry.backend(backend)
     version = engine.version()
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest.files)
+    manifest = read_documents(bundle).manifest
     options = dict(options or {})
     with new_folder(bundle / backend) as folder:
         gpu = engine.build(bundle, manifest, folder, options, progress)

@@ -19,8 +19,9 @@ import safetensors.numpy
 from torch import Tensor
 
 from tc_deploy import __version__
-from tc_deploy.bundle import check_files, check_replaceable, file_records, new_folder
+from tc_deploy.bundle import check_replaceable, file_records, new_folder
 from tc_deploy.calibrate.prompts import prompts_of_plan
+from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.graphs import EXAMPLE_BATCH, ModelGraph, onnx_from_graph, step_graphs
@@ -43,7 +44,6 @@ from tc_deploy.manifest import (
     GraphRecord,
     Manifest,
     SolverRecord,
-    read_manifest,
     variant_name,
     write_manifest,
 )
@@ -52,7 +52,7 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
-from tc_deploy.plan import PLAN, TABLES, Plan, load_plan, token_index_name, write_plan_files
+from tc_deploy.plan import PLAN, TABLES, Plan, content_sha256, load_plan, token_index_name, write_plan_files
 from tc_deploy.samples import GraphSamples, Trajectory, write_samples
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling
@@ -176,6 +176,7 @@ def export_bundle(
             kind="bundle",
             format_version=FORMAT_VERSION,
             made_by=f"tc-deploy {__version__}",
+            plan_sha256=content_sha256(plan),
             precision=precision,
             fp32_blocks=tuple(sorted(fp32_blocks)),
             batch_size=batch_size,
@@ -412,9 +413,8 @@ def _taken_graphs(
 
     The weights of its decoder and text encoders come along, unread.
     """
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest.files)
-    other, _ = load_plan(bundle)
+    documents = read_documents(bundle)
+    manifest, other = documents.manifest, documents.plan
     guided = plan.sampling.guidance_scale is not None
     kind = (manifest.precision, set(manifest.fp32_blocks), manifest.one_graph)
     fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, kind)

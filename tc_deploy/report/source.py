@@ -14,8 +14,9 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
+from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_manifest, read_target
+from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_target
 from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
@@ -116,9 +117,10 @@ def source_from_folder(path: Path, validation: Path | None = None) -> Source:
     check_is_whole(path)
     manifest = None
     if (path / MANIFEST).is_file():
-        manifest = read_manifest(path)
-        check_files(path, manifest.files)
-    plan, tables = load_plan(path)
+        documents = read_documents(path)
+        manifest, plan, tables = documents.manifest, documents.plan, dict(documents.index_tables)
+    else:
+        plan, tables = load_plan(path)
     search = read_search(path) if (path / SEARCH).is_file() else None
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")

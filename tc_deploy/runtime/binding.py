@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Device, Graph
-from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.bundle import MANIFEST
+from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import (
     COMPUTED,
     FORECAST_WEIGHTS,
-    RUNTIME_TABLES,
     TOKEN_INDEX,
     Manifest,
     history_of,
     read_manifest,
 )
-from tc_deploy.plan import Plan, index_row, load_plan, token_index_name
+from tc_deploy.plan import Plan, index_row, token_index_name
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of
 from tc_deploy.schedule import FULL
@@ -81,19 +80,18 @@ def read_bundle(path: Path, backend: str | None, require_signature: Path | None 
         PlanError: the plan is inconsistent.
         UsageError: there is no such backend, or there are several targets and none is named.
     """
-    manifest = read_manifest(path)
+    read_manifest(path)
     backend = _chosen_backend(path, backend)
     if require_signature is not None:
         check_signature(path, require_signature, [backend])
-    check_files(path, manifest.files)
-    plan, index_tables = load_plan(path)
-    solver = safetensors.numpy.load_file(path / RUNTIME_TABLES)
+    documents = read_documents(path)
+    plan, solver = documents.plan, documents.runtime_tables
     return Bundle(
         path=path,
         backend=backend,
-        manifest=manifest,
+        manifest=documents.manifest,
         plan=plan,
-        index_tables=index_tables,
+        index_tables=documents.index_tables,
         step_tables={
             "timestep": solver["timesteps"],
             "coefficients": solver["coefficients"],

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,10 +164,11 @@ def test_the_same_folder_gives_the_same_page(searched: Path, tmp_path: Path) -> 
 
 
 def test_what_comes_from_data_stays_text(tmp_path: Path) -> None:
-    def poison(document: dict[str, dict[str, object]]) -> None:
+    def poison(document: dict[str, Any]) -> None:
         document["model"].update(model_class=ATTACK, source=ATTACK)
         document["sampling"].update(scheduler_class=ATTACK, scheduler_config={ATTACK: ATTACK})
         document["origin"].update(settings={ATTACK: ATTACK})
+        document["measured"] = None
 
     folder = tmp_path / "<b>&'\""
     shutil.copytree(DIGITS, folder)

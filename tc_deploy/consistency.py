@@ -1,0 +1,330 @@
+"""A bundle's documents against each other: the one place where a manifest, a plan and tables must agree.
+
+Checksums only say that a folder is as somebody left it. In: what the documents say, each checked by itself. Out:
+nothing, or one line about what contradicts what. Whatever reads a bundle calls :func:`read_documents` first. Never:
+loads a graph, or allocates what a document asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.errors import BundleError
+from tc_deploy.groups import TokenGroup, token_groups
+from tc_deploy.manifest import (
+    BATCH,
+    CACHE_PREFIX,
+    DECODER,
+    FORECAST_WEIGHTS,
+    HIDDEN_STATES,
+    IMAGES,
+    LATENTS,
+    MODEL_BATCH,
+    ONNX_FOLDER,
+    RUNTIME_TABLES,
+    SAMPLE,
+    SOLVER,
+    TEXT_ENCODER,
+    TOKEN_INDEX,
+    TOKENIZERS_FOLDER,
+    GraphRecord,
+    Manifest,
+    TensorRecord,
+    cached_name,
+    history_name,
+    history_of,
+    read_manifest,
+    variant_name,
+)
+from tc_deploy.onnx_files import check_graph_file
+from tc_deploy.plan import Plan, content_sha256, load_plan, pruned_blocks
+from tc_deploy.schedule import FULL
+from tc_deploy.tensors import read_tensors, what_is_wrong
+from tc_deploy.types import FloatArray, IntArray
+
+Shape: TypeAlias = tuple[int | str, ...]
+_Tensors: TypeAlias = Mapping[str, tuple[str, Shape]]
+"""Type and shape by name."""
+_LARGEST_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Documents:
+    """A bundle's documents, which agree, and whose files are as the manifest says."""
+
+    manifest: Manifest
+    plan: Plan
+    index_tables: Mapping[str, FloatArray | IntArray]
+    """The plan's."""
+    runtime_tables: Mapping[str, FloatArray]
+    """``timesteps`` (T,), ``input_scale`` (T,), ``coefficients`` (T, 2(h+1))."""
+
+
+def read_documents(bundle: Path) -> Documents:
+    """Read everything that a bundle says of itself, and check it.
+
+    Args:
+        bundle: ``engines/NAME``.
+
+    Raises:
+        BundleError: nothing is exported there, a file is missing, truncated or altered, or one document contradicts
+            another.
+        PlanError: the plan is inconsistent.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest.files)
+    _check_places(manifest, bundle)
+    plan, index_tables = load_plan(bundle)
+    where = bundle / RUNTIME_TABLES
+    largest_bytes = 4 * plan.schedule.steps * (4 + 2 * manifest.solver.history) + _LARGEST_HEADER_BYTES
+    try:
+        runtime_tables = read_tensors(where, largest_bytes)
+    except ValueError as error:
+        raise BundleError(f"{where}: {error}; export again") from None
+    check_documents(manifest, plan, runtime_tables, bundle)
+    for file, graphs in manifest.graphs_by_file().items():
+        check_graph_file(bundle / file, list(graphs.values()))
+    return Documents(manifest=manifest, plan=plan, index_tables=index_tables, runtime_tables=runtime_tables)
+
+
+def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str, NDArray[Any]], bundle: Path) -> None:
+    """Check documents that are each sound by themselves against each other.
+
+    Raises:
+        BundleError: they disagree; the message names the two, and what each says.
+    """
+    where = str(bundle / MANIFEST)
+    if manifest.plan_sha256 != content_sha256(plan):
+        raise BundleError(
+            f"{where}: exported from another plan than the one beside it, which was changed; export again"
+        )
+    facts = {
+        "solver.guidance_scale": (plan.sampling.guidance_scale, manifest.solver.guidance_scale),
+        "graphs": (_graph_names(manifest, plan), sorted(manifest.graphs)),
+    }
+    for what, (expected, found) in facts.items():
+        if expected != found:
+            _refuse(where, what, f"{expected}, as the plan has it", found)
+    _check_runtime_tables(manifest, plan, runtime_tables, str(bundle / RUNTIME_TABLES))
+    _check_conditions(manifest, where)
+    _check_model_graphs(manifest, plan, where)
+    _check_solver(manifest, where)
+    _check_decoder(manifest, where)
+    _check_text(manifest, where)
+
+
+def _refuse(where: str, what: str, expected: object, found: object) -> NoReturn:
+    raise BundleError(f"{where}: {what}: expected {expected}, found {found}; export again")
+
+
+def _rows(manifest: Manifest, axis: str) -> int | str:
+    """The size of a batch axis, or its name where it is open."""
+    return axis if manifest.batch_size is None else manifest.batch_axes(manifest.batch_size)[axis]
+
+
+def _graph_names(manifest: Manifest, plan: Plan) -> list[str]:
+    names = [SOLVER, *(variant_name(variant) for variant in (FULL, *plan.phases_used()))]
+    parts = {DECODER: manifest.decoder, TEXT_ENCODER: manifest.text}
+    return sorted([*names, *(name for name, record in parts.items() if record is not None)])
+
+
+def _check_places(manifest: Manifest, bundle: Path) -> None:
+    """Check that files lie where an export puts them: a graph finds its weights beside it."""
+    places = [(graph.file, ONNX_FOLDER, ".onnx") for graph in manifest.graphs.values()]
+    if manifest.text is not None:
+        places += [(item.file, TOKENIZERS_FOLDER, ".json") for item in manifest.text.tokenizers]
+    for file, folder, suffix in places:
+        parts = file.split("/")
+        if len(parts) != 2 or parts[0] != folder or not parts[1].endswith(suffix) or parts[1].startswith("."):
+            _refuse(str(bundle / MANIFEST), "file", f"{folder}/NAME{suffix}", repr(file))
+
+
+def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, NDArray[Any]], where: str) -> None:
+    steps, terms = plan.schedule.steps, manifest.solver.history + 1
+    shapes = {"coefficients": (steps, 2 * terms), "input_scale": (steps,), "timesteps": (steps,)}
+    if tables.keys() != shapes.keys():
+        _refuse(where, "tables", ", ".join(shapes), ", ".join(sorted(tables)) or "none")
+    for name, shape in shapes.items():
+        wrong = what_is_wrong(tables[name], np.float32, shape)
+        if wrong is not None:
+            raise BundleError(f"{where}: {name}: {wrong}; export again")
+    if tuple(tables["timesteps"].tolist()) != plan.sampling.timesteps:
+        raise BundleError(f"{where}: timesteps: others than the plan's; export again")
+    # What lies before step 0 is nothing, and what an earlier request left there is not to be read.
+    ages = np.arange(terms) > np.arange(steps)[:, None]
+    if tables["coefficients"][np.concatenate([ages, ages], axis=1)].any():
+        raise BundleError(f"{where}: coefficients: a step reads from before step 0; export again")
+
+
+def _check_conditions(manifest: Manifest, where: str) -> None:
+    names = [item.name for item in manifest.conditions]
+    if len(set(names)) != len(names) or any(
+        history_of(name)[0] in _OURS or "#" in name or "@" in name for name in names
+    ):
+        _refuse(where, "conditions", "each name once, and none that the runtime has for something else", names)
+    for item in manifest.conditions:
+        if item.classes is not None and (item.dtype, item.shape) != ("int32", ()):
+            _refuse(where, f"conditions: {item.name}", "int32 () as a label is", f"{item.dtype} {item.shape}")
+
+
+_OURS = (HIDDEN_STATES, "timestep", TOKEN_INDEX, FORECAST_WEIGHTS, LATENTS, SAMPLE, IMAGES)
+"""Names that no condition can have."""
+
+
+def _check_model_graphs(manifest: Manifest, plan: Plan, where: str) -> None:
+    """Check the inputs and outputs of every variant: what a request gives, what tables give, what caches give."""
+    rows = _rows(manifest, MODEL_BATCH)
+    full = _named(manifest.graphs[variant_name(FULL)].outputs, where)
+    channels = full.get(SAMPLE, ("", ()))[1][1:2]
+    if not channels or not isinstance(channels[0], int) or channels[0] < manifest.latent_shape[0]:
+        _refuse(where, f"graphs.full: {SAMPLE}", f"at least {manifest.latent_shape[0]} channels", channels)
+    sample = {SAMPLE: ("float32", (rows, *channels, *manifest.latent_shape[1:]))}
+    caches = {cached_name(name): tensor for name, tensor in full.items() if name.startswith(CACHE_PREFIX)}
+    groups = token_groups(plan.cache, plan.phases_used(), plan.model.tokens) if manifest.one_graph else ()
+    for variant in (FULL, *plan.phases_used()):
+        what = f"graphs.{variant_name(variant)}"
+        graph = manifest.graphs[variant_name(variant)]
+        inputs, outputs = _named(graph.inputs, where), _named(graph.outputs, where)
+        skips = variant != FULL and plan.cache.skips_model(variant)
+        open_groups = () if skips else groups
+        expected = {} if skips else _given(manifest, rows)
+        if open_groups:
+            expected |= _group_tensors(open_groups, variant, inputs, rows)
+        elif variant != FULL and (pruned := pruned_blocks(plan.keep_counts(variant), plan.model.tokens)):
+            kept = sum(plan.keep_counts(variant)[block] for block in pruned)
+            expected |= _index(inputs, TOKEN_INDEX, rows, (kept,))
+        if variant != FULL or open_groups:
+            expected |= _read_caches(plan, inputs, caches, rows)
+        _check_tensors(inputs, expected, where, f"{what}.inputs")
+        # What a full step leaves for later is its own affair; in the one graph a cached step's goes where nobody reads.
+        leaves = variant == FULL or open_groups
+        left = {name: kind for name, kind in outputs.items() if leaves and name.startswith(CACHE_PREFIX)}
+        _check_tensors(outputs, sample | left, where, f"{what}.outputs")
+
+
+def _given(manifest: Manifest, rows: int | str) -> dict[str, tuple[str, Shape]]:
+    """What a variant that runs the model takes of a request and of the step."""
+    return {
+        HIDDEN_STATES: ("float32", (rows, *manifest.latent_shape)),
+        "timestep": ("float32", (rows,)),
+        **{item.name: (item.dtype, (rows, *item.shape)) for item in manifest.conditions},
+    }
+
+
+def _read_caches(plan: Plan, inputs: _Tensors, caches: _Tensors, rows: int | str) -> dict[str, tuple[str, Shape]]:
+    """The caches that a variant reads, as the full step leaves them, and their weights; an unknown one is left out."""
+    read = sorted({history_of(name)[0] for name in inputs if name.startswith(CACHE_PREFIX)} & caches.keys())
+    ages = range(plan.cache.forecast_order + 1)
+    found = {history_name(name, age): caches[name] for name in read for age in ages}
+    if read and len(ages) > 1:
+        found[FORECAST_WEIGHTS] = ("float32", (rows, len(ages)))
+    return found
+
+
+def _group_tensors(
+    groups: Iterable[TokenGroup], variant: int, inputs: _Tensors, rows: int | str
+) -> dict[str, tuple[str, Shape]]:
+    found: dict[str, tuple[str, Shape]] = {}
+    for group in groups:
+        found |= _index(inputs, group.index_name, rows, (len(group.blocks), group.size(variant)))
+        if group.may_keep_none:
+            found[group.computed_name] = ("int32", (rows,))
+    return found
+
+
+def _index(inputs: _Tensors, name: str, rows: int | str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+    """A token index, which some families' samples share: it has no batch axis then."""
+    shared = name in inputs and len(inputs[name][1]) == len(shape)
+    return {name: ("int32", shape if shared else (rows, *shape))}
+
+
+def _check_solver(manifest: Manifest, where: str) -> None:
+    """Check the solver's tensors; ``export/solver_graph.py`` says what they are."""
+    rows = _rows(manifest, BATCH)
+    model_rows = _rows(manifest, MODEL_BATCH) if manifest.guided else rows
+    latents = ("float32", (rows, *manifest.latent_shape))
+    history = range(manifest.solver.history + 1)
+    full = _named(manifest.graphs[variant_name(FULL)].outputs, where)
+    inputs: dict[str, tuple[str, Shape]] = {
+        "model_output": ("float32", (model_rows, *full[SAMPLE][1][1:])),
+        **{history_name(LATENTS, age): latents for age in history},
+        **{history_name("guided_output", age): latents for age in history[1:]},
+        "coefficients": ("float32", (rows, 2 * len(history))),
+        "input_scale": ("float32", (rows,)),
+    }
+    if manifest.guided:
+        inputs["guidance_scale"] = ("float32", (rows,))
+    outputs: dict[str, tuple[str, Shape]] = {
+        "next_latents": latents,
+        HIDDEN_STATES: ("float32", (model_rows, *manifest.latent_shape)),
+    }
+    if len(history) > 1:
+        outputs["guided_output"] = latents
+    _check_graph(manifest.graphs[SOLVER], inputs, outputs, where, SOLVER)
+
+
+def _check_decoder(manifest: Manifest, where: str) -> None:
+    if manifest.pixels and (len(manifest.latent_shape) not in (3, 4) or manifest.latent_shape[0] not in (1, 3)):
+        _refuse(where, "latent_shape", "that of pictures, since pixels says so", manifest.latent_shape)
+    if manifest.decoder is None:
+        return
+    rows = _rows(manifest, BATCH)
+    graph = manifest.graphs[DECODER]
+    images = _named(graph.outputs, where).get(IMAGES, ("", ()))[1]
+    if len(images) not in (4, 5) or images[1] not in (1, 3):
+        _refuse(where, f"graphs.{DECODER}: {IMAGES}", "pictures (B, 3, H, W) or video (B, 3, F, H, W)", images)
+    latents = {LATENTS: ("float32", (rows, *manifest.latent_shape))}
+    _check_graph(graph, latents, {IMAGES: ("float32", (rows, *images[1:]))}, where, DECODER)
+
+
+def _check_text(manifest: Manifest, where: str) -> None:
+    text = manifest.text
+    if text is None:
+        return
+    rows = _rows(manifest, BATCH)
+    conditions = {item.name: item for item in manifest.conditions}
+    unknown = sorted(text.defaults.keys() - conditions.keys())
+    if unknown:
+        _refuse(where, "text.defaults", f"some of {', '.join(conditions)}", unknown[0])
+    names = [name for item in text.tokenizers for name in item.inputs]
+    if len(set(names)) != len(names):
+        _refuse(where, "text.tokenizers", "inputs of their own", names)
+    inputs: dict[str, tuple[str, Shape]] = {
+        name: ("int32", (rows, item.tokens)) for item in text.tokenizers for name in item.inputs
+    }
+    made: dict[str, tuple[str, Shape]] = {
+        name: (item.dtype, (rows, *item.shape)) for name, item in conditions.items() if name not in text.defaults
+    }
+    _check_graph(manifest.graphs[TEXT_ENCODER], inputs, made, where, TEXT_ENCODER)
+
+
+def _check_graph(graph: GraphRecord, inputs: _Tensors, outputs: _Tensors, where: str, name: str) -> None:
+    _check_tensors(_named(graph.inputs, where), inputs, where, f"graphs.{name}.inputs")
+    _check_tensors(_named(graph.outputs, where), outputs, where, f"graphs.{name}.outputs")
+
+
+def _named(tensors: Iterable[TensorRecord], where: str) -> dict[str, tuple[str, Shape]]:
+    found: dict[str, tuple[str, Shape]] = {}
+    for tensor in tensors:
+        if tensor.name in found:
+            raise BundleError(f"{where}: a graph has the tensor {tensor.name} twice; export again")
+        found[tensor.name] = (tensor.dtype, tensor.shape)
+    return found
+
+
+def _check_tensors(found: _Tensors, expected: _Tensors, where: str, what: str) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            wanted, present = (_in_words(tensors.get(name)) for tensors in (expected, found))
+            _refuse(where, f"{what}: {name}", wanted, present)
+
+
+def _in_words(tensor: tuple[str, Shape] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} ({', '.join(map(str, tensor[1]))})"
