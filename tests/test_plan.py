@@ -298,7 +298,7 @@ def unknown_element_type(dtype: str) -> bytes:
 def test_tables_that_cannot_be_read(folder: Path, data: bytes) -> None:
     retable(folder, data)
     # ml_dtypes, once something has imported it, gives numpy the types that it lacks; then the file has no right table.
-    with pytest.raises(PlanError, match=f"{TABLES}: not a safetensors file|table t is unknown|table token_index_1: .*found nothing"):
+    with pytest.raises(PlanError, match=f"{TABLES}: not a safetensors file|table t is unknown"):
         load_plan(folder)
 
 
