@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow browser lint format clean
+.PHONY: help demo calibrate-demo test slow attacks fuzz browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -36,6 +36,15 @@ test: lint ## Check the style, the types and the imports, then run the tests
 
 slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow
+
+attacks: $(INSTALLED) ## Flip, cut, swap and forge what a plan folder and a bundle hold
+	RELIABILITY_RECORD=1 $(BIN)/pytest -m attacks tests/attacks
+
+# Without atheris hypothesis does the same, blindly. FUZZ_SECONDS is the time for each parser.
+fuzz: $(INSTALLED) ## Feed every parser documents at random, a minute each
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[fuzz]' \
+		|| echo "atheris does not install here: hypothesis makes the documents"
+	RELIABILITY_RECORD=1 $(BIN)/pytest -m fuzz tests/fuzz
 
 # The system's own Chromium is taken where there is one; CONTRIBUTING.md says how to get it.
 browser: $(INSTALLED) ## Run the tests that open the report in a browser
