@@ -35,6 +35,7 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     batch = "any" if facts["batch_size"] is None else facts["batch_size"]
     precision = " with ".join([facts["precision"], *(f"{block} in fp32" for block in facts["fp32_blocks"])])
     _line("bundle", f"{facts['path']}, {precision}, batch {batch}, made by {facts['made_by']}")
+    _line("latents", _latents(facts))
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
         inputs, outputs = counted(graph["inputs"], "input"), counted(graph["outputs"], "output")
@@ -56,6 +57,13 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     if not facts["targets"]:
         _line("engines", f"none yet: tc-deploy build {facts['path']}")
     _show_memory(facts["memory"])
+
+
+def _latents(facts: dict[str, Any]) -> str:
+    shape = " x ".join(map(str, facts["latent_shape"]))
+    if facts["pixels"]:
+        return f"{shape}, pictures, as no autoencoder stood beside the checkpoint"
+    return f"{shape}, {'decoded' if facts['decoder'] else 'to be decoded elsewhere: no decoder was exported'}"
 
 
 def _show_memory(memory: dict[str, Any]) -> None:

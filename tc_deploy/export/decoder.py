@@ -28,7 +28,7 @@ from tc_deploy.manifest import (
     WEIGHTS,
     ComponentRecord,
 )
-from tc_deploy.models.components import Component, PipelineFolder
+from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.pipeline_index import AUTOENCODER
@@ -57,17 +57,7 @@ class DecoderGraph(NamedGraph):
         """Decode, as the pipelines do after the last step."""
         (latents,) = tensors
         unpacked = self._family.unpacked(latents, self._geometry)
-        return (self.module.decode(_unscaled(unpacked, self.module.config), return_dict=False)[0],)
-
-
-def _unscaled(latents: Tensor, config: Any) -> Tensor:
-    """Latents as the autoencoder knows them, of those that the transformer makes: the pipelines' scaling undone."""
-    means, deviations = config.get("latents_mean"), config.get("latents_std")
-    if means is not None and deviations is not None:
-        per_channel = (1, -1, *[1] * (latents.ndim - 2))
-        return latents * torch.tensor(deviations).reshape(per_channel) + torch.tensor(means).reshape(per_channel)
-    factor, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0)
-    return latents / factor + shift
+        return (self.module.decode(self._family.unscaled(unpacked, self.module.config), return_dict=False)[0],)
 
 
 def export_decoder(
@@ -106,7 +96,6 @@ def export_decoder(
     drawn = torch.randn((rows, *geometry.latent_shape), generator=torch.Generator().manual_seed(0))
     real = drawn[:0] if trajectory is None else torch.from_numpy(trajectory.cached[-1])
     example = torch.cat([real, drawn])[:rows]
-    _check_channels(pipeline, loaded, family.unpacked(drawn, geometry))
     path = folder / ONNX_FOLDER / f"{DECODER}.onnx"
     with torch.no_grad():
         model = onnx_from_graph(graph, {LATENTS: example}, dynamic_batch=batch_size is None)
@@ -128,12 +117,24 @@ def export_decoder(
     return ExportedPart(graph=record.model_copy(update={"max_abs_error": error}), samples=samples), component
 
 
-def _check_channels(pipeline: PipelineFolder, loaded: Component, latents: Tensor) -> None:
-    config = loaded.module.config
+def check_decoder(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> None:
+    """See that a pipeline's autoencoder decodes a model's latents, before it is loaded.
+
+    Raises:
+        ModelError: it is missing, damaged, a pickle or of a class that is not known; it takes other latents, or does
+            not say how they are scaled.
+    """
+    config = pipeline.check_autoencoder()
+    where, name = pipeline.path / AUTOENCODER, config["_class_name"]
+    latents = family.unpacked(torch.zeros((1, *geometry.latent_shape)), geometry)
     channels = config.get("latent_channels") or config.get("z_dim")
-    axes = 5 if loaded.model_class == "AutoencoderKLWan" else 4
+    axes = 5 if name == "AutoencoderKLWan" else 4
     if (latents.ndim, latents.shape[1]) != (axes, channels):
         raise ModelError(
-            f"{pipeline.path / AUTOENCODER}: a {loaded.model_class} of {channels} channels does not decode latents of"
-            f" shape {tuple(latents.shape[1:])}; name the model's own pipeline with --pipeline"
+            f"{where}: a {name} of {channels} channels does not decode latents of shape {tuple(latents.shape[1:])};"
+            " name the model's own pipeline with --pipeline"
         )
+    try:
+        family.unscaled(latents, config)
+    except ModelError as error:
+        raise ModelError(f"{where}/config.json: {error}; take the configuration that came with the weights") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tc_deploy.errors import UsageError
-from tc_deploy.export.decoder import export_decoder
+from tc_deploy.export.decoder import check_decoder, export_decoder
 from tc_deploy.export.saving import ExportedPart
 from tc_deploy.export.text import export_text_encoder, text_plan
 from tc_deploy.manifest import DECODER, TEXT_ENCODER, ComponentRecord, TextRecord
@@ -69,7 +69,7 @@ class PipelineParts:
             return
         self._pipeline = PipelineFolder(path, "decoder" if decoder else "text encoders", variant, progress)
         if decoder:
-            self._pipeline.check_autoencoder()
+            check_decoder(self._pipeline, family, geometry)
         if text_encoder:
             self._text = text_plan(self._pipeline, family, geometry)
 

@@ -80,15 +80,18 @@ class PipelineFolder:
         self.index = PipelineIndex(path)
         self._said: set[str] = set()
 
-    def check_autoencoder(self) -> None:
+    def check_autoencoder(self) -> dict[str, Any]:
         """See that the autoencoder can be exported, before it is loaded.
+
+        Returns:
+            Its configuration, with the class's own values where the file has none.
 
         Raises:
             ModelError: it is missing, damaged, a pickle, of a class that is not known, or has a scaling that is not.
         """
         config = self._autoencoder_config()
         self._weights(AUTOENCODER, DIFFUSERS_WEIGHTS)
-        known = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
+        known = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
         unknown = [key for key in config if key[0] != "_" and key not in known and _SCALING.search(key)]
         if unknown:
             raise ModelError(
@@ -96,6 +99,7 @@ class PipelineFolder:
                 f" {diffusers.__version__}, and seems to scale latents; install the diffusers that wrote it"
                 f" ({config.get('_diffusers_version', 'unknown')}), or export without --with-decoder"
             )
+        return {name: parameter.default for name, parameter in known.items()} | config
 
     def autoencoder(self) -> Component:
         """Load the autoencoder, without its encoder.

@@ -10,6 +10,7 @@ from torch import nn
 from tc_deploy.errors import ModelError
 from tc_deploy.models.family import Block, Branch, Family, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, token_grid
+from tc_deploy.models.scaling import by_factor
 
 
 def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
@@ -44,4 +45,5 @@ FAMILY = Family(
         ),
     ),
     geometry=_geometry,
+    unscaled=by_factor,
 )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tc_deploy.errors import ModelError
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.rows import Rows
+from tc_deploy.models.scaling import by_factor_and_shift
 from tc_deploy.models.text import TextEncoding
 from tc_deploy.plan import ModelRecord
 
@@ -142,6 +143,8 @@ class Family:
     """How its pipelines encode a prompt; None where they take none, or it is not described."""
     unpacked: Callable[[Tensor, Geometry], Tensor] = lambda latents, geometry: latents
     """The latents (B, latent shape) as an autoencoder takes them, (B, C, H, W) or (B, C, F, H, W)."""
+    unscaled: Callable[[Tensor, Mapping[str, Any]], Tensor] = by_factor_and_shift
+    """Those with the scaling undone that an autoencoder's configuration tells; raises ModelError where it does not."""
 
     @property
     def shares_index(self) -> bool:

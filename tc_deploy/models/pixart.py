@@ -19,6 +19,7 @@ from tc_deploy.models.geometry import (
     text_length,
     token_grid,
 )
+from tc_deploy.models.scaling import by_factor
 from tc_deploy.models.text import TextEncoding, TextPart, last_states, prompt_tokens
 from tc_deploy.types import Cleaning
 
@@ -109,6 +110,7 @@ FAMILY = Family(
         ),
     ),
     geometry=_geometry,
+    unscaled=by_factor,
     check=_check,
     call=_call,
     text=TEXT,

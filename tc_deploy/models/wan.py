@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
+from tc_deploy.models.scaling import by_moments
 from tc_deploy.models.text import TextEncoding, TextPart, last_states, prompt_tokens
 from tc_deploy.types import Cleaning
 
@@ -85,6 +86,7 @@ FAMILY = Family(
         ),
     ),
     geometry=_geometry,
+    unscaled=by_moments,
     check=_check,
     text=TEXT,
 )
