@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.measure import with_fewer_steps
+from tc_deploy.calibrate.measure import with_steps
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
@@ -105,7 +105,7 @@ def main(
     others: dict[str, list[tuple[float, float]]] = {"skip": [], "fewer": []}
     for share in FEWER_STEPS:
         count = round(share * steps)
-        others["fewer"].append((count, psnr_db(full(with_fewer_steps(sampling, count)))))
+        others["fewer"].append((count, psnr_db(full(with_steps(model, sampling, count)))))
         click.echo(f"| fewer steps: {count} | {count} | {others['fewer'][-1][1]:.1f} |")
     for k1, k2, share in INTERVALS:
         other = Schedule(steps=steps, boundary=round(share * steps), k1=k1, k2=k2)

@@ -21,6 +21,10 @@ from safetensors import SafetensorError
 from tc_deploy.errors import UsageError, first_line
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+GUIDANCE = "guidance"
+"""The condition that tells a model how strong its distilled guidance is."""
+NO_GUIDANCE = 1.0
+"""Classifier-free guidance of this scale and less is none, as diffusers' pipelines have it."""
 UNCONDITIONAL = "unconditional."
 HOW_TO_ENCODE = "examples/encode_prompts.py PIPELINE -o prompts.safetensors makes such a file"
 
@@ -82,6 +86,8 @@ def checked_conditions(
         UsageError: one is missing, unknown, of another type, shape or number, a label is out of range, or a value is
             not finite.
     """
+    if not needed:
+        raise UsageError(f"{where}: this model takes no condition; leave them out")
     conditional = _checked_half(needed, given, where, no_class=False)
     first = needed[0].name
     count = len(conditional[first])

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from tc_deploy.bounds import MAX_AXES, Float32, NonNegativeFloat32, PositiveFloat32, Size, Step
 from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
+from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.libraries import imported
 from tc_deploy.plan import PLAN, TABLES
@@ -172,6 +173,12 @@ class SolverRecord(Document):
     """Earlier latents and guided outputs that one update reads."""
     init_noise_sigma: PositiveFloat32
     guidance_scale: NonNegativeFloat32 | None
+    """Classifier-free guidance by default; None where the model's batch has no unconditional half."""
+    true_cfg: bool = False
+    """Whether the family's pipeline calls that ``true_cfg_scale``: its ``guidance_scale`` is then the strength of a
+    guidance that was distilled into the model, one of its conditions where it was."""
+    embedded_guidance: NonNegativeFloat32 | None = None
+    """That strength where a request gives none."""
 
 
 class ComponentRecord(Document):
@@ -248,6 +255,11 @@ class Manifest(Document):
     def guided(self) -> bool:
         """Whether the model batch holds an unconditional half."""
         return self.solver.guidance_scale is not None
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is told the strength of a guidance that was distilled into it."""
+        return any(item.name == GUIDANCE for item in self.conditions)
 
     @property
     def takes_labels(self) -> bool:

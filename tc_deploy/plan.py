@@ -88,6 +88,17 @@ class SamplingRecord(Document):
     timesteps: tuple[Float32, ...]
     guidance_scale: NonNegativeFloat32 | None
     """Classifier-free guidance with this scale by default; None means one model call per sample, without guidance."""
+    embedded_guidance: NonNegativeFloat32 | None = None
+    """Strength that a model whose guidance is distilled is told by default, where it was chosen."""
+    true_cfg: bool = False
+    """Whether the family's pipeline calls classifier-free guidance ``true_cfg_scale``, and ``guidance_scale`` that
+    strength; as a recipe does."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only models with distilled guidance have, so that other plans have the bytes of old."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value != type(self).model_fields[name].default}
 
 
 class ScheduleRecord(Document):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,6 +21,8 @@ from tc_deploy.types import IntArray
 FIRST_SEED = 1_000_000
 """Measurement draws its noise from here on; training draws from the recipe's seed, which lies far below."""
 BATCH = 16
+LISTS = {"sigmas", "timesteps"}
+"""Arguments of ``set_timesteps`` that hold a value for each step."""
 
 
 def measure(
@@ -45,11 +48,11 @@ def measure(
         plan_sha256: :func:`tc_deploy.plan.content_sha256` of the plan.
 
     Raises:
-        ModelError: the model's own run gives values that are not finite.
+        ModelError: the model's own run gives values that are not finite, or its pipeline could not use the scheduler.
         PlanError: the plan's run does.
     """
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
-    fewer = with_fewer_steps(sampling, fewer_steps)
+    fewer = with_steps(model, sampling, fewer_steps)
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
     full, planned, shortened = [], [], []
     for start in range(0, samples, BATCH):
@@ -81,12 +84,23 @@ def measure(
     )
 
 
-def with_fewer_steps(sampling: Sampling, steps: int) -> Sampling:
-    """The sampler with fewer steps; of timesteps or sigmas that are listed one by one, every so many are taken."""
-    listed = {
-        name: [sampling.set_timesteps_kwargs[name][step * sampling.steps // steps] for step in range(steps)]
-        for name in ("sigmas", "timesteps")
-        if name in sampling.set_timesteps_kwargs
-    }
-    arguments = {**sampling.set_timesteps_kwargs, **listed}
+def with_steps(model: DiffusionTransformer, sampling: Sampling, steps: int) -> Sampling:
+    """The sampler with another number of steps, as the family's pipeline would set it up.
+
+    Of timesteps or sigmas that a user listed one by one, every so many are taken.
+
+    Raises:
+        ModelError: the pipeline could not use the scheduler.
+    """
+    own = own_arguments(model, sampling)
+    for name in LISTS & own.keys():
+        own[name] = [own[name][step * sampling.steps // steps] for step in range(steps)]
+    convention, tokens = model.family.convention, model.geometry.tokens
+    arguments = convention.with_own(sampling.scheduler, steps, tokens, own)
     return dataclasses.replace(sampling, steps=steps, set_timesteps_kwargs=arguments)
+
+
+def own_arguments(model: DiffusionTransformer, sampling: Sampling) -> dict[str, Any]:
+    """The arguments of ``set_timesteps`` that are a user's own, and not the pipeline's."""
+    usual = model.family.convention.set_timesteps_kwargs(sampling.scheduler, sampling.steps, model.geometry.tokens)
+    return {name: value for name, value in sampling.set_timesteps_kwargs.items() if usual.get(name) != value}

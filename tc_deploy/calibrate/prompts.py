@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tc_deploy.bundle import sha256_of_file
-from tc_deploy.conditions import HOW_TO_ENCODE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
+from tc_deploy.conditions import GUIDANCE, HOW_TO_ENCODE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import RANDOM, OriginRecord, PromptsRecord
+from tc_deploy.plan import RANDOM, Plan, PromptsRecord
 from tc_deploy.tokencache.sampler import Prompts, Sampling
 
 
@@ -26,13 +26,17 @@ def takes_prompts(model: DiffusionTransformer) -> bool:
     return any(condition.classes is None for condition in model.geometry.conditions)
 
 
-def prompts_for(model: DiffusionTransformer, conditions: str | None, *, guided: bool) -> Prompts | None:
+def prompts_for(
+    model: DiffusionTransformer, conditions: str | None, *, guided: bool, embedded_guidance: float | None = None
+) -> Prompts | None:
     """What a recipe's ``conditions`` stand for.
 
     Args:
         model: the model.
         conditions: a safetensors file, ``random``, or None, which will do for labels alone.
         guided: whether the file must hold an unconditional half.
+        embedded_guidance: strength that the model is told of a guidance that was distilled, in place of the file's;
+            None takes the file's, or the pipeline's default where the file has none.
 
     Returns:
         The file's prompts; None where conditions are drawn.
@@ -50,26 +54,35 @@ def prompts_for(model: DiffusionTransformer, conditions: str | None, *, guided: 
         return None
     path = Path(str(conditions))
     given, unconditional = read_conditions(path)
+    if model.geometry.embeds_guidance:
+        default = model.family.convention.embedded_guidance
+        for half in (given, unconditional):
+            rows = max((len(array) for array in half.values() if array.ndim), default=0)
+            if rows and (embedded_guidance is not None or GUIDANCE not in half):
+                half[GUIDANCE] = np.full(rows, default if embedded_guidance is None else embedded_guidance, np.float32)
     checked = checked_conditions(model.geometry.conditions, given, unconditional, guided=guided, where=str(path))
     record = PromptsRecord(file=path.resolve().as_posix(), sha256=sha256_of_file(path), prompts=checked.count)
     return Prompts(conditions=checked, record=record)
 
 
-def prompts_of_plan(
-    model: DiffusionTransformer, origin: OriginRecord, *, guided: bool, progress: Callable[[str], None]
-) -> Prompts | None:
+def prompts_of_plan(model: DiffusionTransformer, plan: Plan, *, progress: Callable[[str], None]) -> Prompts | None:
     """The prompts that a plan was made with, to compare graphs on; None, and a word of it, where they are gone.
 
     A comparison of two programs on the same inputs is as good on random embeddings.
     """
-    record = origin.conditions
+    record = plan.origin.conditions
     if not isinstance(record, PromptsRecord):
         return None
     path = Path(record.file)
     if not path.is_file() or sha256_of_file(path) != record.sha256:
         progress(f"{record.file} is gone or was changed since the plan was made: random conditions stand in for it")
         return None
-    return prompts_for(model, record.file, guided=guided)
+    return prompts_for(
+        model,
+        record.file,
+        guided=plan.sampling.guidance_scale is not None,
+        embedded_guidance=plan.sampling.embedded_guidance,
+    )
 
 
 def draw_batch(
@@ -89,7 +102,10 @@ def draw_batch(
         drawn.append(model.random_conditions(1, generator))
     if sampling.prompts is not None:
         return torch.cat(noise), tensors_of(conditions_of(model, sampling.prompts, seeds))
-    return torch.cat(noise), {name: torch.cat([given[name] for given in drawn]) for name in drawn[0]}
+    conditions = {name: torch.cat([given[name] for given in drawn]) for name in drawn[0]}
+    if sampling.embedded_guidance is not None:
+        conditions[GUIDANCE] = torch.full_like(conditions[GUIDANCE], sampling.embedded_guidance)
+    return torch.cat(noise), conditions
 
 
 def conditions_of(model: DiffusionTransformer, prompts: Prompts | None, seeds: Sequence[int]) -> Conditions:

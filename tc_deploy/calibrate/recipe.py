@@ -49,10 +49,12 @@ class SamplingRecipe(Document):
 
     steps: PositiveInt = 50
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    """None leaves guidance out: one model call per sample. 0 samples without a condition, 1 without its guidance, and
-    either costs two."""
+    """As the family's pipeline of diffusers means it: classifier-free guidance, where 1 and less are none (one model
+    call per sample); for FLUX the strength of the distilled guidance."""
+    true_cfg_scale: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance of FLUX, by its pipeline's name; 1 and less are none."""
     set_timesteps_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the scheduler's set_timesteps, for example ``mu`` where the shift is dynamic."""
+    """Passed to the scheduler's set_timesteps on top of what the family's pipeline passes."""
 
 
 class ScheduleRecipe(Document):

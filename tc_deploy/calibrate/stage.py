@@ -6,8 +6,7 @@ where it stood: its state lies in ``calibration/.NAME.work`` until the plan is w
 
 from __future__ import annotations
 
-import inspect
-import math
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +22,15 @@ from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes,
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
-from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
+from tc_deploy.conditions import NO_GUIDANCE
 from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
-from tc_deploy.models.loading import load_model, load_scheduler, model_folder
+from tc_deploy.models.loading import load_model, load_scheduler, model_folder, pipeline_of
+from tc_deploy.models.scheduler_config import plain_config
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
@@ -51,6 +52,8 @@ from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.tokencache.selection import phase_keep_counts, spread_importance, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 """(what is being done, done, of how many)."""
@@ -94,13 +97,13 @@ def calibrate(
         k1=recipe.schedule.k1,
         k2=recipe.schedule.k2,
     )
-    model_folder(local_folder(Path(recipe.model), recipe.variant))
+    folder = model_folder(local_folder(Path(recipe.model), recipe.variant))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
     sampling = sampling_from_recipe(recipe, model)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
     try:
-        read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+        solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
     except ExportError:
         # Some samplers take more steps than the model was trained with; those that do not say so in other words.
         most = sampling.scheduler.config.get("num_train_timesteps", steps)
@@ -110,6 +113,7 @@ def calibrate(
             f"{type(sampling.scheduler).__name__} takes at most {most} steps, as many as the model was trained with,"
             f" found {steps}; take fewer"
         ) from None
+    model.family.convention.check_noise(pipeline_of(folder).entries, sampling.scheduler, unit=solver.unit_noise)
     work = work_folder(destination)
     importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
@@ -182,13 +186,51 @@ def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Samplin
         ModelError: the checkpoint has no scheduler that can be loaded.
         UsageError: the model needs prompts and the recipe names none, or the file does not fit the model.
     """
+    wanted = recipe.sampling
+    cfg, embedded = guidance_from_recipe(wanted, model)
+    scheduler = load_scheduler(Path(recipe.model), recipe.variant)
     return Sampling(
-        scheduler=load_scheduler(Path(recipe.model), recipe.variant),
-        steps=recipe.sampling.steps,
-        guidance_scale=recipe.sampling.guidance_scale,
-        set_timesteps_kwargs=recipe.sampling.set_timesteps_kwargs,
-        prompts=prompts_for(model, recipe.conditions, guided=recipe.sampling.guidance_scale is not None),
+        scheduler=scheduler,
+        steps=wanted.steps,
+        guidance_scale=cfg,
+        set_timesteps_kwargs=model.family.convention.with_own(
+            scheduler, wanted.steps, model.geometry.tokens, wanted.set_timesteps_kwargs
+        ),
+        prompts=prompts_for(model, recipe.conditions, guided=cfg is not None, embedded_guidance=embedded),
+        embedded_guidance=embedded,
     )
+
+
+def guidance_from_recipe(wanted: SamplingRecipe, model: DiffusionTransformer) -> tuple[float | None, float | None]:
+    """What a recipe's guidance means to the model's pipeline.
+
+    Returns:
+        The scale of classifier-free guidance, None for none, and the strength that the model is told of a guidance
+        that was distilled, None where the recipe says nothing of it or the model takes none.
+
+    Raises:
+        UsageError: the pipeline has no guidance of that name, or the model nothing to be guided by.
+    """
+    convention, embedded = model.family.convention, None
+    if convention.true_cfg:
+        cfg, embedded = wanted.true_cfg_scale, wanted.guidance_scale
+        if embedded is not None and not model.geometry.embeds_guidance:
+            log.warning("guidance_scale %g is ignored: no guidance was distilled into %s", embedded, model.source)
+            embedded = None
+    elif wanted.true_cfg_scale is None:
+        cfg = wanted.guidance_scale
+    else:
+        raise UsageError(
+            f"true_cfg_scale: the pipeline of a {model.family.model_class} has none; its guidance is guidance_scale"
+        )
+    if cfg is not None and cfg <= NO_GUIDANCE:
+        log.warning("a guidance scale of %g is none, as in diffusers: one model call per sample", cfg)
+        cfg = None
+    if cfg is not None and not model.geometry.conditions:
+        raise UsageError(
+            f"guidance_scale: {model.source} takes no condition, so it has nothing to be guided by; leave it out"
+        )
+    return cfg, embedded
 
 
 def assemble_plan(
@@ -231,10 +273,12 @@ def assemble_plan(
         model=model.record(),
         sampling=SamplingRecord(
             scheduler_class=type(sampling.scheduler).__name__,
-            scheduler_config=_plain_config(sampling.scheduler),
+            scheduler_config=plain_config(sampling.scheduler),
             set_timesteps_kwargs=dict(sampling.set_timesteps_kwargs),
             timesteps=tuple(solver.timesteps.tolist()),
             guidance_scale=sampling.guidance_scale,
+            embedded_guidance=sampling.embedded_guidance,
+            true_cfg=model.family.convention.true_cfg,
         ),
         schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
         cache=cache,
@@ -269,7 +313,7 @@ def importance_of(
         {
             "recipe": recipe.model_dump(mode="json", exclude={"measure", "search", "quality"}),
             "model": model.record().model_dump(mode="json"),
-            "scheduler": [type(sampling.scheduler).__name__, _plain_config(sampling.scheduler)],
+            "scheduler": [type(sampling.scheduler).__name__, plain_config(sampling.scheduler)],
             "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,
         }
     )
@@ -322,17 +366,3 @@ def _cache_record(recipe: Recipe, keep_counts: tuple[tuple[int, ...], tuple[int,
         keep_counts=keep_counts,
         skip=recipe.cache.skip,
     )
-
-
-def _plain_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's configuration as JSON knows it, without diffusers' own bookkeeping.
-
-    JSON has no infinity; where it is a default, as DPM-Solver's ``lambda_min_clipped``, the class fills it in again.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
-    plain = {}
-    for key, value in scheduler.config.items():
-        infinite = isinstance(value, float) and not math.isfinite(value)
-        if not key.startswith("_") and not (infinite and value == defaults.get(key)):
-            plain[key] = value.tolist() if isinstance(value, np.ndarray) else value
-    return plain

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from tc_deploy.cli.options import ModelPath, conditions_option, device_option, size_option, text_option, variant_option
+from tc_deploy.cli.options import (
+    ModelPath,
+    conditions_option,
+    device_option,
+    guidance_option,
+    size_option,
+    text_option,
+    true_cfg_option,
+    variant_option,
+)
 from tc_deploy.cli.progress import log_step, progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -25,12 +34,8 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.argument("source", metavar="RECIPE|MODEL", type=ModelPath())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
-@click.option(
-    "--guidance-scale",
-    "sampling__guidance_scale",
-    type=float,
-    help="Classifier-free guidance; without it the plan is for unguided runs.",
-)
+@guidance_option
+@true_cfg_option
 @size_option
 @text_option
 @conditions_option

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.bundle import check_writable, write_bytes
 from tc_deploy.cli.progress import progress_bar
-from tc_deploy.conditions import checked_conditions, read_conditions
+from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
 from tc_deploy.manifest import Manifest, read_manifest
 from tc_deploy.sheet import sheet_of
@@ -39,10 +39,12 @@ LATENTS = (".safetensors", ".npy")
 )
 @click.option("-n", "--count", type=int, help="Pictures to make, labels or prompts in turn; one of each if not given.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture i has seed SEED + i.")
-@click.option("--guidance-scale", type=float, help="Instead of the plan's.")
 @click.option(
-    "--distilled-guidance", type=float, help="Strength that a model like FLUX is told, instead of the pipeline's own."
+    "--guidance-scale",
+    type=float,
+    help="Instead of the plan's; 1 and less are none. For FLUX the strength of the distilled guidance.",
 )
+@click.option("--true-cfg-scale", type=float, help="For FLUX: classifier-free guidance, instead of the plan's.")
 @click.option(
     "-o",
     "--output",
@@ -73,7 +75,7 @@ def command(
     count: int | None,
     seed: int,
     guidance_scale: float | None,
-    distilled_guidance: float | None,
+    true_cfg_scale: float | None,
     output: Path,
     require_signature: Path | None,
     full: bool,
@@ -86,14 +88,15 @@ def command(
 
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
-    if bool(labels) + bool(prompts) + (file is not None) != 1:
-        raise UsageError(f"{bundle} takes {_takes(read_manifest(bundle))}; give one of them")
-    if (negative_prompt is not None or distilled_guidance is not None) and not prompts:
-        raise UsageError(
-            "--negative-prompt and --distilled-guidance go with --prompt; a file of conditions holds its own"
-        )
+    manifest = read_manifest(bundle)
+    if bool(labels) + bool(prompts) + (file is not None) != bool(manifest.conditions):
+        raise UsageError(f"{bundle} takes {_takes(manifest)}")
+    if negative_prompt is not None and not prompts:
+        raise UsageError("--negative-prompt goes with --prompt; a file of conditions holds its own")
     wanted, unconditional = ({}, {}) if file is None else read_conditions(file)
     given = len(labels) or len(prompts) or max((len(array) for array in wanted.values() if array.ndim), default=0)
+    if not manifest.conditions:
+        given = 1
     count = given if count is None else count
     if count < 1:
         raise UsageError(f"-n must be at least 1, found {count}" if given else f"{file}: no prompt in it")
@@ -115,10 +118,13 @@ def command(
             request = {"class_labels": [labels[turn] for turn in turns]}
         elif prompts:
             request = {"prompts": [prompts[turn] for turn in turns], "negative_prompts": negative_prompt}
-            if distilled_guidance is not None:
-                request["conditions"] = {"guidance": np.full(count, distilled_guidance, np.float32)}
+        elif file is None:
+            request = {"count": count}
         else:
             needed, guided = pipeline.manifest.conditions, pipeline.manifest.guided
+            if pipeline.manifest.solver.embedded_guidance is not None:
+                # The request tells the model how strong its guidance is where a file does not.
+                needed = tuple(item for item in needed if item.name in wanted or item.name != GUIDANCE)
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
         check_writable(output)
@@ -129,6 +135,7 @@ def command(
                 **request,
                 seed=seed,
                 guidance_scale=guidance_scale,
+                true_cfg_scale=true_cfg_scale,
                 full=full,
                 decode=output.suffix == PNG,
                 on_step=lambda first, step: report(
@@ -148,9 +155,11 @@ def command(
 
 def _takes(manifest: Manifest) -> str:
     """By which options a bundle is told what to make."""
+    if not manifest.conditions:
+        return "no condition; give -n alone, how many pictures to make"
     labels = ["--class-label"] if manifest.takes_labels else []
     prompts = [] if manifest.text is None else ["--prompt"]
-    return " or ".join([*labels, *prompts, "--conditions FILE"])
+    return f"{' or '.join([*labels, *prompts, '--conditions FILE'])}; give one of them"
 
 
 def _default_batch(bundle: Path, count: int) -> int | None:

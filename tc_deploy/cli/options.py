@@ -54,3 +54,13 @@ device_option = click.option(
     show_default=True,
     help="Where PyTorch runs the model.",
 )
+guidance_option = click.option(
+    "--guidance-scale",
+    "sampling__guidance_scale",
+    type=float,
+    help="Classifier-free guidance; without it, or at 1 and less, runs are unguided. For FLUX the strength of the"
+    " distilled guidance.",
+)
+true_cfg_option = click.option(
+    "--true-cfg-scale", "sampling__true_cfg_scale", type=float, help="For FLUX: classifier-free guidance."
+)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tc_deploy.cli.options import ModelPath, conditions_option, device_option, size_option, text_option, variant_option
+from tc_deploy.cli.options import (
+    ModelPath,
+    conditions_option,
+    device_option,
+    guidance_option,
+    size_option,
+    text_option,
+    true_cfg_option,
+    variant_option,
+)
 from tc_deploy.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -25,7 +34,8 @@ if TYPE_CHECKING:
 @click.option("--from-flops", is_flag=True, help="Take FLOPs for latency; nothing is timed.")
 @click.option("--trials", "search__trials", type=int, help="Candidates to sample with.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
-@click.option("--guidance-scale", "sampling__guidance_scale", type=float, help="Classifier-free guidance.")
+@guidance_option
+@true_cfg_option
 @size_option
 @text_option
 @conditions_option
@@ -46,6 +56,7 @@ def command(
     search__trials: int | None,
     sampling__steps: int | None,
     sampling__guidance_scale: float | None,
+    sampling__true_cfg_scale: float | None,
     latent_size: list[int] | None,
     text_tokens: int | None,
     conditions: str | None,
@@ -74,7 +85,8 @@ def command(
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
         sizes = (latent_size, text_tokens, conditions, variant)
-        settings = (backend, search__trials, sampling__steps, sampling__guidance_scale, seed, *sizes)
+        guidance = (sampling__guidance_scale, sampling__true_cfg_scale)
+        settings = (backend, search__trials, sampling__steps, *guidance, seed, *sizes)
         if from_flops or any(value is not None for value in settings):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
@@ -86,6 +98,7 @@ def command(
             "search.trials": search__trials,
             "sampling.steps": sampling__steps,
             "sampling.guidance_scale": sampling__guidance_scale,
+            "sampling.true_cfg_scale": sampling__true_cfg_scale,
             "latent_size": latent_size,
             "text_tokens": text_tokens,
             "conditions": conditions,

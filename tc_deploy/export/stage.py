@@ -47,8 +47,8 @@ from tc_deploy.manifest import (
     variant_name,
     write_manifest,
 )
-from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.family import DiffusionTransformer, Family
+from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
@@ -190,6 +190,8 @@ def export_bundle(
                 history=steps.solver.history,
                 init_noise_sigma=steps.solver.init_noise_sigma,
                 guidance_scale=plan.sampling.guidance_scale,
+                true_cfg=family.convention.true_cfg,
+                embedded_guidance=_embedded_guidance(plan, family, geometry),
             ),
             graphs=records,
             decoder=made.decoder,
@@ -229,7 +231,7 @@ def _exported_steps(
 ) -> _Steps:
     """Write the graphs of the model and of its solver; see :func:`export_bundle`. Keeps nothing of the model."""
     guided = plan.sampling.guidance_scale is not None
-    prompts = prompts_of_plan(model, plan.origin, guided=guided, progress=progress)
+    prompts = prompts_of_plan(model, plan, progress=progress)
     sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
@@ -300,6 +302,14 @@ def model_of_plan(
     return model
 
 
+def _embedded_guidance(plan: Plan, family: Family, geometry: Geometry) -> float | None:
+    """What a model whose guidance is distilled is told by default: the plan's strength, or the pipeline's."""
+    chosen = plan.sampling.embedded_guidance
+    if not geometry.embeds_guidance:
+        return None
+    return family.convention.embedded_guidance if chosen is None else chosen
+
+
 def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
     """Check that a plan belongs to a checkpoint.
 
@@ -333,6 +343,7 @@ def sampling_from_plan(plan: Plan) -> Sampling:
         scheduler=scheduler_from_config(plan.sampling.scheduler_class, plan.sampling.scheduler_config, "plan"),
         steps=plan.schedule.steps,
         guidance_scale=plan.sampling.guidance_scale,
+        embedded_guidance=plan.sampling.embedded_guidance,
         set_timesteps_kwargs=plan.sampling.set_timesteps_kwargs,
     )
 

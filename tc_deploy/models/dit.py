@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tc_deploy.errors import ModelError
+from tc_deploy.models.convention import Convention
 from tc_deploy.models.family import Block, Branch, Family, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, token_grid
 from tc_deploy.models.scaling import by_factor
@@ -46,4 +47,5 @@ FAMILY = Family(
     ),
     geometry=_geometry,
     unscaled=by_factor,
+    convention=Convention(pipelines=("DiTPipeline",)),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tc_deploy.errors import ModelError
+from tc_deploy.models.convention import Convention
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.rows import Rows
 from tc_deploy.models.scaling import by_factor_and_shift
@@ -137,8 +138,8 @@ class Family:
     """Runs the module's forward on the inputs by name."""
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     """Makes an empty module from a configuration; None: the class is diffusers' own."""
-    timestep_divisor: float = 1.0
-    """What the model's pipelines divide the scheduler's timesteps by."""
+    convention: Convention = field(default_factory=Convention)
+    """What its pipelines decide about sampling."""
     text: TextEncoding | None = None
     """How its pipelines encode a prompt; None where they take none, or it is not described."""
     unpacked: Callable[[Tensor, Geometry], Tensor] = lambda latents, geometry: latents
@@ -227,8 +228,9 @@ class DiffusionTransformer:
             (B, output channels, ...), the other axes as the latents'.
         """
         given = {name: value.long() if value.dtype == torch.int32 else value for name, value in inputs.items()}
-        if self.family.timestep_divisor != 1:
-            given["timestep"] = given["timestep"] / self.family.timestep_divisor
+        divisor = self.family.convention.timestep_divisor
+        if divisor != 1:
+            given["timestep"] = given["timestep"] / divisor
         return self.family.call(self.module, given, self.geometry)
 
     def index_row(self, row: Tensor, batch: int) -> Tensor:

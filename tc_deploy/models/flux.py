@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tc_deploy.conditions import GUIDANCE
+from tc_deploy.models.convention import Convention, Shift
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, text_length, token_grid
 from tc_deploy.models.rows import Rows
@@ -18,8 +20,14 @@ TEXT_TOKENS = 512
 LATENT_SIZE = (128, 128)
 PACKING = (2, 2)
 """The pipelines pack 2 x 2 latents into the channels of one token."""
-GUIDANCE = 3.5
-"""Strength of the distilled guidance where the pipeline is told none."""
+CONVENTION = Convention(
+    pipelines=("FluxPipeline",),
+    flow_sigmas=True,
+    shift=Shift.ALWAYS,
+    scheduler_has=("set_begin_index",),
+    timestep_divisor=1000.0,
+    embedded_guidance=3.5,
+)
 
 
 def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
@@ -27,7 +35,7 @@ def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
     grid = token_grid(latent_size(options, LATENT_SIZE, PACKING), PACKING)
     tokens = math.prod(grid)
     text = text_length(options, TEXT_TOKENS)
-    guidance = Condition(name="guidance", dtype="float32", shape=(), values=Values.GUIDANCE)
+    guidance = Condition(name=GUIDANCE, dtype="float32", shape=(), values=Values.GUIDANCE)
     return Geometry(
         grid=grid,
         tokens=tokens,
@@ -44,11 +52,11 @@ def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
 
 
 def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
-    rows, columns = (torch.arange(axis, dtype=torch.float32) for axis in geometry.grid)
-    image = torch.stack(torch.meshgrid(torch.zeros(1), rows, columns, indexing="ij"), dim=-1).reshape(-1, 3)
-    return call_diffusers(
-        module, {**inputs, "img_ids": image, "txt_ids": torch.zeros(geometry.text_tokens, 3)}, geometry
-    )
+    device = inputs["hidden_states"].device
+    axes = (torch.arange(axis, dtype=torch.float32, device=device) for axis in (1, *geometry.grid))
+    image = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+    text = torch.zeros(geometry.text_tokens, 3, device=device)
+    return call_diffusers(module, {**inputs, "img_ids": image, "txt_ids": text}, geometry)
 
 
 def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None:  # noqa: ARG001
@@ -91,7 +99,7 @@ TEXT = TextEncoding(
         ),
     ),
     join=_conditions,
-    defaults={"guidance": GUIDANCE},
+    defaults={GUIDANCE: 3.5},
 )
 
 _ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
@@ -128,7 +136,7 @@ FAMILY = Family(
     geometry=_geometry,
     check=_check,
     call=_call,
-    timestep_divisor=1000.0,
+    convention=CONVENTION,
     text=TEXT,
     unpacked=_unpacked,
 )

@@ -94,7 +94,7 @@ class Condition:
             case Values.LABEL:
                 return torch.full_like(given, self.classes or 0)
             case Values.MASK:
-                return (torch.arange(given.shape[-1]) < 1).to(given.dtype).expand_as(given)
+                return (torch.arange(given.shape[-1], device=given.device) < 1).to(given.dtype).expand_as(given)
             case Values.GUIDANCE:
                 return given
             case Values.EMBEDDING:
@@ -121,6 +121,11 @@ class Geometry:
 
     autoencoder: bool = False
     """Whether the pipeline that the model was found in makes pictures of the latents by an autoencoder."""
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is told the strength of a guidance that was distilled into it."""
+        return any(condition.values is Values.GUIDANCE for condition in self.conditions)
 
     @property
     def pixels(self) -> bool:

@@ -82,7 +82,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         raise ModelError(f"{folder}: {error}") from None
     autoencoder = options.autoencoder
     if autoencoder is None:
-        autoencoder = _pipeline_of(folder).has_autoencoder
+        autoencoder = pipeline_of(folder).has_autoencoder
     geometry = dataclasses.replace(geometry, autoencoder=autoencoder)
     if options.text_tokens is not None and not geometry.text_tokens:
         raise ModelError(
@@ -99,7 +99,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     )
 
 
-def _pipeline_of(folder: Path) -> PipelineIndex:
+def pipeline_of(folder: Path) -> PipelineIndex:
     """The pipeline that a transformer's folder is a part of; one without parts where it stands alone."""
     in_one = folder.name == TRANSFORMER or (folder.parent / INDEX).is_file()
     return PipelineIndex(folder.parent if in_one else folder)
@@ -164,7 +164,9 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
             f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; docs/adapters.md"
             " shows how to describe another"
         )
-    uncovered = family.check(config, _pipeline_of(where.parent).entries)
+    pipeline = pipeline_of(where.parent)
+    family.convention.check_pipeline(pipeline.entries, str(where.parent.parent))
+    uncovered = family.check(config, pipeline.entries)
     if uncovered is not None:
         raise ModelError(
             f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tc_deploy.models.convention import Convention
 from tc_deploy.models.family import Block, Branch, Family, SelfAttention, call_diffusers
 from tc_deploy.models.geometry import (
     Condition,
@@ -55,11 +56,11 @@ def _call(module: Any, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if module.use_additional_conditions:
         # Constants of the token grid, so no inputs.
-        batch = inputs["hidden_states"].shape[0]
+        batch, device = inputs["hidden_states"].shape[0], inputs["hidden_states"].device
         height, width = (AUTOENCODER_SCALE * axis for axis in geometry.latent_shape[1:])
         sizes = {
-            "resolution": torch.tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
-            "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
+            "resolution": torch.tensor([[height, width]], dtype=torch.float32, device=device).expand(batch, -1),
+            "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32, device=device).expand(batch, -1),
         }
     return call_diffusers(module, {**inputs, "added_cond_kwargs": sizes}, geometry)
 
@@ -111,6 +112,7 @@ FAMILY = Family(
     ),
     geometry=_geometry,
     unscaled=by_factor,
+    convention=Convention(pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"), scales_noise=True),
     check=_check,
     call=_call,
     text=TEXT,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tc_deploy.errors import ModelError
+from tc_deploy.models.convention import Convention, Shift
 from tc_deploy.models.family import Block, Branch, Family, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
 from tc_deploy.models.rows import Rows
@@ -115,6 +116,7 @@ FAMILY = Family(
         ),
     ),
     geometry=_geometry,
+    convention=Convention(pipelines=("StableDiffusion3Pipeline",), shift=Shift.DYNAMIC, max_shift=1.16),
     check=_check,
     text=TEXT,
 )

@@ -69,6 +69,11 @@ class SolverTable:
         """T."""
         return len(self.timesteps)
 
+    @property
+    def unit_noise(self) -> bool:
+        """Whether a run starts from noise as it is drawn, and the model sees the latents as they are."""
+        return self.init_noise_sigma == 1 and bool((self.input_scale == 1).all())
+
 
 def read_solver(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[str, Any] | None = None) -> SolverTable:
     """Read a scheduler's coefficients off it.
@@ -282,9 +287,13 @@ def started_scheduler(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[
     # Most schedulers take either a step count or a list; diffusers' own pipelines pass the list alone.
     if not {"sigmas", "timesteps"} & arguments.keys():
         arguments["num_inference_steps"] = steps
-    with _asked(
-        scheduler, "set_timesteps", "choose another step count, or give what it asks for as a further argument"
-    ):
+    remedy = "choose another step count, or give what it asks for in sampling.set_timesteps_kwargs of a recipe"
+    if "mu" in arguments:
+        remedy += (
+            "; a pipeline whose shift depends on the picture's size gives it mu, for which most want"
+            " use_dynamic_shifting=True and time_shift_type='exponential' in scheduler_config.json"
+        )
+    with _asked(scheduler, "set_timesteps", remedy):
         fresh.set_timesteps(**arguments)
     if len(fresh.timesteps) != steps:
         raise ExportError(

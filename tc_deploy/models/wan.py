@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tc_deploy.models.convention import Convention
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
 from tc_deploy.models.scaling import by_moments
@@ -87,6 +88,7 @@ FAMILY = Family(
     ),
     geometry=_geometry,
     unscaled=by_moments,
+    convention=Convention(pipelines=("WanPipeline",), scheduler_has=("set_begin_index", "sigmas")),
     check=_check,
     text=TEXT,
 )

@@ -73,7 +73,7 @@ def ssim(latents: Tensor, reference: Tensor, *, pixels: bool) -> float | None:
 
     found, expected = as_seen(latents, pixels=pixels).double(), as_seen(reference, pixels=pixels).double()
     if pixels:
-        lowest, span = -torch.ones(()), torch.full((), 2.0)
+        lowest, span = expected.new_tensor(-1.0), expected.new_tensor(2.0)
     else:
         lowest = expected.amin((0, 2, 3), keepdim=True)
         span = expected.amax((0, 2, 3), keepdim=True) - lowest

@@ -106,8 +106,11 @@ def _making(source: Source) -> list[Fact]:
 def toml_from_plan(plan: Plan) -> str:
     """The recipe that makes a plan of calibration's, every setting in it written out."""
     sampling, cache, settings = plan.sampling, plan.cache, plan.origin.settings
+    guidance = {"guidance_scale": sampling.guidance_scale}
+    if sampling.true_cfg:
+        guidance = {"guidance_scale": sampling.embedded_guidance, "true_cfg_scale": sampling.guidance_scale}
     tables: dict[str, dict[str, Any]] = {
-        "sampling": {"steps": plan.schedule.steps, "guidance_scale": sampling.guidance_scale},
+        "sampling": {"steps": plan.schedule.steps, **guidance},
         "schedule": plan.schedule.model_dump(exclude={"steps"}),
         "cache": cache.model_dump(mode="json", exclude={"keep_counts"}),
         "measure": {"samples": 0 if plan.measured is None else len(plan.measured.seeds)},

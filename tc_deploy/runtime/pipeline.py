@@ -179,8 +179,10 @@ class Pipeline:
         negative_prompts: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
+        count: int | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         latents: FloatArray | None = None,
         full: bool = False,
         decode: bool = True,
@@ -200,8 +202,11 @@ class Pipeline:
                 ``prompts`` those that no text makes, such as the distilled ``guidance`` of FLUX.
             unconditional: the same for the unconditional half of a guided batch, (n, ...) or (1, ...) for all pictures
                 alike; labels may be left out, which means "no class".
+            count: pictures to make with a model that takes no condition, 1 if not given.
             seed: picture i has seed ``seed + i``; a seed gives the same picture whatever else is in the batch.
-            guidance_scale: instead of the plan's; at least 0, which ignores the condition.
+            guidance_scale: instead of the plan's, as the family's pipeline of diffusers means it: classifier-free
+                guidance, where 1 and less are none; for FLUX the strength of the distilled guidance.
+            true_cfg_scale: for FLUX, classifier-free guidance instead of the plan's; 1 and less are none.
             latents: (n, *latent shape) standard normal noise to start from, instead of the seeds'.
             full: run every step in full, for comparison.
             decode: make pictures of the latents, where the bundle has a decoder.
@@ -221,8 +226,10 @@ class Pipeline:
             negative_prompts=negative_prompts,
             conditions=conditions,
             unconditional=unconditional,
+            count=count,
             seed=seed,
             guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
             latents=latents,
         )
         variants = [step.variant for step in self._opened(full=full).steps]
@@ -261,8 +268,10 @@ class Pipeline:
         negative_prompts: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
+        count: int | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         latents: FloatArray | None = None,
         full: bool = False,
     ) -> Iterator[Step]:
@@ -274,8 +283,10 @@ class Pipeline:
             negative_prompts: as for a call.
             conditions: as for a call, for at most ``batch_size`` pictures.
             unconditional: as for a call.
+            count: as for a call.
             seed: as for a call.
             guidance_scale: as for a call.
+            true_cfg_scale: as for a call.
             latents: as for a call.
             full: as for a call.
 
@@ -293,8 +304,10 @@ class Pipeline:
             negative_prompts=negative_prompts,
             conditions=conditions,
             unconditional=unconditional,
+            count=count,
             seed=seed,
             guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
             latents=latents,
         )
         if request.count > self.batch_size:
@@ -375,6 +388,8 @@ class Pipeline:
     def placeholders(self, count: int) -> dict[str, Any]:
         """Arguments for ``count`` pictures whose looks do not matter, for runs that are timed."""
         values = placeholder_conditions(self.manifest.conditions, count)
+        if not self.manifest.conditions:
+            return {"count": count}
         asked: dict[str, Any] = {"conditions": values.given, "unconditional": values.unconditional}
         return asked if self.manifest.guided else {"conditions": values.given}
 

@@ -7,7 +7,7 @@ engine or a tokenizer.
 from __future__ import annotations
 
 import dataclasses
-import math
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.conditions import Arrays, Conditions, checked_conditions, labelled_conditions, whole_number
+from tc_deploy.conditions import (
+    GUIDANCE,
+    NO_GUIDANCE,
+    Arrays,
+    Conditions,
+    checked_conditions,
+    labelled_conditions,
+    whole_number,
+)
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import Manifest
 from tc_deploy.types import FloatArray
 
+log = logging.getLogger(__name__)
+
 MAX_SEED = 2**64 - 1
+GUIDANCE_SCALE, TRUE_CFG_SCALE = "guidance_scale", "true_cfg_scale"
+"""What pipelines of diffusers call their guidance."""
+LARGEST = float(np.finfo(np.float32).max)
 EXPORT_TEXT = "tc-deploy export PLAN -o BUNDLE --with-text-encoder"
 
 
@@ -85,8 +98,10 @@ def checked_request(
     negative_prompts: Sequence[str] | str | None,
     conditions: Arrays | None,
     unconditional: Arrays | None,
+    count: int | None,
     seed: int,
     guidance_scale: float | None,
+    true_cfg_scale: float | None,
     latents: FloatArray | None,
 ) -> Request:
     """Check the arguments of a request; ``Pipeline.__call__`` says what they are.
@@ -95,16 +110,30 @@ def checked_request(
         UsageError: one is out of range, or does not fit the bundle or the others.
     """
     needed, guided = manifest.conditions, manifest.guided
+    cfg, embedded = _checked_guidance(manifest, guidance_scale, true_cfg_scale)
     kinds = [class_labels, conditions] if prompts is None else [prompts, class_labels]
-    if sum(kind is not None for kind in kinds) != 1:
+    if not needed:
+        if class_labels is not None or prompts is not None or conditions:
+            raise UsageError("this model takes no condition; give count (-n), how many pictures to make")
+    elif count is not None:
+        raise UsageError("count is for a model without conditions; this one makes a picture per label, prompt or row")
+    elif sum(kind is not None for kind in kinds) != 1:
         raise UsageError("give class_labels, prompts or conditions, one of them")
     if (unconditional is not None or negative_prompts is not None) and not guided:
         raise UsageError("this bundle was exported without guidance, so it has no unconditional half; leave it out")
     if prompts is None and negative_prompts is not None:
         raise UsageError("negative_prompts go with prompts; give unconditional beside conditions")
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise UsageError(f"conditions must be arrays by name, found {type(conditions).__name__}")
     checked = texts = None
-    if prompts is not None:
-        texts = _checked_prompts(manifest, prompts, negative_prompts, conditions, unconditional)
+    if not needed:
+        given = 1 if latents is None else len(latents)
+        count = given if count is None else whole_number(count, "count")
+        if count < 1:
+            raise UsageError(f"count must be at least 1, found {count}")
+        checked = Conditions(count=count, given={}, unconditional={})
+    elif prompts is not None:
+        texts = _checked_prompts(manifest, prompts, negative_prompts, conditions, unconditional, embedded)
         count = len(texts.given)
     elif class_labels is not None:
         if unconditional is not None:
@@ -112,20 +141,31 @@ def checked_request(
         checked = labelled_conditions(needed, class_labels, guided=guided)
         count = checked.count
     else:
-        checked = checked_conditions(needed, conditions or {}, unconditional, guided=guided)
+        checked = checked_conditions(
+            needed,
+            _with_guidance(manifest, conditions or {}, embedded),
+            None if unconditional is None else _with_guidance(manifest, unconditional, embedded),
+            guided=guided,
+        )
         count = checked.count
     seed = checked_seed(seed)
-    if guidance_scale is not None and not guided:
-        raise UsageError("this bundle was exported without guidance; calibrate with --guidance-scale to have it")
-    if guidance_scale is not None:
-        _check_guidance_scale(guidance_scale)
+    if guided and cfg is not None and cfg <= NO_GUIDANCE:
+        # Both halves alike, so that what guidance adds to the one is nothing.
+        log.warning(
+            "a guidance scale of %g is none, as in diffusers; this bundle calls the model for two halves all the same,"
+            " one that was calibrated without guidance is twice as fast",
+            cfg,
+        )
+        cfg = NO_GUIDANCE
+        checked = None if checked is None else dataclasses.replace(checked, unconditional=checked.given)
+        texts = None if texts is None else dataclasses.replace(texts, negative=texts.given)
     return Request(
         count=count,
         conditions=checked,
         prompts=texts,
         seed=seed,
         latents=None if latents is None else _checked_latents(latents, (count, *manifest.latent_shape)),
-        guidance_scale=manifest.solver.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale=cfg,
     )
 
 
@@ -135,6 +175,7 @@ def _checked_prompts(
     negative: Sequence[str] | str | None,
     conditions: Arrays | None,
     unconditional: Arrays | None,
+    embedded: float | None,
 ) -> Prompts:
     record = manifest.text
     if record is None:
@@ -156,8 +197,6 @@ def _checked_prompts(
                 f"negative_prompts: expected one, or {len(given)} as there are prompts, found {len(other)}"
             )
         other = other * len(given) if len(other) == 1 else other
-    if conditions is not None and not isinstance(conditions, Mapping):
-        raise UsageError(f"conditions must be arrays by name, found {type(conditions).__name__}")
     more = dict(conditions or {})
     for name in sorted(more.keys() - record.defaults.keys()):
         made = any(item.name == name for item in manifest.conditions)
@@ -166,8 +205,14 @@ def _checked_prompts(
             + ("which make it; leave it out" if made else "as this model takes none; leave it out")
         )
     needed = [item for item in manifest.conditions if item.name in record.defaults]
+    defaults = dict(record.defaults)
+    if manifest.solver.embedded_guidance is not None:
+        defaults[GUIDANCE] = manifest.solver.embedded_guidance
+    if embedded is not None and manifest.embeds_guidance:
+        defaults[GUIDANCE] = embedded
+        more.pop(GUIDANCE, None)
     for item in needed:
-        more.setdefault(item.name, np.full((len(given), *item.shape), record.defaults[item.name], item.dtype))
+        more.setdefault(item.name, np.full((len(given), *item.shape), defaults[item.name], item.dtype))
     if needed:
         found = checked_conditions(needed, more, None, guided=False)
         if found.count != len(given):
@@ -211,9 +256,48 @@ def _checked_latents(latents: FloatArray, expected: tuple[int, ...]) -> FloatArr
     return latents.astype(np.float32)
 
 
-def _check_guidance_scale(scale: Any) -> None:
-    number = isinstance(scale, (int, float, np.number)) and math.isfinite(scale)
-    if not number or scale < 0:
-        raise UsageError(
-            f"guidance scale must be a finite number from 0 on, which ignores the condition, found {scale!r}"
-        )
+def _checked_guidance(
+    manifest: Manifest, guidance_scale: Any, true_cfg_scale: Any
+) -> tuple[float | None, float | None]:
+    """What a request's guidance means to the bundle's model.
+
+    Returns:
+        The scale of classifier-free guidance, None where the bundle has none, and the strength that a model is told
+        whose guidance is distilled.
+
+    Raises:
+        UsageError: a scale is no finite number from 0 on, or the bundle has no such guidance.
+    """
+    scales = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+    for name, scale in scales.items():
+        # Comparisons that NaN fails, and what float32 has no room for.
+        if scale is not None and not (
+            isinstance(scale, (int, float, np.integer, np.floating)) and 0 <= scale <= LARGEST
+        ):
+            raise UsageError(f"{name}: guidance scale must be a finite number from 0 on, found {scale!r}")
+    solver, embedded = manifest.solver, None
+    name = TRUE_CFG_SCALE if solver.true_cfg else GUIDANCE_SCALE
+    asked = scales[name]
+    if solver.true_cfg:
+        embedded = guidance_scale
+        if embedded is not None and not manifest.embeds_guidance:
+            log.warning("guidance_scale %g is ignored: no guidance was distilled into this model", embedded)
+    elif true_cfg_scale is not None:
+        raise UsageError("true_cfg_scale: the pipeline of this model has none; its guidance is guidance_scale")
+    if not manifest.guided:
+        if asked is not None and asked > NO_GUIDANCE:
+            raise UsageError(
+                "this bundle was exported without guidance; to have it, calibrate with"
+                f" --{name.replace('_', '-')} {asked:g}, then export and build"
+            )
+        return None, embedded
+    return solver.guidance_scale if asked is None else float(asked), embedded
+
+
+def _with_guidance(manifest: Manifest, half: Arrays, embedded: float | None) -> Arrays:
+    """Conditions in which a model is told how strong its distilled guidance is."""
+    strength = manifest.solver.embedded_guidance if embedded is None else embedded
+    if not manifest.embeds_guidance or strength is None or (embedded is None and GUIDANCE in half):
+        return half
+    count = max((len(array) for array in map(np.asarray, half.values()) if array.ndim), default=0)
+    return {**half, GUIDANCE: np.full(count, strength, np.float32)}

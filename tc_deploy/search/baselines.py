@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_deploy.calibrate.measure import with_fewer_steps
+from tc_deploy.calibrate.measure import own_arguments, with_steps
 from tc_deploy.calibrate.stage import assemble_plan
 from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
@@ -54,12 +54,11 @@ class Baselines:
 
     def converged(self) -> PlannedPoint | None:
         """The model's own run with four times the steps; None where the sampler cannot have so many."""
-        if self.sampling.set_timesteps_kwargs:
+        if own_arguments(self.model, self.sampling):
             return None
         try:
-            return self._full_steps(
-                with_fewer_steps(self.sampling, CONVERGED * self.sampling.steps), "converged", Kind.FULL
-            )
+            sampling = with_steps(self.model, self.sampling, CONVERGED * self.sampling.steps)
+            return self._full_steps(sampling, "converged", Kind.FULL)
         except ExportError:
             return None
 
@@ -67,7 +66,7 @@ class Baselines:
         """Every baseline that needs no point of ours."""
         steps = self.sampling.steps
         for count in _step_counts(FEWER_STEPS, steps):
-            sampling = with_fewer_steps(self.sampling, count)
+            sampling = with_steps(self.model, self.sampling, count)
             yield self._full_steps(sampling, f"{count} steps", Kind.FEWER_STEPS)
         better = self._better_solver()
         for count in _step_counts(BETTER_SOLVER_STEPS, steps) if better else ():

@@ -167,7 +167,8 @@ class PointMaker:
                 progress(start // pipeline.batch_size * step.total + step.index + 1, total)
 
             other = asked.unconditional if pipeline.manifest.guided else None
-            latents = pipeline(conditions=asked.given, unconditional=other, seed=seed, on_step=on_step).latents
+            pictures: dict[str, Any] = {"conditions": asked.given} if asked.given else {"count": count}
+            latents = pipeline(**pictures, unconditional=other, seed=seed, on_step=on_step).latents
         made = {"latents": latents, "trajectory": np.stack(trajectory)}
         write_bytes(path, safetensors.numpy.save(made))
         return Pictures(**made)
@@ -250,6 +251,8 @@ def asked_conditions(model: DiffusionTransformer, sampling: Sampling, seeds: Seq
     if sampling.prompts is not None or takes_prompts(model):
         return conditions_of(model, sampling.prompts, seeds)
     needed = model.geometry.conditions
+    if not needed:
+        return Conditions(count=len(seeds), given={}, unconditional={})
     labels = labels_of(len(seeds), seeds[0], needed[0].classes or 1)
     return labelled_conditions(needed, labels.tolist(), guided=sampling.guidance_scale is not None)
 

@@ -45,7 +45,7 @@ class CachePredictor(nn.Module):
         Returns:
             (L, N) in (0, 1); 1 means compute again.
         """
-        octaves = torch.exp2(torch.arange(FREQUENCIES, dtype=torch.float32) * 0.5)
+        octaves = torch.exp2(torch.arange(FREQUENCIES, dtype=torch.float32, device=timestep.device) * 0.5)
         angles = timestep.float() / self.scale * octaves
         features = self.time(torch.cat([angles.sin(), angles.cos()]))
         hidden = torch.nn.functional.silu(self.block.weight + features)  # (L, hidden)

@@ -43,6 +43,8 @@ class Sampling:
     set_timesteps_kwargs: Mapping[str, Any]
     prompts: Prompts | None = None
     """None: conditions are drawn."""
+    embedded_guidance: float | None = None
+    """Strength that a model whose guidance is distilled is told; None leaves it to the prompts, or to the draw."""
 
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""

@@ -1,0 +1,309 @@
+"""What each family's pipeline decides about sampling, against the untouched pipeline object of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import zoo
+from diffusers_pipelines import tiny_autoencoder, tiny_wan_autoencoder
+from torch import Tensor
+
+from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.calibrate.stage import sampling_from_recipe
+from tc_deploy.conditions import UNCONDITIONAL
+from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.loading import load_model
+from tc_deploy.models.solver import read_solver
+from tc_deploy.tokencache.sampler import Sampling, denoise
+
+# diffusers turns tensors into arrays in the way of numpy 1, which numpy 2 still takes but deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+
+BATCH, TEXT, STEPS = 2, 5, (4, 7)
+EQUAL = 1e-5
+"""Relative: batches are cut and added up in another order, in fp32."""
+LABELS = [3, 8]
+
+FlowEuler = diffusers.FlowMatchEulerDiscreteScheduler
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+DYNAMIC = {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+
+PLAIN: Mapping[str, Callable[[], Any]] = {
+    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
+    "dpm": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
+}
+SCALED = {**PLAIN, "euler": diffusers.EulerDiscreteScheduler}
+STATIC: Mapping[str, Callable[[], Any]] = {
+    "flow-euler": lambda: FlowEuler(shift=3.0),
+    "flow-dpm": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+    "flow-unipc": lambda: diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0),
+}
+SIZED: Mapping[str, Callable[[], Any]] = {
+    "flow-euler, dynamic": lambda: FlowEuler(**DYNAMIC),
+    # As in FLUX.1-dev's folder, and other numbers than the pipelines' defaults.
+    "flow-euler, dynamic by its own numbers": lambda: FlowEuler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64, base_shift=0.3, max_shift=1.7, shift=3.0
+    ),
+    "flow-dpm, dynamic": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, **DYNAMIC),
+    "flow-unipc, dynamic": lambda: diffusers.UniPCMultistepScheduler(**FLOW, **DYNAMIC),
+    # What users get who swap: settings that the class does not take stay in its configuration.
+    "dpm from flow-euler": lambda: diffusers.DPMSolverMultistepScheduler.from_config(
+        FlowEuler(**DYNAMIC, base_image_seq_len=16, max_image_seq_len=64, max_shift=1.7).config, **FLOW
+    ),
+}
+
+
+def _tensor(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family in its pipeline."""
+
+    model: str
+    """Of the zoo."""
+    pipeline: Callable[[Any, Any], Any]
+    """Given transformer and scheduler."""
+    schedulers: Mapping[str, Callable[[], Any]]
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Of the latents."""
+    asked: Callable[[tuple[int, ...]], dict[str, Any]]
+    """Arguments of the pipeline for latents of that size."""
+    changes: Mapping[str, Any] = field(default_factory=lambda: {"num_layers": 1})
+    """To the model's configuration."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """By the model's condition, the pipeline's argument."""
+    guided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
+    """Arguments of pipeline and recipe alike."""
+    unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+
+def _pixels(scale: int) -> Callable[[tuple[int, ...]], dict[str, Any]]:
+    return lambda size: {"height": scale * size[0], "width": scale * size[1]}
+
+
+def _pixart(kind: Any, levels: int) -> Callable[[Any, Any], Any]:
+    return lambda transformer, scheduler: kind(None, None, tiny_autoencoder(4, levels), transformer, scheduler)
+
+
+EMBEDDINGS = {"encoder_hidden_states": "prompt_embeds"}
+MASKED = {**EMBEDDINGS, "encoder_attention_mask": "prompt_attention_mask"}
+POOLED = {**EMBEDDINGS, "pooled_projections": "pooled_prompt_embeds"}
+UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
+
+
+def _flux(transformer: Any, scheduler: Any) -> Any:
+    return diffusers.FluxPipeline(scheduler, tiny_autoencoder(4), None, None, None, None, transformer)
+
+
+CASES = {
+    "dit": Case(
+        model="dit",
+        changes={"num_layers": 1, "num_embeds_ada_norm": 1000},
+        pipeline=lambda transformer, scheduler: diffusers.DiTPipeline(transformer, tiny_autoencoder(4), scheduler),
+        schedulers=PLAIN,
+        sizes=((8, 8), (12, 12)),
+        asked=lambda size: {},
+    ),
+    "pixart-alpha": Case(
+        # The 1024 models, which are told the picture's size.
+        model="pixart-sizes",
+        changes={"num_layers": 1, "sample_size": 128, "use_additional_conditions": None},
+        pipeline=_pixart(diffusers.PixArtAlphaPipeline, 4),
+        schedulers=SCALED,
+        sizes=((8, 12), (12, 8)),
+        asked=lambda size: {**_pixels(8)(size), **UNBINNED},
+        arguments=MASKED,
+    ),
+    "pixart-sigma": Case(
+        model="pixart",
+        changes={"num_layers": 1, "use_additional_conditions": False},
+        pipeline=_pixart(diffusers.PixArtSigmaPipeline, 4),
+        schedulers=SCALED,
+        sizes=((8, 12), (12, 8)),
+        asked=lambda size: {**_pixels(8)(size), **UNBINNED},
+        arguments=MASKED,
+    ),
+    "sd3": Case(
+        model="sd3",
+        pipeline=lambda transformer, scheduler: diffusers.StableDiffusion3Pipeline(
+            transformer, scheduler, tiny_autoencoder(4, 2), *[None] * 6
+        ),
+        schedulers={**STATIC, "flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(2),
+        arguments=POOLED,
+    ),
+    "flux-dev": Case(
+        model="flux",
+        changes={"num_layers": 1, "num_single_layers": 1},
+        pipeline=_flux,
+        schedulers={**SIZED, "flow-euler": STATIC["flow-euler"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(1),
+        arguments=POOLED,
+        guided={"guidance_scale": 2.5, "true_cfg_scale": 2.0},
+        unguided={"guidance_scale": 2.5},
+    ),
+    "flux-schnell": Case(
+        model="flux-schnell",
+        changes={},
+        pipeline=_flux,
+        # Its own folder's, and those that users give it.
+        schedulers={"flow-euler": lambda: FlowEuler(shift=1.0), **SIZED},
+        sizes=((8, 8), (16, 12)),
+        asked=_pixels(1),
+        arguments=POOLED,
+        guided={"true_cfg_scale": 2.0},
+        unguided={"guidance_scale": 0.0},
+    ),
+    "wan": Case(
+        model="wan",
+        pipeline=lambda transformer, scheduler: diffusers.WanPipeline(
+            None, None, tiny_wan_autoencoder(), scheduler, transformer
+        ),
+        schedulers=STATIC,
+        sizes=((3, 4, 8), (2, 8, 4)),
+        asked=lambda size: {"num_frames": 4 * size[0] - 3, "height": 8 * size[1], "width": 8 * size[2]},
+        arguments=EMBEDDINGS,
+    ),
+}
+RUNS = [(case, name) for case in CASES for name in CASES[case].schedulers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """A case as the package sees it, and the pipeline that its folder was saved from."""
+
+    case: Case
+    pipe: Any
+    folder: Path
+    size: tuple[int, ...]
+
+    def model(self) -> DiffusionTransformer:
+        return load_model(self.folder, ModelOptions(latent_size=self.size, text_tokens=TEXT if self.words else None))
+
+    @property
+    def words(self) -> bool:
+        return bool(self.case.arguments)
+
+    def sampling(self, model: DiffusionTransformer, steps: int, **sampling: Any) -> Sampling:
+        conditions = {"conditions": "random"} if self.words else {}
+        recipe = {"model": str(self.folder), "sampling": {"steps": steps, **sampling}, **conditions}
+        return sampling_from_recipe(Recipe.model_validate(recipe), model)
+
+
+def _made(case: Case, scheduler: Any, size: tuple[int, ...], folder: Path) -> Ours:
+    changes = {**case.changes, "sample_size": size[0]} if case.model == "dit" else case.changes
+    transformer = getattr(diffusers, zoo.MODELS[case.model][0]).from_pretrained(
+        zoo.save(case.model, folder / "transformer", **changes)
+    )
+    pipe = case.pipeline(transformer.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    # The whole would write what no test reads, hundreds of times.
+    pipe.save_config(folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    return Ours(case=case, pipe=pipe, folder=folder, size=size)
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Ours:
+    name, scheduler, size = request.param
+    case = CASES[name]
+    return _made(case, case.schedulers[scheduler](), case.sizes[size], tmp_path)
+
+
+def _conditions(ours: Ours, model: DiffusionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Conditions as the package takes them, and the same as the pipeline's arguments."""
+    if not ours.words:
+        return {"class_labels": torch.tensor(LABELS, dtype=torch.int32)}, {"class_labels": LABELS}
+    ours_, theirs = {}, {}
+    for number, condition in enumerate(model.geometry.conditions):
+        for prefix, half, seed in (("", "", 2 * number), ("negative_", UNCONDITIONAL, 2 * number + 1)):
+            argument = ours.case.arguments.get(condition.name)
+            if argument is None:
+                ours_[half + condition.name] = torch.full((BATCH,), ours.case.guided["guidance_scale"])
+                continue
+            value = _tensor(seed, BATCH, *condition.shape)
+            if condition.name.endswith("mask"):
+                value = torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).roll(len(prefix), 0)
+            ours_[half + condition.name], theirs[prefix + argument] = value, value
+    return ours_, theirs
+
+
+def _pipelines_run(
+    ours: Ours, steps: int, noise: Tensor, given: Mapping[str, Any], guidance: Mapping[str, Any]
+) -> Tensor:
+    asked = {"num_inference_steps": steps, **given, **guidance, **ours.case.asked(ours.size)}
+    if ours.words:
+        return ours.pipe(**asked, latents=noise, output_type="latent", return_dict=False)[0]
+    # DiTPipeline takes no noise and gives no latents: it draws the one, and its decoder sees the other.
+    seen: list[Tensor] = []
+    decode = ours.pipe.vae.decode
+    ours.pipe.vae.decode = lambda latents: (seen.append(latents), decode(latents))[1]
+    try:
+        ours.pipe(**asked, generator=torch.Generator().manual_seed(0), output_type="pt")
+    finally:
+        ours.pipe.vae.decode = decode
+    return seen[0] * ours.pipe.vae.config.scaling_factor
+
+
+@pytest.mark.parametrize(
+    "made",
+    [(case, name, size) for case, name in RUNS for size in (0, 1)],
+    indirect=True,
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_timesteps_are_the_pipeline_s(made: Ours) -> None:
+    model = made.model()
+    _, theirs = _conditions(made, model)
+    for steps in STEPS:
+        noise = _tensor(9, BATCH, *model.geometry.latent_shape)
+        _pipelines_run(made, steps, noise, theirs, made.case.unguided)
+        sampling = made.sampling(model, steps)
+        table = read_solver(sampling.scheduler, steps, sampling.set_timesteps_kwargs)
+        assert table.timesteps.tolist() == made.pipe.scheduler.timesteps.float().tolist()
+
+
+def _latents_are_equal(made: Ours, steps: int, guidance: Mapping[str, Any]) -> None:
+    model = made.model()
+    sampling = made.sampling(model, steps, **guidance)
+    noise = torch.randn((BATCH, *model.geometry.latent_shape), generator=torch.Generator().manual_seed(0))
+    given, theirs = _conditions(made, model)
+    expected = _pipelines_run(made, steps, noise, theirs, guidance)
+    found = denoise(model, sampling, noise, given, lambda _, inputs: model.forward(inputs))
+    assert (found - expected).abs().max() <= EQUAL * expected.abs().max()
+
+
+FIRST = [(case, next(iter(CASES[case].schedulers)), 0) for case in CASES]
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("made", FIRST, indirect=True, ids=lambda value: value[0])
+def test_latents_are_the_pipeline_s(made: Ours, guided: bool) -> None:
+    _latents_are_equal(made, STEPS[0], made.case.guided if guided else made.case.unguided)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    "made",
+    [(case, name, size) for case, name in RUNS for size in (0, 1)],
+    indirect=True,
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_latents_of_every_scheduler_size_and_step_count_are_the_pipeline_s(
+    made: Ours, steps: int, guided: bool
+) -> None:
+    _latents_are_equal(made, steps, made.case.guided if guided else made.case.unguided)
