@@ -7,7 +7,8 @@ is written last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
@@ -15,7 +16,19 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from tc_deploy.bounds import MAX_AXES, Float32, NonNegativeFloat32, PositiveFloat32, Size, Step
-from tc_deploy.bundle import MANIFEST, Document, FileRecord, canonical_json, read_document, sha256_of_file
+from tc_deploy.bundle import (
+    MANIFEST,
+    Document,
+    Earlier,
+    FileRecord,
+    FolderKind,
+    NotOursError,
+    canonical_json,
+    file_names,
+    known_document,
+    read_document,
+    sha256_of_file,
+)
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.libraries import imported
@@ -38,6 +51,12 @@ FP32_GRAPHS = (DECODER, TEXT_ENCODER)
 TOKENIZERS_FOLDER = "tokenizers"
 ENGINE_SUFFIX = ".engine"
 """Of an engine that is built ahead of its use; its :class:`EngineRecord` lies beside it, with ``.json``."""
+KERNELS_SUFFIX = ".kernels"
+"""Of what TensorRT-RTX compiles for an engine when it runs; it lies beside the engine, and in no manifest."""
+SIGNATURE = "signature.json"
+"""Of who vouches for the bundle, where somebody signed it."""
+POLYGRAPHY = "polygraphy"
+"""The folder of what engines are validated by."""
 RUNTIME_TABLES = "runtime.safetensors"
 """Tables of the bundle: timesteps (T,), input_scale (T,), coefficients (T, 2 * (history + 1))."""
 
@@ -415,6 +434,57 @@ def read_engine_record(engine: Path) -> EngineRecord:
         BundleError: nothing readable lies beside it.
     """
     return read_document(EngineRecord, engine.with_suffix(".json"), "engine record", "tc-deploy build")
+
+
+_FILES = frozenset({"kind", "format_version", "made_by", "files"})
+_EARLIER = {
+    1: Earlier(
+        required=_FILES | {"precision", "batch_size", "latent_shape", "pixels", "conditions", "solver", "graphs"},
+        optional=frozenset({"fp32_blocks", "decoder", "text"}),
+    )
+}
+_EARLIER_TARGETS = {
+    1: Earlier(
+        required=_FILES
+        | {"backend", "backend_version", "options", "precision", "gpu", "plan_sha256", "manifest_sha256"}
+    )
+}
+_SIGNATURES = {1: Earlier(required=frozenset({"kind", "format_version", "made_by", "signs", "signature"}))}
+
+
+def _target_names(folder: Path) -> Iterator[str]:
+    """The files of a target.
+
+    Raises:
+        NotOursError: it is none.
+    """
+    names = file_names(known_document(folder / MANIFEST, "target", TargetManifest, _EARLIER_TARGETS)["files"])
+    yield from names
+    yield from (name.removesuffix(ENGINE_SUFFIX) + KERNELS_SUFFIX for name in names if name.endswith(ENGINE_SUFFIX))
+    yield MANIFEST
+
+
+def _bundle_names(folder: Path) -> Iterator[str]:
+    """The files of a bundle and of the targets in it; Python leaves a compiled script where polygraphy ran one.
+
+    Raises:
+        NotOursError: it is none.
+    """
+    names = file_names(known_document(folder / MANIFEST, "bundle", Manifest, _EARLIER)["files"])
+    for target in sorted(folder.glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(NotOursError):
+            if not target.parent.is_symlink():
+                yield from (f"{target.parent.name}/{name}" for name in _target_names(target.parent))
+    with contextlib.suppress(NotOursError):
+        known_document(folder / SIGNATURE, "signature", None, _SIGNATURES)
+        yield SIGNATURE
+    yield from names
+    yield from (f"{POLYGRAPHY}/__pycache__/{path.name}" for path in (folder / POLYGRAPHY).glob("__pycache__/*.pyc"))
+    yield MANIFEST
+
+
+TARGET_FOLDER: Final = FolderKind(name="a target", marker=MANIFEST, names=_target_names)
+BUNDLE_FOLDER: Final = FolderKind(name="a bundle", marker=MANIFEST, names=_bundle_names, inner=TARGET_FOLDER)
 
 
 def write_manifest(manifest: Manifest | TargetManifest, folder: Path) -> None:

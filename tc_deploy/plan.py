@@ -6,8 +6,9 @@ index tables. The JSON is canonical: the same calibration gives the same bytes. 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -28,14 +29,20 @@ from tc_deploy.bounds import (
 )
 from tc_deploy.bundle import (
     Document,
+    Earlier,
     FileRecord,
+    FolderKind,
+    NotOursError,
     canonical_json,
     check_files,
+    file_names,
+    known_document,
     new_folder,
     read_document,
+    reading,
     sha256_of_bytes,
 )
-from tc_deploy.errors import PlanError
+from tc_deploy.errors import BundleError, PlanError
 from tc_deploy.schedule import FULL, PHASES, Schedule
 from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
@@ -45,6 +52,12 @@ PLAN = "plan.json"
 TABLES = "tables.safetensors"
 VARIANT: Final = r"^[A-Za-z0-9_-]+$"
 """What the name of a copy of the weights looks like: it becomes a part of file names."""
+SEARCH = "search.json"
+"""What a search found, beside the plan that it chose."""
+SAMPLES = "samples.safetensors"
+"""Final latents of a few pictures per point of a search, ``(n, *latent shape)`` float32 under the point's name."""
+POINTS = "points"
+"""The plan of every point of a search, each in a folder of its own."""
 RANDOM: Final = "random"
 """Conditions that are drawn although the model takes prompts: for trials and for models with random weights."""
 
@@ -336,7 +349,7 @@ def save_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: P
         StorageError: the place cannot be written.
     """
     check_plan(plan, tables, str(folder))
-    with new_folder(folder, marker=PLAN) as temporary:
+    with new_folder(folder, PLAN_FOLDER) as temporary:
         write_plan_files(plan, tables, temporary, folder)
 
 
@@ -399,14 +412,82 @@ def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
         BundleError: a file is missing, truncated or altered.
         PlanError: the plan is inconsistent.
     """
-    plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
-    check_files(folder, {TABLES: plan.tables})
-    try:
-        tables = read_tensors(folder / TABLES)
-    except ValueError as error:
-        raise PlanError(f"{folder / TABLES}: {error}; calibrate again") from None
+    with reading(folder, PLAN_FOLDER):
+        plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
+        check_files(folder, {TABLES: plan.tables})
+        try:
+            tables = read_tensors(folder / TABLES)
+        except ValueError as error:
+            raise PlanError(f"{folder / TABLES}: {error}; calibrate again") from None
     check_plan(plan, tables, str(folder))
     return _with_paths(plan, lambda path: absolute_path(path, folder)), tables
+
+
+_EARLIER = {
+    1: Earlier(
+        required=frozenset(
+            {"format_version", "model", "sampling", "schedule", "cache", "cost", "origin", "measured", "tables"}
+        )
+    )
+}
+_SEARCHES = {
+    version: Earlier(
+        required=frozenset(
+            {"kind", "format_version", "made_by", "date", "model", "hardware", "latency_source", "backend"}
+            | {"backend_version", "batch_size", "seed", "screening_seeds", "confirmation_seeds", "settings", "variants"}
+            | {"screened", "points", "remarks", "samples"}
+        )
+    )
+    for version in (1, 2)
+}
+"""The record's class is in a room above; here it is known by its keys."""
+
+
+def _written_names(folder: Path) -> Iterator[str]:
+    """The files of a plan folder, of a search's the points' too.
+
+    Raises:
+        NotOursError: it is none.
+    """
+    found = known_document(folder / PLAN, "plan", Plan, _EARLIER)
+    file_names({TABLES: found["tables"]})
+    points = [path.name for path in sorted((folder / POINTS).glob("*")) if _is_plan(path)]
+    for point in points:
+        yield from (f"{POINTS}/{point}/{TABLES}", f"{POINTS}/{point}/{PLAN}")
+    if (folder / SEARCH).exists():
+        try:
+            known_document(folder / SEARCH, "search", None, _SEARCHES)
+        except NotOursError as error:
+            raise NotOursError(f"beside it {SEARCH} is no search of tc-deploy: {error}") from None
+        yield from (SAMPLES, SEARCH)
+    elif points:
+        yield SAMPLES
+    yield from (TABLES, PLAN)
+
+
+def _is_plan(folder: Path) -> bool:
+    try:
+        known_document(folder / PLAN, "plan", Plan, _EARLIER)
+    except NotOursError:
+        return False
+    return not folder.is_symlink()
+
+
+PLAN_FOLDER: Final = FolderKind(name="a plan", marker=PLAN, names=_written_names)
+
+
+def places_read(folder: Path) -> list[Path]:
+    """A plan folder or a bundle, with the checkpoint and the prompts that it was made from, as far as they are there.
+
+    What a command reads that is given the folder, and so what no output of that command may lie in.
+    """
+    with contextlib.suppress(BundleError, PlanError):
+        plan = read_document(Plan, folder / PLAN, "plan", "tc-deploy calibrate")
+        prompts = plan.origin.conditions
+        said = [plan.model.source, *([prompts.file] if isinstance(prompts, PromptsRecord) else [])]
+        sources = [absolute_path(path, folder) for path in said]
+        return [folder, *(Path(source) for source in sources if os.path.exists(source))]  # noqa: PTH110 - any text
+    return [folder]
 
 
 def index_row(schedule: Schedule, step: int) -> int:

@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import GraphRecord, Manifest
+from tc_deploy.manifest import POLYGRAPHY, GraphRecord, Manifest
 from tc_deploy.types import FloatArray, Precision
 
-POLYGRAPHY = "polygraphy"
-"""The folder, inside the bundle."""
 SCRIPT = f"{POLYGRAPHY}/inputs.py"
 TRAJECTORY = f"{POLYGRAPHY}/trajectory.safetensors"
 RUNNER = "pytorch"

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from tc_deploy import __version__
 from tc_deploy.bundle import MANIFEST, Document, canonical_json, check_files, read_document, sha256_of_file, write_bytes
 from tc_deploy.errors import BundleError, UsageError
-from tc_deploy.manifest import TargetManifest, read_manifest, read_target
+from tc_deploy.manifest import SIGNATURE, TargetManifest, read_manifest, read_target
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-SIGNATURE = "signature.json"
 PASSWORD_VARIABLE: Final = "TC_DEPLOY_KEY_PASSWORD"  # noqa: S105 - its name
 """Environment variable that holds the password of an encrypted private key."""
 _PURPOSE: Final = b"tc-deploy bundle signature 1\n"

@@ -13,9 +13,9 @@ from typing import Any
 from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Progress
-from tc_deploy.bundle import MANIFEST, file_records, new_folder, sha256_of_file
+from tc_deploy.bundle import MANIFEST, claimed, file_records, kept_from_writers, sha256_of_file
 from tc_deploy.consistency import read_documents
-from tc_deploy.manifest import FORMAT_VERSION, TargetManifest, write_manifest
+from tc_deploy.manifest import FORMAT_VERSION, TARGET_FOLDER, TargetManifest, read_manifest, write_manifest
 from tc_deploy.plan import PLAN
 
 
@@ -37,13 +37,15 @@ def build_target(
         BundleError: the bundle is missing, incomplete or altered.
         UsageError: there is no such backend, or it refuses an option.
         BackendError: the engine is not installed, refuses a graph, or computes numbers that are not finite.
-        StorageError: the target cannot be written.
+        StorageError: the target cannot be written, something else is in its place, or another process is writing the
+            bundle or the target.
     """
     engine = registry.backend(backend)
     version = engine.version()
-    manifest = read_documents(bundle).manifest
     options = dict(options or {})
-    with new_folder(bundle / backend) as folder:
+    read_manifest(bundle)
+    with kept_from_writers(bundle), claimed(bundle / backend, TARGET_FOLDER) as claim, claim.new_folder() as folder:
+        manifest = read_documents(bundle).manifest
         gpu = engine.build(bundle, manifest, folder, options, progress)
         target = TargetManifest(
             kind="target",

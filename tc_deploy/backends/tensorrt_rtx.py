@@ -17,8 +17,8 @@ from typing import Any
 
 from tc_deploy.bundle import sha256_of_file, write_bytes
 from tc_deploy.errors import BackendError, StorageError
+from tc_deploy.manifest import KERNELS_SUFFIX
 
-KERNELS_SUFFIX = ".kernels"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 

@@ -1,13 +1,12 @@
 """Calibrate: a checkpoint and a recipe to a plan ``calibration/NAME``.
 
 The same recipe, checkpoint and seed give the same plan, byte for byte, on one machine. A run that was killed goes on
-where it stood: its state lies in ``calibration/.NAME.work`` until the plan is written.
+where it stood: its state lies in ``calibration/.NAME.tc-deploy`` until the plan is written.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tc_deploy.bundle import canonical_json, check_replaceable, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import Claim, canonical_json, claimed, clear_state, sha256_of_bytes, state_folder, write_state
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
@@ -34,7 +33,7 @@ from tc_deploy.models.scheduler_config import plain_config
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
-    PLAN,
+    PLAN_FOLDER,
     RANDOM,
     CacheRecord,
     OriginRecord,
@@ -42,11 +41,12 @@ from tc_deploy.plan import (
     SamplingRecord,
     ScheduleRecord,
     check_keep_counts,
+    check_plan,
     content_sha256,
     importance_name,
-    save_plan,
     tables_record,
     token_index_name,
+    write_plan_files,
 )
 from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tokencache.sampler import Sampling
@@ -83,13 +83,50 @@ def calibrate(
         UsageError: there is no such device, or the model needs prompts and the recipe names none that fit.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
-        StorageError: the destination cannot be written.
+        StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
+        KeyboardInterrupt: it was interrupted; says where its state is.
         ExportError: the scheduler's steps are not a deterministic linear update.
         UsageError: there are more steps than the scheduler takes.
     """
     # What can be refused at once comes first: loading takes long.
     check_device(device)
-    check_replaceable(destination, marker=PLAN)
+    with claimed(destination, PLAN_FOLDER) as claim:
+        state = _State(claim)
+        try:
+            plan, tables = _calibrated(recipe, state, report, device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {state.words()}") from None
+        check_plan(plan, tables, str(destination))
+        with claim.new_folder() as folder:
+            write_plan_files(plan, tables, folder, claim.destination)
+        if state.folder is not None:
+            clear_state(state.folder)
+    return plan
+
+
+class _State:
+    """Where a calibration keeps what it has done; made when there is something to keep."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.folder: Path | None = None
+
+    def open(self, key: str) -> Path:
+        """The folder for work that depends on what ``key`` stands for."""
+        self.folder = state_folder(self.claim, "calibrate", key)
+        return self.folder
+
+    def words(self) -> str:
+        """What is left of it."""
+        if self.folder is None:
+            return "nothing is left"
+        return f"its state is in {self.folder}: start it again to go on, or remove that folder"
+
+
+def _calibrated(
+    recipe: Recipe, state: _State, report: Report, device: str
+) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
+    """The plan, measured, and its tables; see :func:`calibrate`."""
     boundary, steps = recipe.schedule.boundary, recipe.sampling.steps
     schedule = Schedule(
         steps=steps,
@@ -114,8 +151,7 @@ def calibrate(
             f" found {steps}; take fewer"
         ) from None
     model.family.convention.check_noise(pipeline_of(folder).entries, sampling.scheduler, unit=solver.unit_noise)
-    work = work_folder(destination)
-    importance, manual = importance_of(recipe, model, sampling, schedule, work, report)
+    importance, manual = importance_of(recipe, model, sampling, schedule, state.open, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     for phase in PHASES:
         check_keep_counts(
@@ -142,14 +178,7 @@ def calibrate(
             content_sha256(plan),
         )
         plan = plan.model_copy(update={"measured": measured})
-    save_plan(plan, tables, destination)
-    shutil.rmtree(work, ignore_errors=True)
-    return plan
-
-
-def work_folder(destination: Path) -> Path:
-    """Where the state of an unfinished calibration lies, beside the plan that it is to become."""
-    return destination.parent / f".{destination.name}.work"
+    return plan, tables
 
 
 def check_device(device: str) -> None:
@@ -299,11 +328,16 @@ def _settings(recipe: Recipe, *, manual: bool) -> dict[str, Any]:
 
 
 def importance_of(
-    recipe: Recipe, model: DiffusionTransformer, sampling: Sampling, schedule: Schedule, work: Path, report: Report
+    recipe: Recipe,
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    schedule: Schedule,
+    state: Callable[[str], Path],
+    report: Report,
 ) -> tuple[FloatArray, bool]:
     """Scores (T, L, N) of every step, and whether they were set by hand (no predictor trained).
 
-    Training continues from ``work`` and leaves its state there.
+    Training continues from the folder that ``state`` gives for what it depends on, and leaves its state there.
     """
     blocks, tokens = len(model.blocks), model.geometry.tokens
     trivial = all(ratio in (0.0, 1.0) for ratio in recipe.cache.keep_ratio)
@@ -317,7 +351,7 @@ def importance_of(
             "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,
         }
     )
-    folder = work / sha256_of_bytes(identity.encode())[:16]
+    folder = state(sha256_of_bytes(identity.encode())[:16])
     trajectories = _trajectories(recipe, model, sampling, folder / "trajectories.safetensors", report)
     scores = train_predictor(
         model,
@@ -344,7 +378,7 @@ def _trajectories(
     trajectories = record_trajectories(
         model, sampling, seeds, lambda step: report("sampling trajectories", step + 1, sampling.steps)
     )
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in trajectories.items()}))
+    write_state(path, save({name: tensor.contiguous() for name, tensor in trajectories.items()}))
     return trajectories
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from tc_deploy.bundle import write_bytes
+from tc_deploy.bundle import write_state
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.models.family import DiffusionTransformer
@@ -181,7 +181,7 @@ def _save(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam, it
     tensors = {f"predictor/{name}": value for name, value in predictor.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
-    write_bytes(path, save({**tensors, "iteration": torch.tensor(iteration)}))
+    write_state(path, save({**tensors, "iteration": torch.tensor(iteration)}))
 
 
 def _load(path: Path, predictor: CachePredictor, optimizer: torch.optim.Adam) -> int:

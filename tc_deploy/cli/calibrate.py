@@ -85,10 +85,10 @@ def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 
     RECIPE is a TOML file (docs/recipes.md has all keys), MODEL a diffusers folder; options override the recipe. A run
-    that was stopped leaves its state in .NAME.work beside the plan, and goes on when it is started again.
+    that was stopped leaves its state in .NAME.tc-deploy beside the plan, and goes on when it is started again.
     """
     from tc_deploy.calibrate.recipe import read_recipe
-    from tc_deploy.calibrate.stage import calibrate, work_folder
+    from tc_deploy.calibrate.stage import calibrate
     from tc_deploy.errors import Cancelled
     from tc_deploy.inspect import measurement_of, remark_on
     from tc_deploy.plan import PLAN
@@ -99,14 +99,8 @@ def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     try:
         with progress_bar() as report:
             plan = calibrate(recipe, output, report, device=device)
-    except KeyboardInterrupt:
-        work = work_folder(output)
-        state = (
-            f"its state is in {work}: start it again to go on, or remove that folder"
-            if work.is_dir()
-            else "nothing is left"
-        )
-        raise Cancelled(f"interrupted; {state}") from None
+    except KeyboardInterrupt as interruption:
+        raise Cancelled(str(interruption) or "interrupted") from None
     schedule = plan.tprr()
     click.echo(
         f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False

@@ -13,16 +13,21 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tc_deploy.bundle import check_writable, write_bytes
+from tc_deploy import __version__
+from tc_deploy.bundle import check_output, write_output
+from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
+from tc_deploy.cli.options import force_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
 from tc_deploy.manifest import Manifest, read_manifest
+from tc_deploy.plan import places_read
 from tc_deploy.sheet import sheet_of
 
 LARGEST_DEFAULT_BATCH = 16
 PNG = ".png"
 LATENTS = (".safetensors", ".npy")
+OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
 
 
 @click.command()
@@ -60,6 +65,7 @@ LATENTS = (".safetensors", ".npy")
     show_envvar=True,
     help="Refuse a bundle that the holder of this public key has not signed.",
 )
+@force_option
 @click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
 @click.option("--backend", help="Which of the bundle's engines.")
 @click.option(
@@ -78,6 +84,7 @@ def command(
     true_cfg_scale: float | None,
     output: Path,
     require_signature: Path | None,
+    force: bool,
     full: bool,
     backend: str | None,
     batch_size: int | None,
@@ -93,6 +100,8 @@ def command(
         raise UsageError(f"{bundle} takes {_takes(manifest)}")
     if negative_prompt is not None and not prompts:
         raise UsageError("--negative-prompt goes with --prompt; a file of conditions holds its own")
+    reads = [*places_read(bundle), *(path for path in (file, require_signature) if path is not None)]
+    check_output(output, OUTPUTS[output.suffix], reads=reads, force=force)
     wanted, unconditional = ({}, {}) if file is None else read_conditions(file)
     given = len(labels) or len(prompts) or max((len(array) for array in wanted.values() if array.ndim), default=0)
     if not manifest.conditions:
@@ -127,7 +136,6 @@ def command(
                 needed = tuple(item for item in needed if item.name in wanted or item.name != GUIDANCE)
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
-        check_writable(output)
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()
@@ -146,7 +154,7 @@ def command(
             )
             elapsed_s = time.perf_counter() - start_s
     images = result.images if output.suffix == PNG else None
-    write_bytes(output, _latents(result.latents, output.suffix) if images is None else _png(images, zoom))
+    write_output(output, _latents(result.latents, output.suffix) if images is None else _png(images, zoom))
     click.echo(
         f"{output}: {counted(count, 'picture')}, {result.steps_full} full + {result.steps_cached} cached steps,"
         f" {elapsed_s:.2f} s with {pipeline.backend}"
@@ -168,18 +176,21 @@ def _default_batch(bundle: Path, count: int) -> int | None:
 
 def _latents(array: NDArray[Any], suffix: str) -> bytes:
     if suffix == ".safetensors":
-        return safetensors.numpy.save({"latents": array})
+        return safetensors.numpy.save({"latents": array}, metadata={"made_by": f"tc-deploy {__version__}"})
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
 def _png(images: NDArray[np.uint8], zoom: int) -> bytes:
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     stream = io.BytesIO()
     # Of video each row of the sheet holds one's frames.
     frames = images.shape[1] if images.ndim == 5 else None
     sheet = Image.fromarray(sheet_of(images.reshape(-1, *images.shape[-3:]) if frames else images, frames))
-    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(stream, format="PNG")
+    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text(*SOFTWARE)
+    sheet.save(stream, format="PNG", pnginfo=mark)
     return stream.getvalue()

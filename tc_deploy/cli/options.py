@@ -47,6 +47,9 @@ conditions_option = click.option(
 variant_option = click.option(
     "--variant", metavar="NAME", help="Which copy of the weights, as fp16 of diffusion_pytorch_model.fp16.safetensors."
 )
+force_option = click.option(
+    "--force", is_flag=True, help="Replace a file at -o that tc-deploy did not write; never one that is read."
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),

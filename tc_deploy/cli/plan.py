@@ -74,8 +74,9 @@ def command(
     from tc_deploy.backends.registry import DEFAULT
     from tc_deploy.bundle import canonical_json
     from tc_deploy.calibrate.recipe import read_recipe
+    from tc_deploy.plan import SEARCH
     from tc_deploy.search.choose import Wish, choose_again, current_point
-    from tc_deploy.search.record import SEARCH, read_search
+    from tc_deploy.search.record import read_search
     from tc_deploy.search.stage import search_plan
 
     if target_psnr is not None and max_latency_ms is not None:

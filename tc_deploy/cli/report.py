@@ -6,14 +6,17 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.cli.options import force_option
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, like report.html.")
+@force_option
 @click.option(
     "--validation", type=click.Path(path_type=Path), help="Also draw what tc-deploy validate -o wrote of this bundle."
 )
-def command(path: Path, output: Path, validation: Path | None) -> None:
+def command(path: Path, output: Path, validation: Path | None, force: bool) -> None:
     """Draw PATH (calibration/NAME or engines/NAME) as one HTML page that needs no other file and no network.
 
     Schedule, kept tokens and provenance; and where a search lies beside the plan, the Pareto picture with the
@@ -21,5 +24,5 @@ def command(path: Path, output: Path, validation: Path | None) -> None:
     """
     from tc_deploy.report.page import write_report
 
-    write_report(path, output, validation)
-    click.echo(f"{output}: {output.stat().st_size / 2**10:.0f} KiB")
+    size_bytes = write_report(path, output, validation, force=force)
+    click.echo(f"{output}: {size_bytes / 2**10:.0f} KiB")

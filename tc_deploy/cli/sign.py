@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from tc_deploy.errors import counted
-from tc_deploy.signing import SIGNATURE, SignatureRecord, sign_bundle, verify_bundle
+from tc_deploy.manifest import SIGNATURE
+from tc_deploy.signing import SignatureRecord, sign_bundle, verify_bundle
 
 
 @click.command()

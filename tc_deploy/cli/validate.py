@@ -8,10 +8,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tc_deploy.bundle import canonical_json, check_writable
-from tc_deploy.cli.options import ModelPath
+from tc_deploy.bundle import canonical_json, check_output
+from tc_deploy.cli.options import ModelPath, force_option
 from tc_deploy.cli.progress import log_step
-from tc_deploy.validate.record import DriftRecord, ValidationRecord, write_validation
+from tc_deploy.plan import places_read
+from tc_deploy.validate.record import VALIDATION_FILE, DriftRecord, ValidationRecord, write_validation
 
 FAILED_EXIT_CODE = 1
 PLAIN_WIDTH = 140
@@ -31,9 +32,10 @@ SHOWN_STEPS = 9
 )
 @click.option("--model", type=ModelPath(), help="The checkpoint, if it is not where the plan says.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON, for the report.")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    bundle: Path, backend: str | None, against: str, model: Path | None, output: Path | None, as_json: bool
+    bundle: Path, backend: str | None, against: str, model: Path | None, output: Path | None, force: bool, as_json: bool
 ) -> int:
     """Compare the engines of BUNDLE (engines/NAME) with a reference, on inputs as they occur while sampling.
 
@@ -42,7 +44,8 @@ def command(
     from tc_deploy.validate.stage import validate_bundle
 
     if output is not None:
-        check_writable(output)
+        reads = [*places_read(bundle), *([] if model is None else [model])]
+        check_output(output, VALIDATION_FILE, reads=reads, force=force)
     record = validate_bundle(bundle, backend, against=against, model_path=model, progress=log_step)
     if output is not None:
         write_validation(record, output)

@@ -19,7 +19,7 @@ import safetensors.numpy
 from torch import Tensor
 
 from tc_deploy import __version__
-from tc_deploy.bundle import check_replaceable, file_records, new_folder
+from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading
 from tc_deploy.calibrate.prompts import prompts_of_plan
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
@@ -33,6 +33,7 @@ from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.groups import token_groups
 from tc_deploy.manifest import (
+    BUNDLE_FOLDER,
     FORMAT_VERSION,
     FP32_GRAPHS,
     MODEL_BATCH,
@@ -105,7 +106,7 @@ def export_bundle(
         ModelError: the checkpoint or a part of the pipeline is missing or cannot be loaded.
         ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         BackendError: the engine that the check runs in is not installed.
-        StorageError: the destination cannot be written.
+        StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         UsageError: ``batch_size`` is below 1, there is no block of a name, ``graphs_from`` holds other graphs, the
             plan has nothing to make one graph of, or the model has no use for a decoder or a text encoder.
     """
@@ -117,7 +118,7 @@ def export_bundle(
         raise UsageError(
             "--pipeline names where decoder and text encoders are; give --with-decoder or --with-text-encoder with it"
         )
-    check_replaceable(destination)
+    check_replaceable(destination, BUNDLE_FOLDER)
     plan, tables = load_plan(plan_folder)
     if one_graph and not token_groups(plan.cache, plan.phases_used(), plan.model.tokens):
         raise UsageError(
@@ -136,7 +137,7 @@ def export_bundle(
         variant=variant or plan.model.variant,
         progress=progress,
     )
-    with new_folder(destination) as folder:
+    with new_folder(destination, BUNDLE_FOLDER) as folder:
         (folder / ONNX_FOLDER).mkdir()
         steps = _exported_steps(
             model,
@@ -257,7 +258,8 @@ def _exported_steps(
             model, graphs, examples, onnx, precision, fp32_blocks, dynamic=dynamic, check=check, progress=progress
         )
     else:
-        records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx, one_graph=one_graph)
+        with reading(graphs_from, BUNDLE_FOLDER):
+            records = _taken_graphs(graphs_from, plan, batch_size, precision, fp32_blocks, onnx, one_graph=one_graph)
     geometry = model.geometry
     onnx_model = solver_model(solver.history, geometry.latent_shape, geometry.output_channels, guided, batch_size)
     records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx")

@@ -8,29 +8,48 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tc_deploy.bundle import check_writable, write_bytes
+from tc_deploy.bundle import FileKind, check_output, write_output
+from tc_deploy.plan import places_read
 from tc_deploy.report import causes, charts, pictures, provenance, tokens, words
 from tc_deploy.report.source import Source, source_from_folder
 from tc_deploy.search.record import Kind
 
 MISSING = "–"
+_GENERATOR = b'<meta name="generator" content="tc-deploy">'
+_HEAD_BYTES = 2048
+"""Where the generator is named."""
 
 
-def write_report(folder: Path, output: Path, validation: Path | None = None) -> None:
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _GENERATOR in file.read(_HEAD_BYTES)
+
+
+PAGE = FileKind(name="a report", is_ours=_is_page)
+
+
+def write_report(folder: Path, output: Path, validation: Path | None = None, *, force: bool = False) -> int:
     """Draw a plan folder or a bundle as one HTML page.
 
     Args:
         folder: the folder.
         output: the page.
         validation: what a validation of that bundle wrote.
+        force: replace a file that is no report.
+
+    Returns:
+        The page's size in bytes.
 
     Raises:
         BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
         PlanError: the plan is inconsistent.
-        StorageError: the output cannot be written.
+        StorageError: the output cannot be written, is read for the page, or is somebody's file.
     """
-    check_writable(output)
-    write_bytes(output, page_from_source(source_from_folder(folder, validation)).encode("utf-8"))
+    reads = [*places_read(folder), *([] if validation is None else [validation])]
+    check_output(output, PAGE, reads=reads, force=force)
+    page = page_from_source(source_from_folder(folder, validation)).encode("utf-8")
+    write_output(output, page)
+    return len(page)
 
 
 def page_from_source(source: Source) -> str:

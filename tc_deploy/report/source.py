@@ -17,11 +17,9 @@ from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_target
-from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written
+from tc_deploy.plan import PLAN, SAMPLES, SEARCH, Plan, load_plan, plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
-    SAMPLES,
-    SEARCH,
     Kind,
     PointRecord,
     SearchRecord,

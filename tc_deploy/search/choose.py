@@ -15,14 +15,20 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from tc_deploy.bundle import canonical_json, check_files, new_folder
+from tc_deploy.bundle import Claim, canonical_json, check_files, claimed, reading
 from tc_deploy.errors import BundleError, UsageError
-from tc_deploy.plan import PLAN, load_plan, relative_path, write_plan_files
+from tc_deploy.plan import (
+    PLAN_FOLDER,
+    POINTS,
+    SAMPLES,
+    SEARCH,
+    load_plan,
+    relative_path,
+    write_plan_files,
+)
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import (
     FULL_POINT,
-    SAMPLES,
-    SEARCH,
     LatencySource,
     PointRecord,
     SearchRecord,
@@ -30,7 +36,6 @@ from tc_deploy.search.record import (
 )
 from tc_deploy.types import FloatArray
 
-POINTS = "points"
 DEFAULT_SHARE = 0.5
 
 
@@ -51,15 +56,16 @@ def choose_again(folder: Path, wish: Wish) -> SearchRecord:
         UsageError: no point fulfils the wish.
         StorageError: the folder cannot be written.
     """
-    record = read_search(folder)
-    check_files(folder, {SAMPLES: record.samples})
-    samples = safetensors.numpy.load_file(folder / SAMPLES)
-    plans = {}
-    for point in record.points:
-        if point.settings is not None:
-            plan, tables = load_plan(folder / POINTS / _slug(point.name))
-            plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
-    write_search(record, plans, samples, folder, wish)
+    with claimed(folder, PLAN_FOLDER) as claim:
+        record = read_search(folder)
+        check_files(folder, {SAMPLES: record.samples})
+        samples = safetensors.numpy.load_file(folder / SAMPLES)
+        plans = {}
+        for point in record.points:
+            if point.settings is not None:
+                plan, tables = load_plan(folder / POINTS / _slug(point.name))
+                plans[point.name] = PlannedPoint(name=point.name, kind=point.kind, plan=plan, tables=tables)
+        write_search(record, plans, samples, claim, wish)
     return record
 
 
@@ -70,10 +76,11 @@ def current_point(folder: Path, record: SearchRecord) -> PointRecord:
         BundleError: none is, or a file is damaged.
         PlanError: a plan is malformed.
     """
-    plan, _ = load_plan(folder)
-    for point in record.points:
-        if point.settings is not None and load_plan(folder / POINTS / _slug(point.name))[0] == plan:
-            return point
+    with reading(folder, PLAN_FOLDER):
+        plan, _ = load_plan(folder)
+        for point in record.points:
+            if point.settings is not None and load_plan(folder / POINTS / _slug(point.name))[0] == plan:
+                return point
     raise BundleError(f"{folder}: its plan is no point of its search; choose one with --target-psnr")
 
 
@@ -128,7 +135,7 @@ def write_search(
     record: SearchRecord,
     plans: Mapping[str, PlannedPoint],
     samples: Mapping[str, FloatArray],
-    destination: Path,
+    claim: Claim,
     wish: Wish,
 ) -> None:
     """Write the chosen plan, the record, the samples and every point's plan, all or nothing.
@@ -138,9 +145,10 @@ def write_search(
         StorageError: the destination cannot be written.
     """
     chosen = chosen_point(record, wish)
+    destination = claim.destination
     model = record.model.model_copy(update={"source": relative_path(record.model.source, destination)})
     record = record.model_copy(update={"model": model})
-    with new_folder(destination, marker=PLAN) as folder:
+    with claim.new_folder() as folder:
         for point in record.points:
             if point.settings is not None:
                 own = Path(POINTS, _slug(point.name))

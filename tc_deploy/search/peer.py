@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
-from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.errors import BackendError
 from tc_deploy.libraries import imported
 from tc_deploy.models.family import DiffusionTransformer
@@ -210,7 +210,7 @@ def _sampled(
         made.append(_sample_anew(peer, sampling, *batch))
         cached_steps.append(_cached_steps(peer))
     latents = torch.cat(made)[:count].contiguous()
-    write_bytes(path, safetensors.torch.save({"latents": latents, "cached_steps": torch.tensor(cached_steps)}))
+    write_state(path, safetensors.torch.save({"latents": latents, "cached_steps": torch.tensor(cached_steps)}))
     return _Sampled(latents=latents, cached_steps=cached_steps)
 
 
@@ -227,7 +227,7 @@ def _ratios(
     runs = interleaved(timed, rounds, progress)
     times_ms = {name: [run.wall_ms for run in found] for name, found in runs.items()}
     ratios = {name: ratio_of(times_ms[name], times_ms[FULL]) for name in requests if name != FULL}
-    write_bytes(path, canonical_json(ratios).encode())
+    write_state(path, canonical_json(ratios).encode())
     return ratios
 
 

@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from tc_deploy.backends.build import build_target
 from tc_deploy.bench.clock import Run
 from tc_deploy.bench.spread import ratio_of
-from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import canonical_json, new_folder, remove_folder, remove_folders, sha256_of_bytes, write_state
 from tc_deploy.calibrate.prompts import conditions_of, takes_prompts
 from tc_deploy.conditions import Conditions, labelled_conditions
 from tc_deploy.errors import BundleError
 from tc_deploy.export.stage import export_bundle
-from tc_deploy.manifest import read_target, variant_name
+from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target, variant_name
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import Plan, plan_sha256, save_plan
+from tc_deploy.plan import PLAN_FOLDER, Plan, plan_sha256, save_plan
 from tc_deploy.runtime.pipeline import Pipeline, Step
 from tc_deploy.schedule import FULL
 from tc_deploy.search.record import Kind
@@ -130,7 +130,8 @@ class PointMaker:
         )
         if siblings:
             # A build takes from the target that it replaces what is of the same graphs.
-            shutil.copytree(siblings[0] / self.backend, bundle / self.backend)
+            with new_folder(bundle / self.backend, TARGET_FOLDER) as copy:
+                shutil.copytree(siblings[0] / self.backend, copy, dirs_exist_ok=True)
         build_target(bundle, self.backend, self.build_options())
         self._discard([bundle])
         return bundle
@@ -170,7 +171,7 @@ class PointMaker:
             pictures: dict[str, Any] = {"conditions": asked.given} if asked.given else {"count": count}
             latents = pipeline(**pictures, unconditional=other, seed=seed, on_step=on_step).latents
         made = {"latents": latents, "trajectory": np.stack(trajectory)}
-        write_bytes(path, safetensors.numpy.save(made))
+        write_state(path, safetensors.numpy.save(made))
         return Pictures(**made)
 
     def latency(self, point: PlannedPoint, rounds: int) -> Latency:
@@ -189,7 +190,7 @@ class PointMaker:
         full_ms = [run.wall_ms for run in full]
         found = ratio_of([run.wall_ms for run in runs], full_ms)
         latency = Latency(ratio=found["median"], iqr=found["iqr"], full_ms=float(np.median(full_ms)))
-        write_bytes(path, canonical_json(vars(latency)).encode())
+        write_state(path, canonical_json(vars(latency)).encode())
         return latency
 
     def graph_times(self, point: PlannedPoint, rounds: int) -> dict[str, dict[str, float]]:
@@ -212,7 +213,7 @@ class PointMaker:
         times = {
             name: ratio_of([statistics.mean(run.calls_ms[name]) for run in runs], bases_ms) for name in runs[0].calls_ms
         }
-        write_bytes(path, canonical_json(times).encode())
+        write_state(path, canonical_json(times).encode())
         return times
 
     def _runs(self, point: PlannedPoint, rounds: int, *, check: bool, graphs: bool) -> tuple[list[Run], list[Run]]:
@@ -224,7 +225,13 @@ class PointMaker:
         kept = {*needed, self.work / "bundles" / self.graphs_key(self.full) / _plan_key(self.full)}
         for path in self.work.glob("bundles/*/*"):
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path, BUNDLE_FOLDER)
+
+    def discard_all(self) -> None:
+        """Delete all bundles and plans."""
+        for graphs in self.work.glob("bundles/*"):
+            remove_folders(graphs, BUNDLE_FOLDER)
+        remove_folders(self.work / "plans", PLAN_FOLDER)
 
     def build_options(self) -> dict[str, Any]:
         """TensorRT's engines run batches of a range that is fixed when they are built, and best at one of them."""

@@ -12,13 +12,10 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tc_deploy.bundle import Document, FileRecord, read_document
-from tc_deploy.plan import CacheRecord, ModelRecord, Plan, ScheduleRecord
+from tc_deploy.plan import SEARCH, CacheRecord, ModelRecord, Plan, ScheduleRecord
 from tc_deploy.quality.record import Quality
 from tc_deploy.schedule import Schedule
 
-SEARCH = "search.json"
-SAMPLES = "samples.safetensors"
-"""Final latents of a few pictures per point, ``(n, *latent shape)`` float32 under the point's name."""
 FORMAT_VERSION: Final = 2
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ModelError
@@ -108,5 +108,5 @@ class Screen:
         found = denoise(self.model, self.sampling, self.noise, self.conditions, steps)
         pixels = self.model.geometry.pixels
         psnr_db = picture_psnr_db(found, self.reference, pixels=pixels) if found.isfinite().all() else NOT_FINITE_DB
-        write_bytes(path, json.dumps(psnr_db).encode())
+        write_state(path, json.dumps(psnr_db).encode())
         return psnr_db

@@ -7,13 +7,12 @@
    saw before and are timed in turn with the full run (``confirm``, ``points``, ``baselines``).
 
 In: a recipe. Out: a plan folder that also holds ``search.json``, samples, and the plan of every point. A search that
-was killed goes on where it stood, from ``.NAME.work``.
+was stopped goes on where it stood, from its state beside the plan (``bundle/state.py``).
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,10 +22,13 @@ import torch
 from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.bundle import (
+    Claim,
     FileRecord,
     canonical_json,
-    check_replaceable,
+    claimed,
+    clear_state,
     sha256_of_bytes,
+    state_folder,
 )
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import (
@@ -41,7 +43,7 @@ from tc_deploy.calibrate.stage import (
 from tc_deploy.errors import PlanError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import PLAN, OriginRecord, plan_sha256
+from tc_deploy.plan import PLAN_FOLDER, OriginRecord, plan_sha256
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import Baselines, settings_name
@@ -101,11 +103,10 @@ def search_plan(
         BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
         UsageError: no point fulfils the wish; names the fastest. What was built and timed stays in the work folder, so
             that the same search with another wish is quick.
-        StorageError: the destination cannot be written.
+        StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
     """
     check_wish(wish, "flops" if from_flops else "measured")
     check_device(device)
-    check_replaceable(destination, marker=PLAN)
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
     if recipe.sampling.steps < MIN_STEPS:
@@ -113,14 +114,16 @@ def search_plan(
             f"search: expected {MIN_STEPS} steps or more, two phases of a full and a cached one, found"
             f" {recipe.sampling.steps}; raise --steps"
         )
-    report("loading the checkpoint", 0, 1)
-    model = model_from_recipe(recipe, device)
-    if judge is not None:
-        judge.check_fits(model.geometry.latent_shape)
-    search = _Search(recipe, model, judge, destination, backend, batch_size, from_flops=from_flops, report=report)
-    record, plans, samples = search.run()
-    write_search(record, plans, samples, destination, wish)
-    shutil.rmtree(search.work, ignore_errors=True)
+    with claimed(destination, PLAN_FOLDER) as claim:
+        report("loading the checkpoint", 0, 1)
+        model = model_from_recipe(recipe, device)
+        if judge is not None:
+            judge.check_fits(model.geometry.latent_shape)
+        search = _Search(recipe, model, judge, claim, backend, batch_size, from_flops=from_flops, report=report)
+        record, plans, samples = search.run()
+        write_search(record, plans, samples, claim, wish)
+        search.maker.discard_all()
+        clear_state(search.folder)
     return record
 
 
@@ -132,7 +135,7 @@ class _Search:
         recipe: Recipe,
         model: DiffusionTransformer,
         judge: Classifier | None,
-        destination: Path,
+        claim: Claim,
         backend: str,
         batch_size: int,
         *,
@@ -152,8 +155,7 @@ class _Search:
             "backend": [backend, registry.backend(backend).version(), batch_size, from_flops],
             "made_by": [__version__, torch.__version__, hardware_line(), device_of(model).type],
         }
-        self.work = destination.parent / f".{destination.name}.work"
-        self.folder = self.work / sha256_of_bytes(canonical_json(identity).encode())[:16]
+        self.folder = state_folder(claim, "plan", sha256_of_bytes(canonical_json(identity).encode())[:16])
         self.maker = PointMaker(self.folder, Path(recipe.model), backend, batch_size, self.full)
         self.confirmation = Confirmation(
             recipe.search, model, self.sampling, self.maker, judge, timed=not from_flops, report=report
@@ -211,7 +213,9 @@ class _Search:
             update={"cache": self.recipe.cache.model_copy(update={"keep_counts": None, "keep_ratio": (ratio, ratio)})}
         )
         schedule = Schedule(steps=steps, boundary=steps, k1=min(REFERENCE_INTERVAL, steps), k2=1)
-        importance, _ = importance_of(settings, self.model, self.sampling, schedule, self.folder, self.report)
+        importance, _ = importance_of(
+            settings, self.model, self.sampling, schedule, lambda key: self.folder / key, self.report
+        )
         return importance
 
     def _screened(

@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal
 
-from tc_deploy.bundle import Document, canonical_json, read_document, write_bytes
+from tc_deploy.bundle import (
+    Document,
+    FileKind,
+    NotOursError,
+    canonical_json,
+    known_document,
+    read_document,
+    write_output,
+)
 
 FORMAT_VERSION: Final = 1
 
@@ -178,10 +186,21 @@ def read_validation(path: Path) -> ValidationRecord:
     return read_document(ValidationRecord, path, "validation", "tc-deploy validate engines/NAME -o FILE")
 
 
+def _is_validation(path: Path) -> bool:
+    try:
+        known_document(path, "validation", ValidationRecord, {})
+    except NotOursError:
+        return False
+    return True
+
+
+VALIDATION_FILE: Final = FileKind(name="a validation", is_ours=_is_validation)
+
+
 def write_validation(record: ValidationRecord, path: Path) -> None:
-    """Write it.
+    """Write it; ``check_output`` has looked at what is there.
 
     Raises:
         StorageError: the place cannot be written.
     """
-    write_bytes(path, canonical_json(record.model_dump(mode="json")).encode("utf-8"))
+    write_output(path, canonical_json(record.model_dump(mode="json")).encode("utf-8"))

@@ -278,8 +278,9 @@ def test_a_calibration_that_is_stopped_says_where_its_state_is(
     words = ("calibrate", tiny_dit_folder, "-o", tmp_path / "plan", "--steps", 4, "--keep-ratio", 0, 0.5)
     answer = run_cli(*words)
     assert answer.code == errors.Cancelled.exit_code
-    assert f"interrupted; its state is in {tmp_path / '.plan.work'}: start it again to go on" in answer.error
-    assert (tmp_path / ".plan.work").is_dir()
+    (state,) = (tmp_path / ".plan.tc-deploy").glob("calibrate-*")
+    assert f"interrupted; its state is in {state}: start it again to go on" in answer.error
+    assert not (tmp_path / "plan").exists()
 
 
 # ------------------------------------------------------------------------------------------------- mistakes: calibrate

@@ -13,13 +13,11 @@ import numpy as np
 import safetensors.numpy
 
 from tc_deploy.bundle import FileRecord, canonical_json, sha256_of_bytes
-from tc_deploy.plan import CacheRecord, ScheduleRecord, load_plan
+from tc_deploy.plan import SAMPLES, SEARCH, CacheRecord, ScheduleRecord, load_plan
 from tc_deploy.quality.record import Quality
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     FULL_POINT,
-    SAMPLES,
-    SEARCH,
     Kind,
     PointRecord,
     ScreenedRecord,

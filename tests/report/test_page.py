@@ -20,8 +20,8 @@ from report.folders import CHOSEN, DIGITS, edit, make_point, make_samples, point
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import BundleError, StorageError
 from tc_deploy.manifest import ONNX_FOLDER
-from tc_deploy.plan import PLAN
-from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, Kind
+from tc_deploy.plan import PLAN, SAMPLES, SEARCH
+from tc_deploy.search.record import FULL_POINT, Kind
 
 ALWAYS = ["schedule", "tokens", "provenance"]
 ALL = ["pareto", "schedule", "tokens", "drift", "samples", "points", "provenance"]
@@ -182,7 +182,7 @@ def test_what_comes_from_data_stays_text(tmp_path: Path) -> None:
 
 
 def test_an_earlier_page_is_replaced(searched: Path, tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("old")
+    draw(searched, tmp_path / "report.html")
     draw(searched, tmp_path / "report.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "report.html"]
 

@@ -13,10 +13,10 @@ from bundles import Answer, run_cli, snapshot
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.export.stage import export_bundle
-from tc_deploy.plan import PLAN, load_plan
+from tc_deploy.plan import PLAN, SAMPLES, SEARCH, load_plan
 from tc_deploy.search.choose import POINTS, Wish, chosen_point
 from tc_deploy.search.peer import why_no_peer
-from tc_deploy.search.record import FULL_POINT, SAMPLES, SEARCH, Kind, SearchRecord, read_search
+from tc_deploy.search.record import FULL_POINT, Kind, SearchRecord, read_search
 from tc_deploy.search.stage import search_plan
 
 STEPS = 6
@@ -114,7 +114,7 @@ def test_every_points_plan_and_samples_are_kept(searched: Searched) -> None:
     assert len(folders) == sum(point.settings is not None for point in record.points)
     schedules = [load_plan(folder)[0].schedule for folder in folders]
     assert {schedule.steps for schedule in schedules} >= {STEPS, 3}
-    assert not list(searched.folder.parent.glob(".plan.work"))
+    assert not list(searched.folder.parent.glob(".plan.*"))
 
 
 def test_another_point_is_chosen_without_searching(searched: Searched, tmp_path: Path) -> None:

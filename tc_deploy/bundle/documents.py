@@ -1,37 +1,25 @@
-"""Artefact folders on disk: canonical JSON, checksums, all-or-nothing writes.
+"""Documents: canonical JSON, checksums, and what a reader refuses.
 
-In: a folder and what stands in it. Out: a folder that is either whole or not there. A folder's ``manifest.json`` (a
-plan's ``plan.json``) is written last and names every other file with its size and SHA-256, so a reader that found it
-and checked it has the whole thing. Never: follows a path out of its folder, or touches a folder it did not make.
+In: a folder's JSON and the files that it names. Out: checked records. Never: follows a path out of its folder, or
+writes anything.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from tc_deploy.errors import UNPRINTABLE, BundleError, StorageError, printable
+from tc_deploy.errors import UNPRINTABLE, BundleError, printable
 
 MANIFEST = "manifest.json"
 LARGEST_DOCUMENT_BYTES: Final = 64 * 2**20
 """More than any plan, manifest or search needs; read whole, so it bounds memory."""
-_UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-    | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG}
-)
 
 
 class Document(BaseModel):
@@ -217,162 +205,3 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
         case "value_error":
             return where, str(first["ctx"]["error"])
     return where, f"{first['msg'].replace('Input should', 'must')}, found {found}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _exclusive(destination: Path, lock_file: Path) -> Iterator[None]:
-    """Hold the lock of ``destination``, without waiting for it, and leave no lock file behind.
-
-    The file is unlinked while the lock is held: filelock then sees that a waiter's file has lost its name. Unlinked
-    after the release, or by one that never held it, the next two processes would lock different files.
-    """
-    lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StorageError(f"another process is writing {destination}; wait for it to end") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock_file.unlink()
-        lock.release()
-
-
-def _settle(destination: Path, backup: Path, marker: str) -> None:
-    """Decide between a folder and what it replaces: a whole new one wins, otherwise the old one comes back."""
-    if not backup.exists():
-        return
-    if (destination / marker).is_file():
-        shutil.rmtree(backup)
-    elif not destination.exists() or not any(destination.iterdir()):
-        backup.rename(destination)
-
-
-def check_replaceable(destination: Path, marker: str = MANIFEST) -> None:
-    """Check that :func:`new_folder` may make a folder there, before the work whose result it is to hold.
-
-    The folder that it will stand in is made.
-
-    Raises:
-        StorageError: something else is there, or the place cannot be written.
-    """
-    _check_place(destination, Path(os.path.realpath(destination)).parent)
-    if not destination.exists() or (destination / marker).is_file():
-        return
-    if not destination.is_dir() or any(destination.iterdir()):
-        raise StorageError(
-            f"{destination} exists and holds no {marker}, so it is not a folder that this command may replace;"
-            " choose another output or remove it"
-        )
-
-
-@contextlib.contextmanager
-def new_folder(destination: Path, marker: str = MANIFEST) -> Iterator[Path]:
-    """Make a folder all at once, or not at all.
-
-    Yields a temporary folder beside ``destination``. When the block ends without an error its files are flushed to
-    disk and it takes the place of ``destination``; otherwise it is removed and ``destination`` stays as it was. What
-    a killed process left beside ``destination`` is put right by the next call.
-
-    Args:
-        destination: the folder to make; a symbolic link is followed. One that exists is replaced only if it holds
-            ``marker`` or nothing.
-        marker: the file by which a folder of this kind is known; the block must write it.
-
-    Raises:
-        StorageError: the place cannot be written, holds something else, or another process is writing it.
-    """
-    destination = Path(os.path.realpath(destination))
-    parent, name = destination.parent, destination.name
-    temporary, backup, lock_file = (parent / f".{name}.tc-deploy-{part}" for part in ("new", "old", "lock"))
-    _check_place(destination, parent)
-    try:
-        with _exclusive(destination, lock_file):
-            _settle(destination, backup, marker)
-            check_replaceable(destination, marker)
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir()
-            try:
-                yield temporary
-                if not (temporary / marker).is_file():
-                    raise RuntimeError(f"nothing wrote {marker} into the new {destination}")
-                for path in [*temporary.rglob("*"), temporary]:
-                    _sync(path)
-                if destination.exists():
-                    destination.rename(backup)
-                temporary.rename(destination)
-                _sync(parent)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-                _settle(destination, backup, marker)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise StorageError(f"{destination} cannot be written: {_reason(error, destination)}") from None
-
-
-def _check_place(path: Path, folder: Path) -> None:
-    """Make the folder that ``path`` is to stand in, and try to write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {_reason(error, path)}") from None
-
-
-def _reason(error: OSError, path: Path) -> str:
-    """Why a path cannot be written; the system only says "File exists" where a file stands in a folder's place."""
-    with contextlib.suppress(OSError):
-        for place in path.absolute().parents:
-            if place.exists() and not place.is_dir():
-                return f"{place} is a file, not a folder"
-    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
-
-
-def portable_path(path: Path) -> str:
-    """A path as a document names it: below the working directory relative to it, so that it can be committed."""
-    absolute, here = path.resolve(), Path.cwd().resolve()
-    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
-
-
-def check_writable(path: Path) -> None:
-    """Check that a file can be written, before the work whose result it is to hold; its folder is made.
-
-    Raises:
-        StorageError: the place cannot be written.
-    """
-    if path.is_dir():
-        raise StorageError(f"{path} cannot be written: it is a folder")
-    _check_place(path, path.parent)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file all at once (temporary file, flush, rename).
-
-    Raises:
-        StorageError: the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {_reason(error, path)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

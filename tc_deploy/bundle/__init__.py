@@ -1,0 +1,66 @@
+"""Artefacts on disk: documents and checksums, folders that are whole or not there, files that replace none but ours."""
+
+from tc_deploy.bundle.documents import (
+    LARGEST_DOCUMENT_BYTES,
+    MANIFEST,
+    Document,
+    DocumentT,
+    FileRecord,
+    canonical_json,
+    check_files,
+    file_records,
+    first_problem,
+    read_document,
+    sha256_of_bytes,
+    sha256_of_file,
+)
+from tc_deploy.bundle.folders import (
+    Claim,
+    check_replaceable,
+    claimed,
+    kept_from_writers,
+    new_folder,
+    reading,
+    remove_folder,
+    remove_folders,
+)
+from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, known_document
+from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
+from tc_deploy.bundle.state import clear_state, state_folder, write_state
+from tc_deploy.bundle.storage import portable_path
+
+__all__ = [
+    "LARGEST_DOCUMENT_BYTES",
+    "MANIFEST",
+    "Claim",
+    "Document",
+    "DocumentT",
+    "Earlier",
+    "FileKind",
+    "FileRecord",
+    "FolderKind",
+    "NotOursError",
+    "canonical_json",
+    "check_files",
+    "check_output",
+    "check_replaceable",
+    "claimed",
+    "clear_state",
+    "file_names",
+    "file_records",
+    "first_problem",
+    "kept_from_writers",
+    "known_document",
+    "new_folder",
+    "portable_path",
+    "read_document",
+    "reading",
+    "remove_folder",
+    "remove_folders",
+    "sha256_of_bytes",
+    "sha256_of_file",
+    "state_folder",
+    "write_bytes",
+    "write_output",
+    "write_state",
+]

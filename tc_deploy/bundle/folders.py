@@ -1,0 +1,482 @@
+"""Folders that appear whole or not at all, and take the place of none but our own.
+
+Beside an output ``NAME`` stands ``.NAME.tc-deploy`` while a command writes it: the lock of its writers, the new folder
+while it is made, the old one while it is removed, and the state of work that was stopped (``work.py``). In this order
+a folder comes to be (:meth:`Claim.new_folder`):
+
+1. What an earlier process left is settled, what is there is checked, and so is that it can be replaced.
+2. The new folder is made in the hidden one, its marker last, and flushed to disk.
+3. When nobody reads the old folder, it is renamed into the hidden one, and the new one into its place.
+4. What was written into the old folder is removed, by name, its marker last. What else came into it meanwhile is moved
+   into the new one.
+
+A process that dies before 3 leaves the old folder; between the two renames the old one is put back, by the next writer
+or reader; later the new one stands.
+
+A folder that cannot be renamed (a mount point, one in a place that cannot be written, another user's, the working
+directory) keeps its place. The hidden folder, ``.tc-deploy``, is then inside, and step 3 is: the new folder is renamed
+to ``ready``, the old marker removed, then the other files, those of ``ready`` moved in, the new marker last. A process
+that dies there leaves a folder without a marker, which no command reads; the next writer or reader goes on.
+
+Never: removes or replaces what the tool did not write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tc_deploy import __version__
+from tc_deploy.bundle import locks
+from tc_deploy.bundle.documents import Document, canonical_json
+from tc_deploy.bundle.kinds import (
+    HOLDER_SUFFIX,
+    FolderKind,
+    NotOursError,
+    check_ours,
+    known_document,
+    remove_written,
+    written_names,
+)
+from tc_deploy.bundle.storage import like, made_folder, storage_errors, sync
+from tc_deploy.errors import StorageError
+
+OWNER = "owner.json"
+LOCK = "lock"
+NEW, OLD, READY, STALE = "new", "old", "ready", "stale.json"
+_POLL_S = 0.02
+_LOG = logging.getLogger(__name__)
+
+
+class OwnerRecord(Document):
+    """What tells a hidden folder of ours from somebody's."""
+
+    kind: Literal["holder"]
+    format_version: Literal[1]
+    made_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """An output folder that this process alone writes; made by :func:`claimed`."""
+
+    destination: Path
+    """Links resolved."""
+    kind: FolderKind
+    holder: Path
+    """The hidden folder."""
+    stays: bool
+    """The folder that is there cannot be renamed."""
+
+    @contextlib.contextmanager
+    def new_folder(self) -> Iterator[Path]:
+        """Make the folder: yields the one in which the block writes it, the marker last.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        staged = self.holder / NEW
+        with storage_errors(self.destination, self.holder, self.destination):
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            try:
+                yield staged
+                if not (staged / self.kind.marker).is_file():
+                    raise RuntimeError(f"nothing wrote {self.kind.marker} into the new {self.destination}")
+                for path in [*staged.rglob("*"), staged]:
+                    sync(path)
+                (self._commit_inside if self.stays else self._commit)(staged)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def _commit(self, staged: Path) -> None:
+        try:
+            if self.destination.exists():
+                like(staged, self.destination.stat())
+                with _alone(self.destination, self.kind.marker):
+                    self.destination.rename(self.holder / OLD)
+                    staged.rename(self.destination)
+            else:
+                staged.rename(self.destination)
+            sync(self.destination.parent)
+        finally:
+            _settle(self.destination, self.holder, self.kind)
+
+    def _commit_inside(self, staged: Path) -> None:
+        marker = self.kind.marker
+        written = written_names(self.destination, self.kind) if (self.destination / marker).exists() else []
+        stale = [name for name in written if name != marker and not (staged / name).is_file()]
+        (self.holder / STALE).write_text(canonical_json(stale), encoding="utf-8")
+        sync(self.holder / STALE)
+        with _alone(self.destination, marker):
+            staged.rename(self.holder / READY)
+            sync(self.holder)
+            _move_in(self.destination, self.holder, self.kind)
+
+
+@contextlib.contextmanager
+def claimed(destination: Path, kind: FolderKind) -> Iterator[Claim]:
+    """Claim an output folder for as long as the block runs: whatever can be refused, is refused before it begins.
+
+    Args:
+        destination: the folder to make; a symbolic link is followed. One that exists is replaced only if it is empty,
+            or of that kind with nothing else in it.
+        kind: what it is to be.
+
+    Raises:
+        StorageError: the place cannot be written, holds something else, or another process is writing it.
+    """
+    given, destination = destination, Path(os.path.realpath(destination))
+    with contextlib.ExitStack() as stack:
+        with storage_errors(given):
+            stack.enter_context(made_folder(destination.parent))
+            claim = _claim(given, destination, kind, stack)
+        yield claim
+
+
+def _claim(given: Path, destination: Path, kind: FolderKind, stack: contextlib.ExitStack) -> Claim:
+    is_folder, stays = destination.is_dir(), False
+    beside = hidden_beside(destination)
+    try:
+        stack.enter_context(_held(beside, given))
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        stays = True
+    else:
+        _settle(destination, beside, kind)
+        stays = destination.is_dir() and _stays(destination, beside)
+    if not stays:
+        _settle_inner(destination, kind)
+        check_ours(destination, kind)
+        return Claim(destination=destination, kind=kind, holder=beside, stays=False)
+    inside = hidden_inside(destination)
+    stack.enter_context(_held(inside, given))
+    _move_in(destination, inside, kind)
+    _settle_inner(destination, kind)
+    check_ours(destination, kind)
+    return Claim(destination=destination, kind=kind, holder=inside, stays=True)
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, kind: FolderKind) -> Iterator[Path]:
+    """Claim an output folder and make it; see :func:`claimed` and :meth:`Claim.new_folder`.
+
+    Raises:
+        StorageError: the place cannot be written, holds something else, or another process is writing it.
+    """
+    with claimed(destination, kind) as claim, claim.new_folder() as folder:
+        yield folder
+
+
+def check_replaceable(destination: Path, kind: FolderKind) -> None:
+    """Check that a folder may be made there, without keeping the claim.
+
+    Raises:
+        StorageError: it may not.
+    """
+    with claimed(destination, kind):
+        pass
+
+
+def remove_folder(folder: Path, kind: FolderKind) -> None:
+    """Remove a folder of a kind, less what the tool did not write into it; one of another kind stays."""
+    with contextlib.suppress(StorageError), claimed(folder, kind):
+        remove_written(folder, kind)
+
+
+def remove_folders(parent: Path, kind: FolderKind) -> None:
+    """The same for all folders in one."""
+    holders = {path.name.removeprefix(".").removesuffix(HOLDER_SUFFIX) for path in parent.glob(f".?*{HOLDER_SUFFIX}")}
+    for name in {path.name for path in parent.glob("*") if not path.name.endswith(HOLDER_SUFFIX)} | holders:
+        remove_folder(parent / name, kind)
+
+
+def hidden_beside(destination: Path) -> Path:
+    """Where what belongs to an output lies while it is written.
+
+    Raises:
+        StorageError: the output has no name of its own.
+    """
+    if not destination.name:
+        raise StorageError(f"{destination} cannot be an output; name a folder in it")
+    return destination.with_name(f".{destination.name}{HOLDER_SUFFIX}")
+
+
+def hidden_inside(destination: Path) -> Path:
+    """The same for an output that keeps its place."""
+    return destination / HOLDER_SUFFIX
+
+
+# ------------------------------------------------------------------------------------------------- the hidden folder
+
+
+@contextlib.contextmanager
+def _held(holder: Path, destination: Path) -> Iterator[None]:
+    """Hold an output's lock; the hidden folder goes again when nothing is left in it."""
+    descriptor = _acquired(holder, destination, shared=False)
+    try:
+        if not (holder / OWNER).exists():
+            record = OwnerRecord(kind="holder", format_version=1, made_by=f"tc-deploy {__version__}")
+            (holder / OWNER).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
+        yield
+    finally:
+        _leave(holder, descriptor)
+
+
+@contextlib.contextmanager
+def kept_from_writers(destination: Path) -> Iterator[None]:
+    """Keep others from replacing a folder that is there, while something is made inside it; any number may.
+
+    Raises:
+        StorageError: another process is replacing it.
+    """
+    real = Path(os.path.realpath(destination))
+    with contextlib.ExitStack() as stack:
+        for holder in (hidden_beside(real), hidden_inside(real)):
+            try:
+                with storage_errors(destination):
+                    descriptor = _acquired(holder, destination, shared=True)
+            except StorageError:
+                if holder.name == HOLDER_SUFFIX or os.access(real.parent, os.W_OK):
+                    raise
+                continue
+            stack.callback(_leave, holder, descriptor)
+            break
+        yield
+
+
+def _acquired(holder: Path, destination: Path, *, shared: bool) -> int:
+    while True:
+        try:
+            with contextlib.suppress(FileExistsError):
+                holder.mkdir()
+            _check_is_holder(holder)
+            return locks.acquire(holder / LOCK, shared=shared)
+        except FileNotFoundError:
+            continue  # another process has left, and taken the folder along
+        except BlockingIOError:
+            raise StorageError(f"another process is writing {destination}; wait for it to end") from None
+
+
+def _check_is_holder(holder: Path) -> None:
+    """Check that a hidden folder is ours: by its record, or because there is nothing in it yet.
+
+    Raises:
+        StorageError: it is somebody's.
+        FileNotFoundError: it has gone.
+    """
+    try:
+        known_document(holder / OWNER, "holder", OwnerRecord, {})
+    except NotOursError:
+        if not os.path.lexists(holder):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(holder)) from None
+        if holder.is_symlink() or not holder.is_dir() or not _is_bare(holder):
+            raise StorageError(
+                f"{holder} is in the way: tc-deploy keeps there what it has not finished; move it away"
+            ) from None
+
+
+def _is_bare(holder: Path) -> bool:
+    return {path.name for path in holder.iterdir()} <= {LOCK, OWNER}
+
+
+def _leave(holder: Path, descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        if _is_bare(holder):
+            (holder / OWNER).unlink(missing_ok=True)
+    locks.release(descriptor, holder / LOCK)
+    with contextlib.suppress(OSError):
+        holder.rmdir()
+
+
+# --------------------------------------------------------------------------------------- what another process has left
+
+
+def _settle(destination: Path, holder: Path, kind: FolderKind) -> None:
+    """Decide between a folder and what it replaces: a whole new one wins, otherwise the old one comes back."""
+    old = holder / OLD
+    if old.is_dir():
+        if (destination / kind.marker).is_file():
+            remove_written(old, kind)
+            if old.is_dir():
+                _move_what_is_left(old, destination, kind)
+        elif not destination.exists() or not any(destination.iterdir()):
+            old.rename(destination)
+    shutil.rmtree(holder / NEW, ignore_errors=True)
+
+
+def _move_what_is_left(old: Path, destination: Path, kind: FolderKind) -> None:
+    """Keep what somebody else put into a folder after it was looked at: it goes where it would have stood."""
+    with contextlib.suppress(NotOursError):
+        written_names(old, kind)
+        return  # a file of ours could not be removed; the next writer tries again
+    for path in sorted(old.rglob("*"), reverse=True):
+        place = destination / path.relative_to(old)
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif not place.exists() and not place.is_symlink():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+    with contextlib.suppress(OSError):
+        old.rmdir()
+
+
+def _settle_inner(destination: Path, kind: FolderKind) -> None:
+    """Settle what processes left that were making folders inside."""
+    if kind.inner is None or not destination.is_dir():
+        return
+    for holder in sorted(destination.glob(f".?*{HOLDER_SUFFIX}")):
+        name = holder.name.removeprefix(".").removesuffix(HOLDER_SUFFIX)
+        with claimed(destination / name, kind.inner):
+            pass
+
+
+def _move_in(destination: Path, holder: Path, kind: FolderKind) -> None:
+    """Put a folder that is ready in the place of the one that its hidden folder lies in, from wherever it stands."""
+    ready = holder / READY
+    if not ready.is_dir():
+        (holder / STALE).unlink(missing_ok=True)
+        shutil.rmtree(holder / NEW, ignore_errors=True)
+        return
+    if (ready / kind.marker).is_file():
+        (destination / kind.marker).unlink(missing_ok=True)
+        sync(destination)
+        stale = json.loads((holder / STALE).read_text(encoding="utf-8"))
+        for name in stale:
+            with contextlib.suppress(OSError):
+                (destination / name).unlink()
+        for parent in sorted({(destination / name).parent for name in stale}, reverse=True):
+            with contextlib.suppress(OSError):
+                if parent != destination:
+                    parent.rmdir()
+        for path in sorted(ready.rglob("*")):
+            place = destination / path.relative_to(ready)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            elif path != ready / kind.marker:
+                path.replace(place)
+        for folder in [path for path in ready.rglob("*") if path.is_dir()]:
+            sync(destination / folder.relative_to(ready))
+        sync(destination)
+        (ready / kind.marker).replace(destination / kind.marker)
+        sync(destination)
+    shutil.rmtree(ready, ignore_errors=True)
+    (holder / STALE).unlink(missing_ok=True)
+
+
+def _stays(destination: Path, holder: Path) -> bool:
+    """Whether a folder cannot be renamed, or is better not: tried as the commit does it, with a rename that must fail.
+
+    Of a folder onto one that is not empty; the system finds out first what else speaks against it.
+
+    Raises:
+        OSError: it cannot be written at all.
+    """
+    status = destination.stat()
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(status, Path().stat()):
+            return True
+    if os.geteuid() not in (0, status.st_uid):
+        return True  # the new one would be ours
+    taken = holder / "taken"
+    (taken / "here").mkdir(parents=True, exist_ok=True)
+    try:
+        destination.rename(taken)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            return True
+        raise
+    finally:
+        for path in (taken / "here", taken):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    raise OSError(errno.EIO, "a rename onto a folder that is not empty did not fail", str(taken))
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, marker: str) -> Iterator[None]:
+    """Wait until nobody reads a folder, and keep readers away."""
+    file, told = folder / marker, False
+    if not file.is_file():
+        yield
+        return
+    while True:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if locks.try_lock(descriptor, file, shared=False):
+                break
+        except BlockingIOError:
+            if not told:
+                _LOG.info("waiting until no other process reads %s", folder)
+                told = True
+            time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
+    """Keep a folder as it is for as long as the block reads it; a writer waits with putting another in its place.
+
+    Where nothing can be locked, on a read-only place as elsewhere, or nothing is there, the block runs all the same.
+    """
+    descriptor = _shared(folder, kind)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _shared(folder: Path, kind: FolderKind) -> int | None:
+    file = folder / kind.marker
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if locks.try_lock(descriptor, file, shared=True):
+                return descriptor
+        except BlockingIOError:
+            time.sleep(_POLL_S)
+        except OSError:
+            if not _is_settled(folder, kind):
+                return None
+
+
+def _is_settled(folder: Path, kind: FolderKind) -> bool:
+    """Whether it is worth looking again for a folder that is not there: one is being replaced, or was half replaced."""
+    real = Path(os.path.realpath(folder))
+    ways: tuple[tuple[Path, str, Callable[[Path, Path, FolderKind], None]], ...] = (
+        (hidden_beside(real) if real.name else real, OLD, _settle),
+        (hidden_inside(real), READY, _move_in),
+    )
+    for holder, part, settle in ways:
+        if not (holder / part).is_dir():
+            continue
+        try:
+            with _held(holder, folder):
+                settle(real, holder, kind)
+        except StorageError:
+            time.sleep(_POLL_S)
+            return True
+        except OSError:
+            return False
+        return (real / kind.marker).is_file()
+    return False

@@ -1,0 +1,91 @@
+"""The state of work that may be stopped and gone on with: one folder per command and settings, inside a claim's.
+
+Its record names every file before it is written, so that what is removed at the end is what was written. Never: removes
+another command's state, or a file that the record does not name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Literal
+
+from tc_deploy import __version__
+from tc_deploy.bundle.documents import Document, canonical_json
+from tc_deploy.bundle.folders import Claim
+from tc_deploy.bundle.kinds import NotOursError, known_document, remove_names
+from tc_deploy.bundle.outputs import write_bytes
+from tc_deploy.errors import StorageError
+
+RECORD = "state.json"
+
+
+class StateRecord(Document):
+    """What was written into a state folder."""
+
+    kind: Literal["state"]
+    format_version: Literal[1]
+    made_by: str
+    files: tuple[str, ...]
+
+
+def state_folder(claim: Claim, command: str, key: str) -> Path:
+    """The folder for a command's state under some settings; what was written there before is still there.
+
+    Args:
+        claim: the output that the work is for.
+        command: whose.
+        key: stands for all that the state depends on.
+
+    Raises:
+        StorageError: it cannot be made, or somebody else's folder is in its place.
+    """
+    folder = claim.holder / f"{command}-{key}"
+    if not (folder / RECORD).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise StorageError(f"{folder} is in the way: it holds no {RECORD}; move it away")
+        _write(folder, [])
+    _files(folder)
+    return folder
+
+
+def write_state(path: Path, data: bytes) -> None:
+    """Write a file at once, and note it in the record of the state folder that it lies in, if it lies in one.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    for folder in path.parents:
+        if (folder / RECORD).is_file():
+            files, name = _files(folder), path.relative_to(folder).as_posix()
+            if name not in files:
+                _write(folder, [*files, name])
+            break
+    write_bytes(path, data)
+
+
+def clear_state(folder: Path) -> None:
+    """Remove a state folder, less what is not in its record."""
+    with contextlib.suppress(StorageError):
+        remove_names(folder, [*_files(folder), RECORD])
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _files(folder: Path) -> list[str]:
+    try:
+        found: dict[str, Any] = known_document(folder / RECORD, "state", StateRecord, {})
+    except NotOursError as error:
+        raise StorageError(
+            f"{folder} is in the way: {RECORD} in it is none of tc-deploy: {error}; move it away"
+        ) from None
+    return [name for name in found["files"] if not Path(name).is_absolute() and ".." not in Path(name).parts]
+
+
+def _write(folder: Path, files: list[str]) -> None:
+    record = StateRecord(kind="state", format_version=1, made_by=f"tc-deploy {__version__}", files=tuple(files))
+    write_bytes(folder / RECORD, canonical_json(record.model_dump(mode="json")).encode("utf-8"))
