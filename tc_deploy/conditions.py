@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from tc_deploy.errors import UsageError, first_line
+from tc_deploy.tensors import read_tensors
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 GUIDANCE = "guidance"
@@ -144,9 +143,23 @@ def whole_number(value: Any, what: str) -> int:
         UsageError: it is something else.
     """
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise UsageError(f"{what} must be a whole number, found {value!r}") from None
+        pass
+    raise UsageError(f"{what} must be a whole number, found {value!r}")
+
+
+def array_of(value: Any, what: str) -> NDArray[Any]:
+    """What a caller gives as an array.
+
+    Raises:
+        UsageError: it is none, as a list of rows of unequal length is not.
+    """
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor of another library, on a GPU
+        raise UsageError(f"{what}: expected an array of numbers: {first_line(error)}") from None
 
 
 def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -161,12 +174,9 @@ def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDAr
     if not path.is_file():
         raise UsageError(f"{path}: no such file of conditions; {HOW_TO_ENCODE}")
     try:
-        arrays = safetensors.numpy.load_file(path)
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
-        # Of an element type that numpy lacks (bfloat16) safetensors says no more than its name.
-        raise UsageError(
-            f"{path}: not a safetensors file of numpy types: {first_line(error)}; {HOW_TO_ENCODE}"
-        ) from None
+        arrays = read_tensors(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; {HOW_TO_ENCODE}") from None
     unconditional = {name.removeprefix(UNCONDITIONAL): arrays.pop(name) for name in [*arrays] if is_unconditional(name)}
     return arrays, unconditional
 
@@ -178,7 +188,8 @@ def is_unconditional(name: str) -> bool:
 
 def _checked_half(needed: Sequence[Condition], given: Arrays, where: str, *, no_class: bool) -> dict[str, NDArray[Any]]:
     """What a model needs of ``given``; ``no_class`` says whether a label may be the one that means so."""
-    arrays = {name: np.asarray(array) for name, array in given.items()}
+    _check_by_name(given, where)
+    arrays = {name: array_of(array, f"{where}: {name}") for name, array in given.items()}
     names = [condition.name for condition in needed]
     unknown, missing = sorted({*arrays} - {*names}), [name for name in names if name not in arrays]
     for problem, wrong in (("unknown", unknown), ("missing", missing)):
@@ -187,6 +198,11 @@ def _checked_half(needed: Sequence[Condition], given: Arrays, where: str, *, no_
     for condition in needed:
         _check_array(condition, arrays[condition.name], where, no_class=no_class)
     return {name: arrays[name] for name in names}
+
+
+def _check_by_name(given: Any, where: str) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise UsageError(f"{where} must be arrays by name, found {type(given).__name__}")
 
 
 def _check_array(condition: Condition, array: NDArray[Any], where: str, *, no_class: bool) -> None:

@@ -105,10 +105,13 @@ def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str,
         raise BundleError(
             f"{where}: exported from another plan than the one beside it, which was changed; export again"
         )
-    facts = {
+    facts: dict[str, tuple[object, object]] = {
         "solver.guidance_scale": (plan.sampling.guidance_scale, manifest.solver.guidance_scale),
+        "solver.true_cfg": (plan.sampling.true_cfg, manifest.solver.true_cfg),
         "graphs": (_graph_names(manifest, plan), sorted(manifest.graphs)),
     }
+    if plan.sampling.embedded_guidance is not None:
+        facts["solver.embedded_guidance"] = (plan.sampling.embedded_guidance, manifest.solver.embedded_guidance)
     for what, (expected, found) in facts.items():
         if expected != found:
             _refuse(where, what, f"{expected}, as the plan has it", found)

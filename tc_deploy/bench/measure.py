@@ -36,7 +36,7 @@ class _Contender:
     def __init__(self, path: Path, backend: str | None, batch_size: int | None) -> None:
         self.clock = Clock()
         try:
-            self.pipeline = Pipeline(path, backend, batch_size=batch_size, watch=self.clock.watch)
+            self.pipeline = Pipeline(path, backend, batch_size=batch_size, watch=self.clock.watch, check_finite=False)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         self.model_batch = self.pipeline.batch_size * (2 if self.pipeline.manifest.guided else 1)

@@ -25,9 +25,11 @@ from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import IMAGES, SOLVER, variant_name
 from tc_deploy.runtime.binding import Binder, read_bundle
+from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
+from tc_deploy.runtime.pixels import images_from_pixels
 from tc_deploy.runtime.program import ProgramStep, decoder_call, slot
-from tc_deploy.runtime.request import Request, checked_request, checked_seed
+from tc_deploy.runtime.request import Request, checked_request, checked_seed, noise_of
 from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
@@ -97,6 +99,7 @@ class Pipeline:
     ``watch`` sees every graph as it is bound; what it makes of them runs when a run is taken step by step. A call that
     neither looks at a step nor may cancel is one piece to the device, and nobody watches its graphs.
     ``engines`` are run in place of the target's: a device and the bundle's graphs on it.
+    Without ``check_finite`` whatever comes out is handed out, to those who look into it or only time it.
     """
 
     def __init__(
@@ -108,12 +111,13 @@ class Pipeline:
         require_signature: Path | None = None,
         watch: Watch | None = None,
         engines: tuple[Device, Mapping[str, Graph]] | None = None,
+        check_finite: bool = True,
     ) -> None:
         bundle = read_bundle(path, backend, require_signature)
         self.path = path
         self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
         self.batch_size = checked_batch_size(self.manifest, batch_size)
-        self._first_scale = bundle.first_scale
+        self._first_scale, self._check_finite = bundle.first_scale, check_finite
         self._lock = threading.Lock()
 
         device, graphs = engines or load_target(path, self.manifest, self.backend)
@@ -218,6 +222,7 @@ class Pipeline:
                 running another request.
             Cancelled: ``should_cancel`` said so.
             BackendError: an engine fails, or the device cannot capture the run.
+            NotFiniteError: what the engines make is not finite; names the step at which it began.
         """
         request = checked_request(
             self.manifest,
@@ -334,7 +339,10 @@ class Pipeline:
         """Pictures of the latents that the last step left; the caller holds the pipeline, which is open."""
         assert self._decoder is not None, "an open pipeline of a bundle with a decoder has it"
         self._decoder.run()
-        return images_from_pixels(_first_samples(self._buffers[IMAGES], count))
+        pixels = _first_samples(self._buffers[IMAGES], count)
+        if self._check_finite and not is_finite(pixels):
+            raise pixels_error(self.path)
+        return images_from_pixels(pixels)
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -361,7 +369,37 @@ class Pipeline:
         program = self._opened(full=full)
         self._write(request, part)
         program.whole.run()
-        return _first_samples(program.steps[-1].latents, request.count_in(part))
+        return self._checked(
+            _first_samples(program.steps[-1].latents, request.count_in(part)), request, part, full=full
+        )
+
+    def _checked(self, latents: FloatArray, request: Request, part: slice, *, full: bool) -> FloatArray:
+        """A run's last latents; where they are not finite, the same is run again to say from which step on.
+
+        Raises:
+            NotFiniteError: they are not.
+        """
+        if not self._check_finite or is_finite(latents):
+            return latents
+        self._write(request, part)
+        steps = self._opened(full=full).steps
+        step = first_bad_step(self._latents_of(one, request.count_in(part)) for one in steps)
+        raise latents_error(self.path, step, len(steps), request.guidance_scale)
+
+    def _latents_of(self, step: BoundStep, count: int) -> FloatArray:
+        step.whole.run()
+        return _first_samples(step.latents, count)
+
+    def _seen(self, index: int, step: BoundStep, count: int, guidance_scale: float | None) -> FloatArray:
+        """The latents after a step, which somebody asks for on the way.
+
+        Raises:
+            NotFiniteError: they are not finite.
+        """
+        latents = _first_samples(step.latents, count)
+        if self._check_finite and not is_finite(latents):
+            raise latents_error(self.path, index, self.plan.schedule.steps, guidance_scale)
+        return latents
 
     def _run(
         self, request: Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
@@ -374,12 +412,11 @@ class Pipeline:
             if should_cancel is not None and should_cancel():
                 raise Cancelled(f"cancelled after {index} of {len(steps)} steps")
             step.whole.run()
-            yield Step(
-                index=index,
-                total=len(steps),
-                full=step.variant == FULL,
-                read_latents=functools.partial(_first_samples, step.latents, count),
-            )
+            read: Callable[[], FloatArray] = functools.partial(self._seen, index, step, count, request.guidance_scale)
+            if index + 1 == len(steps):
+                last = self._checked(_first_samples(step.latents, count), request, part, full=full)
+                read = last.copy
+            yield Step(index=index, total=len(steps), full=step.variant == FULL, read_latents=read)
 
     def _write(self, request: Request, part: slice) -> None:
         for name, array in self._arrays(request, part).items():
@@ -465,25 +502,6 @@ def _bound_program(program: Sequence[ProgramStep], binder: Binder, device: Devic
     return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
 
 
-def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
-    """Standard normal noise of seeds ``seed`` .. ``seed + count - 1``: (count, ``*shape``), each of its seed alone."""
-    streams = [np.random.Generator(np.random.Philox(key=seed + index)) for index in range(count)]
-    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-
-
 def _first_samples(buffer: Buffer, count: int) -> FloatArray:
     """What a batch holds of the request; the rest fills it up."""
     return buffer.read()[:count]
-
-
-def images_from_pixels(pixels: FloatArray) -> NDArray[np.uint8]:
-    """Pictures in [-1, 1] as bytes; what lies outside is cut off.
-
-    Args:
-        pixels: (n, 1, H, W) or (n, 3, H, W), of video (n, 3, F, H, W).
-
-    Returns:
-        (n, H, W) or (n, H, W, 3), of video (n, F, H, W, 3).
-    """
-    images = ((pixels.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)

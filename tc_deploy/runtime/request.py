@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tc_deploy.bounds import LARGEST_FLOAT32
 from tc_deploy.conditions import (
     GUIDANCE,
     NO_GUIDANCE,
     Arrays,
     Conditions,
+    array_of,
     checked_conditions,
     labelled_conditions,
     whole_number,
@@ -33,7 +35,6 @@ log = logging.getLogger(__name__)
 MAX_SEED = 2**64 - 1
 GUIDANCE_SCALE, TRUE_CFG_SCALE = "guidance_scale", "true_cfg_scale"
 """What pipelines of diffusers call their guidance."""
-LARGEST = float(np.finfo(np.float32).max)
 EXPORT_TEXT = "tc-deploy export PLAN -o BUNDLE --with-text-encoder"
 
 
@@ -127,7 +128,7 @@ def checked_request(
         raise UsageError(f"conditions must be arrays by name, found {type(conditions).__name__}")
     checked = texts = None
     if not needed:
-        given = 1 if latents is None else len(latents)
+        given = 1 if latents is None else len(np.atleast_1d(array_of(latents, "latents")))
         count = given if count is None else whole_number(count, "count")
         if count < 1:
             raise UsageError(f"count must be at least 1, found {count}")
@@ -148,7 +149,7 @@ def checked_request(
             guided=guided,
         )
         count = checked.count
-    seed = checked_seed(seed)
+    seed = checked_seed(seed, count)
     if guided and cfg is not None and cfg <= NO_GUIDANCE:
         # Both halves alike, so that what guidance adds to the one is nothing.
         log.warning(
@@ -235,25 +236,37 @@ def _texts(given: Sequence[str], what: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def checked_seed(seed: int) -> int:
-    """A seed that noise can be drawn from.
+def checked_seed(seed: int, count: int = 1) -> int:
+    """The first of ``count`` seeds, one after the other, that noise can be drawn from.
 
     Raises:
-        UsageError: it is out of range.
+        UsageError: it is out of range, or the last one is.
     """
     seed = whole_number(seed, "seed")
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed must lie in 0..{MAX_SEED}, found {seed}")
+    largest = MAX_SEED - max(count - 1, 0)
+    if not 0 <= seed <= largest:
+        why = "" if largest == MAX_SEED else f", as picture i has seed + i and there are {count}"
+        raise UsageError(f"seed must lie in 0..{largest}{why}, found {seed}")
     return seed
 
 
+def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
+    """Standard normal noise of seeds ``seed`` .. ``seed + count - 1``: (count, ``*shape``), each of its seed alone."""
+    streams = [np.random.Generator(np.random.Philox(key=seed + index)) for index in range(count)]
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
 def _checked_latents(latents: FloatArray, expected: tuple[int, ...]) -> FloatArray:
-    latents = np.asarray(latents)
+    latents = array_of(latents, "latents")
     if latents.shape != expected:
         raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
     if not np.issubdtype(latents.dtype, np.floating):
         raise UsageError(f"latents: expected floating point numbers, found {latents.dtype}")
-    return latents.astype(np.float32)
+    with np.errstate(over="ignore"):
+        used = latents.astype(np.float32)
+    if not np.isfinite(used).all():
+        raise UsageError("latents: hold values that are not finite in float32, in which they are used")
+    return used
 
 
 def _checked_guidance(
@@ -272,7 +285,9 @@ def _checked_guidance(
     for name, scale in scales.items():
         # Comparisons that NaN fails, and what float32 has no room for.
         if scale is not None and not (
-            isinstance(scale, (int, float, np.integer, np.floating)) and 0 <= scale <= LARGEST
+            isinstance(scale, (int, float, np.integer, np.floating))
+            and not isinstance(scale, bool)
+            and 0 <= scale <= LARGEST_FLOAT32
         ):
             raise UsageError(f"{name}: guidance scale must be a finite number from 0 on, found {scale!r}")
     solver, embedded = manifest.solver, None
@@ -299,5 +314,7 @@ def _with_guidance(manifest: Manifest, half: Arrays, embedded: float | None) -> 
     strength = manifest.solver.embedded_guidance if embedded is None else embedded
     if not manifest.embeds_guidance or strength is None or (embedded is None and GUIDANCE in half):
         return half
-    count = max((len(array) for array in map(np.asarray, half.values()) if array.ndim), default=0)
+    count = max(
+        (len(array) for array in (array_of(given, name) for name, given in half.items()) if array.ndim), default=0
+    )
     return {**half, GUIDANCE: np.full(count, strength, np.float32)}

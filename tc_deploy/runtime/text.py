@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.errors import BackendError
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.manifest import TEXT_ENCODER, TextRecord
 from tc_deploy.runtime.binding import Binder, Bundle
 from tc_deploy.runtime.program import text_call
@@ -56,8 +56,8 @@ class PromptEncoder:
             By prompt, its conditions by name, without the batch axis.
 
         Raises:
-            BackendError: the ``tokenizers`` library is not installed, the engine fails, or makes values that are not
-                finite.
+            BackendError: the ``tokenizers`` library is not installed, or the engine fails.
+            NotFiniteError: the engine makes values that are not finite.
             BundleError: a file is no tokenizer.
         """
         texts = list(dict.fromkeys(prompts))
@@ -73,7 +73,7 @@ class PromptEncoder:
             outputs = {name: buffer.read() for name, buffer in self._outputs.items()}
             for row, text in enumerate(part):
                 if not all(np.isfinite(output[row]).all() for output in outputs.values()):
-                    raise BackendError(
+                    raise NotFiniteError(
                         f"{self._bundle.path}: the text encoder makes values of {text!r} that are not finite; validate"
                         f" it with: tc-deploy validate {self._bundle.path}"
                     )

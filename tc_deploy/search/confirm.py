@@ -20,7 +20,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, picture_psnr_db
-from tc_deploy.runtime.pipeline import noise_of
+from tc_deploy.runtime.request import noise_of
 from tc_deploy.search.peer import PeerRun, cache_dit_runs
 from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.record import FULL_POINT, Kind, PointRecord, SettingsRecord

@@ -159,7 +159,9 @@ class PointMaker:
         except (OSError, SafetensorError):
             pass
         trajectory = []
-        with Pipeline(self.bundle(point), self.backend, batch_size=min(PICTURE_BATCH, count)) as pipeline:
+        # A point that comes to nothing is left out of the search's result, which says so.
+        size = min(PICTURE_BATCH, count)
+        with Pipeline(self.bundle(point), self.backend, batch_size=size, check_finite=False) as pipeline:
             total = -(-count // pipeline.batch_size) * pipeline.plan.schedule.steps
 
             def on_step(start: int, step: Step) -> None:

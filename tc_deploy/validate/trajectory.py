@@ -120,7 +120,7 @@ def run_trajectory(
         BackendError: an engine fails.
     """
     runs = []
-    with Pipeline(path, backend, batch_size=len(trajectory.noise), engines=engines) as pipeline:
+    with Pipeline(path, backend, batch_size=len(trajectory.noise), engines=engines, check_finite=False) as pipeline:
         for _ in range(times):
             latents: list[FloatArray] = []
             pipeline(

@@ -24,7 +24,7 @@ from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.export.stage import sampling_from_plan, token_index_tables
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
-from tc_deploy.runtime.pipeline import images_from_pixels
+from tc_deploy.runtime.pixels import images_from_pixels
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 from tc_deploy.types import FloatArray

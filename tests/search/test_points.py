@@ -16,7 +16,7 @@ from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_target
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
-from tc_deploy.runtime.pipeline import noise_of
+from tc_deploy.runtime.request import noise_of
 from tc_deploy.search.baselines import Baselines
 from tc_deploy.search.points import PICTURE_BATCH, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.record import Kind
