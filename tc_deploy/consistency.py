@@ -110,7 +110,7 @@ def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str,
         "solver.true_cfg": (plan.sampling.true_cfg, manifest.solver.true_cfg),
         "graphs": (_graph_names(manifest, plan), sorted(manifest.graphs)),
     }
-    if plan.sampling.embedded_guidance is not None:
+    if plan.sampling.embedded_guidance is not None and manifest.embeds_guidance:
         facts["solver.embedded_guidance"] = (plan.sampling.embedded_guidance, manifest.solver.embedded_guidance)
     for what, (expected, found) in facts.items():
         if expected != found:

@@ -28,7 +28,7 @@ def pipeline(mixed: Made) -> Pipeline:
         ({"latents": np.full(SHAPE, np.inf, np.float32)}, "latents: hold values that are not finite in float32"),
         ({"latents": np.full(SHAPE, 1e39)}, "latents: hold values that are not finite in float32"),
         ({"latents": [[1.0], [1.0, 2.0]]}, "latents: expected an array of numbers"),
-        ({"guidance_scale": 1e39}, "guidance scale must .* fit into float32, found 1e"),
+        ({"guidance_scale": 1e39}, r"guidance scale must be a finite number from 0 on, found 1e\+39"),
         ({"guidance_scale": True}, "guidance scale must"),
         ({"guidance_scale": np.float64(1e300)}, "guidance scale must"),
         ({"seed": 2**64 - 1, "class_labels": [1, 2]}, "seed must lie in .*picture i has seed \\+ i and there are 2"),
