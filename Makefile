@@ -64,5 +64,5 @@ format: $(INSTALLED) ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix
 
 clean: ## Remove caches and the demo's engines, not the environment
-	rm -rf engines/digits dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf engines/digits engines/digits-demo.png engines/digits-demo.json dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find tc_deploy tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

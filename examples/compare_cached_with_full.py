@@ -26,15 +26,18 @@ import openvino
 import torch
 
 import tc_deploy
+from tc_deploy import __version__
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.openvino import precisions_of
 from tc_deploy.backends.registry import backend as backend_of
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
-from tc_deploy.bundle import canonical_json
+from tc_deploy.bundle import canonical_json, check_output, write_output
+from tc_deploy.bundle.marks import JSON_FILE
 from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
+from tc_deploy.plan import places_read
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.tokencache.sampler import denoise
 
@@ -70,9 +73,13 @@ def timed(request: Request) -> tuple[float, np.ndarray]:
 @click.option("--batch-size", default=20, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--pytorch/--no-pytorch", default=True, show_default=True, help="Compile the model in PyTorch as well.")
+@click.option("--force", is_flag=True, help="Replace a file at OUTPUT that this did not write.")
 @click.option("--model", type=click.Path(path_type=Path), help="The checkpoint, where it is not where the plan says.")
-def main(bundle: Path, output: Path, batch_size: int, rounds: int, pytorch: bool, model: Path | None) -> None:
+def main(
+    bundle: Path, output: Path, batch_size: int, rounds: int, pytorch: bool, model: Path | None, force: bool
+) -> None:
     """Time BUNDLE's plan against every full run, and write OUTPUT."""
+    check_output(output, JSON_FILE, reads=[*places_read(bundle), *([] if model is None else [model])], force=force)
     offered = precisions_of(openvino.Core())
     engines: dict[str, tuple[str, dict[str, Any]]] = {
         "onnxruntime fp32": ("onnxruntime", {"weights": "packed"}),
@@ -117,6 +124,7 @@ def main(bundle: Path, output: Path, batch_size: int, rounds: int, pytorch: bool
         )
         click.echo(rows[-1])
     document = {
+        "made_by": f"tc-deploy {__version__}",
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "hardware": hardware_line(),
         "versions": {name: backend_of(name).version() for name in ("torch", *TARGETS)},
@@ -125,7 +133,7 @@ def main(bundle: Path, output: Path, batch_size: int, rounds: int, pytorch: bool
         "best_full": " ".join(best),
         "results": rows,
     }
-    output.write_text(canonical_json(document), encoding="utf-8")
+    write_output(output, canonical_json(document).encode())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Reads the built bundle, makes the same digits with the plan's schedule and with every step full (interleaved, so that a
 noisy machine hits both alike), and runs the model with fewer full steps in PyTorch from the same noise: as many as the
-plan's time or FLOPs would pay for, whichever is more. Writes ``demo.png`` and ``demo.json`` into the bundle's folder.
+plan's time or FLOPs would pay for, whichever is more. Writes ``NAME-demo.png`` and ``NAME-demo.json`` beside the bundle
+``NAME``, whose folder holds what tc-deploy wrote and nothing else.
 
     python examples/digits_demo.py --bundle engines/digits
 """
@@ -10,6 +11,7 @@ plan's time or FLOPs would pay for, whichever is more. Writes ``demo.png`` and `
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import statistics
@@ -20,13 +22,16 @@ import click
 import numpy as np
 import torch
 from digits import CLASSES, class_accuracy
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from rich.progress import Progress
 
 import tc_deploy
+from tc_deploy.bundle import check_output, write_output
+from tc_deploy.bundle.marks import JSON_FILE, SHEET_FILE, SOFTWARE
 from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
+from tc_deploy.plan import places_read
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.sheet import sheet_of
 from tc_deploy.tokencache.sampler import denoise
@@ -45,18 +50,25 @@ def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int]
     return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
 
 
-def write_sheet(path: Path, images: np.ndarray) -> None:
-    """Lay (n, H, W) pictures out in rows of ten."""
-    sheet = Image.fromarray(sheet_of(images, COLUMNS))
-    sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST).save(path)
+def sheet_png(images: np.ndarray) -> bytes:
+    """(n, H, W) pictures laid out in rows of ten."""
+    sheet, stream, mark = Image.fromarray(sheet_of(images, COLUMNS)), io.BytesIO(), PngImagePlugin.PngInfo()
+    mark.add_text(*SOFTWARE)
+    sheet = sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST)
+    sheet.save(stream, format="PNG", pnginfo=mark)
+    return stream.getvalue()
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("engines/digits"), show_default=True)
 @click.option("--count", type=click.IntRange(min=BATCH), default=100, show_default=True, help="Digits to make.")
 @click.option("--seed", default=0, show_default=True)
-def main(bundle: Path, count: int, seed: int) -> None:
+@click.option("--force", is_flag=True, help="Replace files of those names that tc-deploy did not write.")
+def main(bundle: Path, count: int, seed: int, force: bool) -> None:
     """Make digits with cached and with full engines and compare."""
+    sheet, numbers = (bundle.with_name(f"{bundle.name}-demo{suffix}") for suffix in (".png", ".json"))
+    for path, kind in ((sheet, SHEET_FILE), (numbers, JSON_FILE)):
+        check_output(path, kind, reads=places_read(bundle), force=force)
     count -= count % BATCH
     labels = [index % CLASSES for index in range(count)]
     times_s: dict[bool, list[float]] = {False: [], True: []}
@@ -84,6 +96,7 @@ def main(bundle: Path, count: int, seed: int) -> None:
 
     cached, full = (torch.from_numpy(np.concatenate(made[kind])) for kind in (False, True))
     facts = {
+        "made_by": f"tc-deploy {tc_deploy.__version__}",
         "steps_full": steps_full,
         "steps_cached": steps_cached,
         "full_s": round(full_s, 4),
@@ -98,10 +111,10 @@ def main(bundle: Path, count: int, seed: int) -> None:
         "batch_size": BATCH,
         "hardware": hardware_line(),
     }
-    write_sheet(bundle / "demo.png", np.concatenate(images))
-    (bundle / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_output(sheet, sheet_png(np.concatenate(images)))
+    write_output(numbers, (json.dumps(facts, indent=2) + "\n").encode())
     click.echo(
-        f"{bundle / 'demo.png'}: {steps_full} full + {steps_cached} cached steps;"
+        f"{sheet}: {steps_full} full + {steps_cached} cached steps;"
         f" {full_s:.2f} s full against {cached_s:.2f} s cached for {BATCH} pictures on {facts['hardware']};"
         f" PSNR cached to full {facts['psnr_db']:.1f} dB, {affordable} full steps in that time or FLOPs"
         f" {facts['fewer_steps_psnr_db']:.1f} dB; {100 * facts['class_accuracy']:.0f} % read as the class asked for"

@@ -20,6 +20,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from tc_deploy import __version__
+from tc_deploy.bundle import check_output, write_output
+from tc_deploy.bundle.marks import ARRAYS_FILE
+
 Named = dict[str, Tensor | None]
 """By the transformer's argument."""
 
@@ -100,6 +104,7 @@ def encoded(
 @click.option("--guidance", type=float, help="FLUX: the distilled guidance's strength, such as 3.5.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a file at -o that this did not write.")
 def main(
     folder: Path,
     prompts: tuple[str, ...],
@@ -109,15 +114,18 @@ def main(
     guidance: float | None,
     device: str,
     output: Path,
+    force: bool,
 ) -> None:
     """Write the embeddings of PROMPTS, by the text encoders of the pipeline in FOLDER."""
+    check_output(output, ARRAYS_FILE, reads=[folder, *([] if file is None else [file])], force=force)
     lines = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     wanted = [*prompts, *(line for line in lines if line)]
     if not wanted:
         raise click.UsageError("no prompt given; name some, or a file of them with --prompts")
     pipeline = DiffusionPipeline.from_pretrained(folder, transformer=None, vae=None, local_files_only=True)
     arrays = encoded(pipeline.to(device), wanted, negative, text_tokens, guidance)
-    safetensors.torch.save_file(arrays, output)
+    made_by = {"made_by": f"tc-deploy {__version__}"}
+    write_output(output, safetensors.torch.save(arrays, metadata=made_by))
     for name, array in arrays.items():
         click.echo(f"{output}: {name} {tuple(array.shape)}")
 

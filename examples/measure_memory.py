@@ -18,11 +18,14 @@ from typing import Any
 import click
 import openvino
 
+from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.openvino import precisions_of
-from tc_deploy.bundle import canonical_json
+from tc_deploy.bundle import canonical_json, check_output, write_output
+from tc_deploy.bundle.marks import JSON_FILE
 from tc_deploy.hardware import hardware_line
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest
+from tc_deploy.plan import places_read
 
 MODES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("onnxruntime", {"weights": "packed"}),
@@ -84,8 +87,10 @@ def memory_mib(bundle: Path, backend: str, options: dict[str, Any], graphs: list
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-def main(bundle: Path, output: Path) -> None:
+@click.option("--force", is_flag=True, help="Replace a file at OUTPUT that this did not write.")
+def main(bundle: Path, output: Path, force: bool) -> None:
     """Measure the memory that the graphs of BUNDLE take on a CPU, and write OUTPUT."""
+    check_output(output, JSON_FILE, reads=places_read(bundle), force=force)
     manifest = read_manifest(bundle)
     rows = []
     offered = precisions_of(openvino.Core())
@@ -107,13 +112,14 @@ def main(bundle: Path, output: Path) -> None:
         rows.append(row)
         click.echo(json.dumps(row))
     document = {
+        "made_by": f"tc-deploy {__version__}",
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "hardware": hardware_line(),
         "weights_mib": round(manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"].size_bytes / 2**20),
         "graphs": list(manifest.graphs),
         "results": rows,
     }
-    output.write_text(canonical_json(document), encoding="utf-8")
+    write_output(output, canonical_json(document).encode())
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from rich.progress import track
 from torch import nn
 
+from tc_deploy.bundle import check_output
+from tc_deploy.bundle.marks import PLAIN_FILE
+
 FEATURES = 16  # few, so that few samples are enough for a covariance
 OPSET = 20
 PEAK_LEARNING_RATE = 3e-3
+SHIPPED = Path(__file__).parent / "digits-classifier.onnx"
 
 
 class Classifier(nn.Module):
@@ -91,14 +95,17 @@ def accuracy(path: Path, images: torch.Tensor, labels: torch.Tensor) -> float:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    default=Path(__file__).parent / "digits-classifier.onnx",
+    default=SHIPPED,
     show_default=True,
 )
 @click.option("--epochs", default=40, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, epochs: int, batch_size: int, seed: int) -> None:
+@click.option("--force", is_flag=True, help="Replace another file than the one that is shipped.")
+def main(output: Path, epochs: int, batch_size: int, seed: int, force: bool) -> None:
     """Train the classifier and write it to OUTPUT."""
+    if output != SHIPPED:
+        check_output(output, PLAIN_FILE, force=force)
     torch.set_num_threads(1)  # sums in another order would end in other weights
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

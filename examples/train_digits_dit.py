@@ -184,6 +184,8 @@ def main(
     threads: int,
 ) -> None:
     """Train the digits DiT and write it to OUTPUT."""
+    if (output / "transformer").exists() and not (output / "training").is_dir():
+        raise click.UsageError(f"{output} holds a model that was not trained here; choose another output")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

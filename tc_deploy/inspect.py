@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tc_deploy.backends.arena import ALIGNMENT_BYTES
-from tc_deploy.bundle import MANIFEST, check_files
+from tc_deploy.bundle import MANIFEST, check_files, reading
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError, counted
 from tc_deploy.manifest import (
+    BUNDLE_FOLDER,
     ENGINE_SUFFIX,
     SOLVER,
     Manifest,
@@ -24,7 +25,7 @@ from tc_deploy.manifest import (
     read_engine_record,
     read_target,
 )
-from tc_deploy.plan import PLAN, Plan, load_plan, plan_as_written, plan_sha256
+from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan, plan_as_written, plan_sha256
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
@@ -96,6 +97,11 @@ def inspect_path(path: Path, batch_size: int | None = None) -> dict[str, Any]:
         BundleError: the folder is neither, or a file in it is missing, truncated or altered.
         PlanError: the plan is inconsistent.
     """
+    with reading(path, BUNDLE_FOLDER), reading(path, PLAN_FOLDER):
+        return _inspected(path, batch_size)
+
+
+def _inspected(path: Path, batch_size: int | None) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         return _bundle(path, batch_size)
     if batch_size is not None:

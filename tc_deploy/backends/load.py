@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Device, Graph, loaded_graphs
-from tc_deploy.bundle import check_files
+from tc_deploy.bundle import check_files, reading
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import Manifest, read_target
+from tc_deploy.manifest import TARGET_FOLDER, Manifest, read_target
 
 
 def load_target(
@@ -33,6 +33,13 @@ def load_target(
         BackendError: the engine is not installed, this machine is not one that the target was built for, or the
             engine refuses a graph.
     """
+    with reading(bundle / backend, TARGET_FOLDER):
+        return _loaded(bundle, manifest, backend, wanted)
+
+
+def _loaded(
+    bundle: Path, manifest: Manifest, backend: str, wanted: Callable[[str], bool]
+) -> tuple[Device, dict[str, Graph]]:
     engine = registry.backend(backend)
     target = read_target(bundle, backend)
     check_files(bundle / backend, target.files)

@@ -19,9 +19,10 @@ from tc_deploy.bench.clock import Clock, Run, step_by_step
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.report import FULL_RUN, PLAN_RUN, host_share, runs_report, start_up_report, variants_report
 from tc_deploy.bench.start_up import start_up
+from tc_deploy.bundle import reading
 from tc_deploy.errors import UsageError
 from tc_deploy.hardware import hardware_line
-from tc_deploy.manifest import read_target
+from tc_deploy.manifest import BUNDLE_FOLDER, read_target
 from tc_deploy.runtime.pipeline import Pipeline
 
 WARMUP_ROUNDS = 2
@@ -90,6 +91,20 @@ def bench_bundles(
         BackendError: an engine is not installed or refuses the graphs.
         UsageError: a backend is unknown, or a batch size does not fit a bundle.
     """
+    with ExitStack() as held:
+        for bundle in (path, *(bundle_and_backend(other)[0] for other in against)):
+            held.enter_context(reading(bundle, BUNDLE_FOLDER))
+        return _measured(path, backend, against, batch_sizes, rounds, progress)
+
+
+def _measured(
+    path: Path,
+    backend: str | None,
+    against: Sequence[str],
+    batch_sizes: Sequence[int],
+    rounds: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders = list(_contenders(stack, path, backend, against, batch_sizes))
         facts = [contender.facts() for contender in contenders]

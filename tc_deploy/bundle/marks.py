@@ -1,6 +1,6 @@
 """By what single files of ours are told from others': the words in them that say who wrote them.
 
-In: a file. Out: whether this tool wrote it. Never: reads more of a file than its head.
+In: a file. Out: whether this tool wrote it. Never: reads a file of any size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,19 @@ def is_our_safetensors(path: Path) -> bool:
     return isinstance(metadata, dict) and str(metadata.get("made_by")).startswith(MADE_BY)
 
 
+def is_our_json(path: Path) -> bool:
+    """Whether a file is a JSON document whose ``made_by`` names this tool."""
+    if path.stat().st_size > LARGEST_DOCUMENT_BYTES:
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and str(found.get("made_by")).startswith(MADE_BY)
+
+
 SHEET_FILE: Final = FileKind(name="a picture", is_ours=is_our_png)
+JSON_FILE: Final = FileKind(name="a JSON document", is_ours=is_our_json)
 ARRAYS_FILE: Final = FileKind(name="a safetensors file", is_ours=is_our_safetensors)
 PLAIN_FILE: Final = FileKind(name="a file", is_ours=lambda path: False)
 """Of a format that cannot say who wrote it."""

@@ -13,11 +13,11 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from tc_deploy.bundle import MANIFEST, check_files, sha256_of_file
+from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest import Manifest, TargetManifest, check_is_whole, read_target
-from tc_deploy.plan import PLAN, SAMPLES, SEARCH, Plan, load_plan, plan_as_written
+from tc_deploy.manifest import BUNDLE_FOLDER, Manifest, TargetManifest, check_is_whole, read_target
+from tc_deploy.plan import PLAN, PLAN_FOLDER, SAMPLES, SEARCH, Plan, load_plan, plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
     Kind,
@@ -110,6 +110,11 @@ def source_from_folder(path: Path, validation: Path | None = None) -> Source:
         BundleError: the folder is neither, or a file in it is missing, truncated, altered or of another model.
         PlanError: the plan is inconsistent.
     """
+    with reading(path, BUNDLE_FOLDER), reading(path, PLAN_FOLDER):
+        return _source(path, validation)
+
+
+def _source(path: Path, validation: Path | None) -> Source:
     if not (path / PLAN).is_file():
         raise BundleError(f"{path}: no {PLAN} in it; give a folder calibration/NAME or engines/NAME")
     check_is_whole(path)

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device, Graph
 from tc_deploy.backends.load import load_target
+from tc_deploy.bundle import reading
 from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.manifest import IMAGES, SOLVER, variant_name
+from tc_deploy.manifest import BUNDLE_FOLDER, IMAGES, SOLVER, variant_name
 from tc_deploy.runtime.binding import Binder, read_bundle
 from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
@@ -113,14 +114,14 @@ class Pipeline:
         engines: tuple[Device, Mapping[str, Graph]] | None = None,
         check_finite: bool = True,
     ) -> None:
-        bundle = read_bundle(path, backend, require_signature)
-        self.path = path
-        self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
-        self.batch_size = checked_batch_size(self.manifest, batch_size)
-        self._first_scale, self._check_finite = bundle.first_scale, check_finite
-        self._lock = threading.Lock()
-
-        device, graphs = engines or load_target(path, self.manifest, self.backend)
+        with reading(path, BUNDLE_FOLDER):
+            bundle = read_bundle(path, backend, require_signature)
+            self.path = path
+            self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
+            self.batch_size = checked_batch_size(self.manifest, batch_size)
+            self._first_scale, self._check_finite = bundle.first_scale, check_finite
+            self._lock = threading.Lock()
+            device, graphs = engines or load_target(path, self.manifest, self.backend)
         planned, full = pipeline_programs(self.manifest, self.plan)
         layout = pipeline_layout(self.manifest, (planned, full), self.batch_size)
         binder = Binder(bundle, device, graphs, layout)

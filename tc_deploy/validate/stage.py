@@ -23,11 +23,11 @@ from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import loaded_graphs
 from tc_deploy.backends.load import load_target
-from tc_deploy.bundle import MANIFEST, sha256_of_file
+from tc_deploy.bundle import MANIFEST, reading, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.libraries import load_failure
-from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, TargetManifest, read_target, variant_name
+from tc_deploy.manifest import BUNDLE_FOLDER, FP32_GRAPHS, SOLVER, Manifest, TargetManifest, read_target, variant_name
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
 from tc_deploy.schedule import FULL, PHASES
@@ -91,7 +91,8 @@ def validate_bundle(
         PlanError: the checkpoint is another than the plan was made for.
         UsageError: there is no such backend, or there are several targets and none is named.
     """
-    return _Validation(path, backend, against, model_path, progress).record()
+    with reading(path, BUNDLE_FOLDER):
+        return _Validation(path, backend, against, model_path, progress).record()
 
 
 @dataclass(frozen=True, kw_only=True)
