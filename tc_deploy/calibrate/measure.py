@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from tc_deploy.calibrate.prompts import draw_batch
-from tc_deploy.errors import ModelError, PlanError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
 from tc_deploy.types import IntArray
 
 FIRST_SEED = 1_000_000
 """Measurement draws its noise from here on; training draws from the recipe's seed, which lies far below."""
 BATCH = 16
+_PLAN_REMEDY = "choose shorter intervals or a lower forecast_order"
 LISTS = {"sigmas", "timesteps"}
 """Arguments of ``set_timesteps`` that hold a value for each step."""
 
@@ -48,8 +48,8 @@ def measure(
         plan_sha256: :func:`tc_deploy.plan.content_sha256` of the plan.
 
     Raises:
-        ModelError: the model's own run gives values that are not finite, or its pipeline could not use the scheduler.
-        PlanError: the plan's run does.
+        NotFiniteError: a run comes to values that are not finite; names whose, and the step.
+        ModelError: the model's pipeline could not use the scheduler.
     """
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
     fewer = with_steps(model, sampling, fewer_steps)
@@ -60,21 +60,16 @@ def measure(
 
         def run(sampling: Sampling, steps: TokenCachedSteps | None) -> torch.Tensor:
             function = steps or (lambda _, inputs: model.forward(inputs))
-            return denoise(model, sampling, noise, conditions, function)  # noqa: B023 - called in this turn only
+            whose = "the model's own run" if steps is None else "the plan's run"
+            check = finite_steps(
+                f"{model.source}: {whose}", sampling.steps, OWN_REMEDY if steps is None else _PLAN_REMEDY
+            )
+            return denoise(model, sampling, noise, conditions, function, check)  # noqa: B023 - called in this turn only
 
         full.append(run(sampling, None))
         planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, token_index)))
         shortened.append(run(fewer, None))
     reference, found, pixels = torch.cat(full), torch.cat(planned), model.geometry.pixels
-    if not reference.isfinite().all():
-        raise ModelError(
-            f"{model.source}: sampling gives values that are not finite; use another checkpoint or scheduler"
-        )
-    if not found.isfinite().all():
-        raise PlanError(
-            f"{model.source}: sampling with the plan gives values that are not finite; choose shorter intervals or a"
-            " lower forecast_order"
-        )
     return MeasuredRecord(
         plan_sha256=plan_sha256,
         seeds=seeds,

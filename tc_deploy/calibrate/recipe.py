@@ -24,15 +24,19 @@ Every key but ``model`` has a default; an unknown key is refused.
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from tc_deploy.bounds import MAX_AXES, Count, NonNegativeFloat32, Size, Step, Steps
 from tc_deploy.bundle import Document, first_problem
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
 from tc_deploy.plan import RANDOM, VARIANT
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -41,17 +45,23 @@ MAX_SEED = 500_000
 """Training draws one sample per seed from the recipe's on, measurement from a million on; the two must not meet."""
 
 
+MAX_CANDIDATES = 1_000_000
+"""Combinations that a search keeps in memory, to choose among them."""
+MAX_RECIPE_BYTES = 2**18
+_DEEP_KEY = re.compile(r"""(?:["'A-Za-z0-9_-]{1,64}\s{0,8}\.\s{0,8}){64}""")
+"""A dotted key of so many parts; what tomllib takes for one grows with the square of them."""
+
 _ALTERNATIVES = {"cache.keep_ratio": "cache.keep_counts", "cache.keep_counts": "cache.keep_ratio"}
 
 
 class SamplingRecipe(Document):
     """The sampling run that the plan is for."""
 
-    steps: PositiveInt = 50
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    steps: Steps = 50
+    guidance_scale: NonNegativeFloat32 | None = None
     """As the family's pipeline of diffusers means it: classifier-free guidance, where 1 and less are none (one model
     call per sample); for FLUX the strength of the distilled guidance."""
-    true_cfg_scale: Annotated[float, Field(ge=0)] | None = None
+    true_cfg_scale: NonNegativeFloat32 | None = None
     """Classifier-free guidance of FLUX, by its pipeline's name; 1 and less are none."""
     set_timesteps_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the scheduler's set_timesteps on top of what the family's pipeline passes."""
@@ -60,10 +70,10 @@ class SamplingRecipe(Document):
 class ScheduleRecipe(Document):
     """TPRR; the defaults are those of docs/quality.md."""
 
-    boundary: NonNegativeInt | None = None
+    boundary: Step | None = None
     """First step of phase 2; None means half of the steps."""
-    k1: PositiveInt = 4
-    k2: PositiveInt = 2
+    k1: Steps = 4
+    k2: Steps = 2
 
 
 class CacheRecipe(Document):
@@ -71,10 +81,10 @@ class CacheRecipe(Document):
 
     keep_ratio: tuple[Ratio, Ratio] = (0.0, 0.0)
     """Per phase, the share of all tokens of all blocks that a cached step computes."""
-    keep_counts: tuple[tuple[NonNegativeInt, ...], tuple[NonNegativeInt, ...]] | None = None
+    keep_counts: tuple[tuple[Count, ...], tuple[Count, ...]] | None = None
     """Per phase, tokens per block (or one number for all blocks), set by hand: no predictor is trained and
     ``keep_ratio`` plays no part."""
-    multiple: PositiveInt = 8
+    multiple: Size = 8
     """Keep counts are multiples of this (tensor cores like 8), or all tokens."""
     reuse: Reuse = Reuse.BRANCH
     attention: Attention = Attention.ALL
@@ -91,13 +101,13 @@ class CacheRecipe(Document):
 class PredictorRecipe(Document):
     """Training of the Cache Predictor."""
 
-    trajectories: PositiveInt = 32
+    trajectories: Annotated[int, Field(gt=0, le=100_000)] = 32
     """Sampling runs of the model itself that it is trained on."""
-    iterations: PositiveInt = 200
-    batch_size: PositiveInt = 8
+    iterations: Annotated[int, Field(gt=0, le=10_000_000)] = 200
+    batch_size: Annotated[int, Field(gt=0, le=100_000)] = 8
     """Trajectories that one iteration looks at; at most ``trajectories``."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    budget_weight: Annotated[float, Field(gt=0)] = 10.0
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-2
+    budget_weight: Annotated[float, Field(gt=0, le=1e9)] = 10.0
     """Weight of the term that drives the mean importance to the keep ratio. Too small a one lets every block be
     important, and the ranking is lost."""
 
@@ -105,7 +115,7 @@ class PredictorRecipe(Document):
 class MeasureRecipe(Document):
     """Measurement of the finished plan against the model's own full run, on seeds of its own."""
 
-    samples: NonNegativeInt = 32
+    samples: Annotated[int, Field(ge=0, le=100_000)] = 32
     """0 leaves the measurement out."""
 
 
@@ -114,22 +124,22 @@ class SearchRecipe(Document):
 
     boundary: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     """First step of phase 2, as a share of the steps."""
-    k1: tuple[PositiveInt, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
-    k2: tuple[PositiveInt, ...] = (1, 2, 3, 4, 5, 6, 8)
+    k1: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
+    k2: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8)
     keep_ratio: tuple[Ratio, ...] = (0.0, 0.125, 0.25, 0.5)
     """Each phase takes one."""
     forecast_order: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (1, 2)
     reuse: tuple[Reuse, ...] = (Reuse.BRANCH,)
     attention: tuple[Attention, ...] = (Attention.ALL,)
     skip: tuple[Skip, ...] = (Skip.MODEL, Skip.BLOCKS)
-    trials: PositiveInt = 150
+    trials: Annotated[int, Field(gt=0, le=100_000)] = 150
     """Candidates that are sampled with, in PyTorch, on ``screening_samples`` pictures each."""
-    screening_samples: PositiveInt = 16
-    confirmation_samples: PositiveInt = 64
+    screening_samples: Annotated[int, Field(gt=0, le=10_000)] = 16
+    confirmation_samples: Annotated[int, Field(gt=0, le=100_000)] = 64
     """Pictures, of other seeds, that engines make with each point of the result."""
-    points: PositiveInt = 8
+    points: Annotated[int, Field(gt=0, le=1_000)] = 8
     """Candidates of which engines are built."""
-    latency_rounds: PositiveInt = 7
+    latency_rounds: Annotated[int, Field(gt=0, le=100_000)] = 7
     """Rounds in which each built point and the full run take turns."""
 
     @model_validator(mode="after")
@@ -137,6 +147,13 @@ class SearchRecipe(Document):
         for name, value in self:
             if value == ():
                 raise ValueError(f"{name} must list at least one value")
+        lists = {name: len(value) for name, value in self if isinstance(value, tuple)}
+        # Each phase has a share of its own.
+        found = math.prod(lists.values()) * lists["keep_ratio"]
+        if found > MAX_CANDIDATES:
+            raise ValueError(
+                f"the lists make {found} combinations, expected at most {MAX_CANDIDATES}; list fewer values"
+            )
         return self
 
 
@@ -152,9 +169,9 @@ class Recipe(Document):
     """All of it."""
 
     model: str
-    latent_size: tuple[PositiveInt, ...] | None = None
+    latent_size: Annotated[tuple[Size, ...], Field(max_length=MAX_AXES)] | None = None
     """(H, W) of the latents, or (F, H, W) of video; None means the model's own."""
-    text_tokens: PositiveInt | None = None
+    text_tokens: Size | None = None
     """Tokens that every prompt is padded or cut to; None means the family's default."""
     conditions: str | None = None
     """What a model is conditioned on that takes more than labels: a safetensors file of prompt embeddings (relative to
@@ -185,11 +202,17 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = {"model": str(path)}
     if path.suffix == ".toml":
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_RECIPE_BYTES):
+                raise UsageError(f"{path}: not a TOML file of at most {MAX_RECIPE_BYTES} bytes")
+            text = path.read_text(encoding="utf-8")
+            if _DEEP_KEY.search(text):
+                raise UsageError(f"{path}: not a TOML file that can be a recipe: a key is nested too deeply")
+            values = tomllib.loads(text)
+            _check_values(values, str(path))
         except FileNotFoundError:
             raise UsageError(f"{path}: no such recipe") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"{path}: not a TOML file: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, TOML, and numbers of many digits
+            raise UsageError(f"{path}: not a TOML file: {first_line(error)}") from None
         if isinstance(values.get("model"), str):
             values["model"] = _beside(path, values["model"])
         if isinstance(values.get("conditions"), str) and values["conditions"] != RANDOM:
@@ -211,7 +234,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
             if other is not None and overrides.get(other) is None:
                 place.pop(other.rpartition(".")[2], None)
     try:
-        return Recipe.model_validate(values)
+        # By way of JSON a list may stand for a tuple and a word for its meaning, but no text and no true for a number.
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         where, reason = first_problem(error)
         tables = where.split(".")[:-1]
@@ -221,6 +245,30 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         option = next(given, None)
         which = f"{path}: {where}" if option is None else f"--{option.rpartition('.')[2].replace('_', '-')}"
         raise UsageError(f"{which}: {reason}") from None
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Check that a recipe holds what JSON can: a plan keeps it.
+
+    Raises:
+        UsageError: it holds a date, NaN, infinity or control characters; the message names the key.
+    """
+    match value:
+        case dict():
+            for key, inner in value.items():
+                _check_values(key, where)
+                _check_values(inner, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
+        case list():
+            for inner in value:
+                _check_values(inner, where)
+        case str() if UNPRINTABLE.search(value):
+            raise UsageError(f"{where}: expected text without control characters, found {printable(value)!r}")
+        case float() if not math.isfinite(value):
+            raise UsageError(f"{where}: must be a finite number, found {value}")
+        case str() | float() | bool() | int():
+            pass
+        case _:
+            raise UsageError(f"{where}: expected text, a number, a list or a table, found {value}")
 
 
 def _keys_of(tables: list[str]) -> list[str]:

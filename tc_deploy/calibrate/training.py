@@ -6,6 +6,7 @@ iteration), and the state is saved as it goes, so a run that was killed continue
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from tc_deploy.bundle import write_state
 from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor
-from tc_deploy.tokencache.sampler import Sampling, denoise, device_of
+from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, denoise, device_of, finite_steps
 
 SAVE_EVERY = 20
 
@@ -41,13 +43,18 @@ def record_trajectories(
         seeds: one sample each.
         on_step: told the number of each step that is done.
 
+    Raises:
+        NotFiniteError: the model's own run comes to values that are not finite; names the step.
+
     Returns:
         ``hidden_states`` (T, model batch, C, H, W), ``timestep`` (T,), and each condition (model batch, ...).
     """
     noise, conditions = draw_batch(model, sampling, seeds)
+    check = finite_steps(f"{model.source}: the model's own run", sampling.steps, OWN_REMEDY)
     seen: list[Mapping[str, Tensor]] = []
 
-    def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG001
+    def note(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:
+        check(step, inputs, latents)
         seen.append(inputs)
         on_step(step)
 
@@ -88,6 +95,9 @@ def train_predictor(
 
     Returns:
         (T, L, N) importance in (0, 1), for every step.
+
+    Raises:
+        NotFiniteError: the loss, or a score in the end, is not finite; names the iteration and what to change.
     """
     tokens, blocks, device = model.geometry.tokens, len(model.blocks), device_of(model)
     timesteps = trajectories["timestep"].to(device)
@@ -124,14 +134,28 @@ def train_predictor(
         error = (last_tokens(importance) - wanted).pow(2).mean() / all_cached_error
         budget = (importance.mean() - keep_ratio[schedule.variants[step] - 1]) ** 2
         loss = error + recipe.budget_weight * budget
+        if not math.isfinite(loss.item()):
+            raise _not_finite("the loss", iteration, recipe)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if not all(weight.isfinite().all() for weight in predictor.parameters()):
+            raise _not_finite("a weight", iteration, recipe)
         if (iteration + 1) % SAVE_EVERY == 0 or iteration + 1 == recipe.iterations:
             _save(state, predictor, optimizer, iteration + 1)
         on_iteration(iteration + 1, float(loss.detach()))
     with torch.no_grad():
-        return torch.stack([predictor(timestep) for timestep in timesteps]).cpu()
+        scores = torch.stack([predictor(timestep) for timestep in timesteps]).cpu()
+    if not scores.isfinite().all():
+        raise _not_finite("a score", recipe.iterations, recipe)
+    return scores
+
+
+def _not_finite(what: str, iteration: int, recipe: PredictorRecipe) -> NotFiniteError:
+    return NotFiniteError(
+        f"training the Cache Predictor: {what} is not finite at iteration {iteration} of {recipe.iterations}; lower"
+        f" predictor.learning_rate ({recipe.learning_rate:g}) or predictor.budget_weight ({recipe.budget_weight:g})"
+    )
 
 
 def _history(

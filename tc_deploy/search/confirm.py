@@ -15,7 +15,7 @@ import torch
 from tc_deploy.calibrate.prompts import tensors_of
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.calibrate.stage import Report
-from tc_deploy.errors import BackendError
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
@@ -82,12 +82,12 @@ class Confirmation:
             converged: the run that a better solver is judged by; None where there is none.
 
         Raises:
-            BackendError: the full run's pictures are not finite.
+            NotFiniteError: the full run's pictures are not finite.
         """
         full = self.maker.pictures(planned[0], self.asked, FIRST_SEED)
         if not np.isfinite(full.latents).all():
             where = f"{self.model.source} on {self.maker.backend}"
-            raise BackendError(f"{where}: the full run's pictures are not finite; use another backend")
+            raise NotFiniteError(f"{where}: the full run's pictures are not finite; use another backend")
         exact = None if converged is None else self._exact(converged)
         made, latencies = self._made(planned)
         times_ms = [latency.full_ms for latency in latencies.values()]

@@ -12,13 +12,12 @@ from pathlib import Path
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.prompts import draw_batch
-from tc_deploy.errors import ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
-from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
 from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
 
@@ -42,7 +41,7 @@ class Screen:
         on_judged: told how many were judged.
 
     Raises:
-        ModelError: the model's own run gives values that are not finite.
+        NotFiniteError: the model's own run gives values that are not finite.
     """
 
     def __init__(
@@ -59,11 +58,10 @@ class Screen:
         self.model, self.sampling, self.importance, self.multiple = model, sampling, importance, multiple
         self.costs, self.folder, self.on_judged = costs, folder, on_judged
         self.noise, self.conditions = draw_batch(model, sampling, range(FIRST_SEED, FIRST_SEED + samples))
-        self.reference = denoise(model, sampling, self.noise, self.conditions, lambda _, inputs: model.forward(inputs))
-        if not self.reference.isfinite().all():
-            raise ModelError(
-                f"{model.source}: sampling gives values that are not finite; use another checkpoint or scheduler"
-            )
+        check = finite_steps(f"{model.source}: the model's own run", sampling.steps, OWN_REMEDY)
+        self.reference = denoise(
+            model, sampling, self.noise, self.conditions, lambda _, inputs: model.forward(inputs), check
+        )
         self.judged = 0
 
     def __call__(self, candidate: Candidate) -> Judged:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tc_deploy.conditions import UNCONDITIONAL, Conditions
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import started_scheduler
 from tc_deploy.plan import CacheRecord, PromptsRecord, index_row
@@ -22,6 +23,8 @@ from tc_deploy.types import IntArray
 
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
+OWN_REMEDY = "use another checkpoint or scheduler, or a lower guidance scale"
+"""For a run of the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,27 @@ def device_of(model: DiffusionTransformer) -> torch.device:
 
 
 @torch.no_grad()
+def finite_steps(whose: str, steps: int, remedy: str) -> Callable[[int, Mapping[str, Tensor], Tensor], None]:
+    """What :func:`denoise` calls after each step, so that a run which comes to NaN ends at the step where it does.
+
+    Args:
+        whose: run, for the message.
+        steps: T.
+        remedy: what may help.
+
+    Returns:
+        A function that raises :class:`tc_deploy.errors.NotFiniteError` where the new latents are not finite.
+    """
+
+    def check(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG001
+        if not latents.isfinite().all():
+            raise NotFiniteError(
+                f"{whose} is not finite from step {step} on (steps count from 0 to {steps - 1}); {remedy}"
+            )
+
+    return check
+
+
 def denoise(
     model: DiffusionTransformer,
     sampling: Sampling,

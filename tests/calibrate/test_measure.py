@@ -11,7 +11,7 @@ import torch
 
 from tc_deploy.calibrate.measure import BATCH, FIRST_SEED, measure
 from tc_deploy.calibrate.prompts import draw_batch
-from tc_deploy.errors import ModelError
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, MeasuredRecord
@@ -118,5 +118,5 @@ def test_a_model_that_gives_no_numbers_is_refused(
         module.proj_out_2.bias[0] = torch.nan
 
     model = load_model(save_dit(tmp_path / "dit", edit=edit))
-    with pytest.raises(ModelError, match=r"dit: sampling gives values that are not finite; use another checkpoint"):
+    with pytest.raises(NotFiniteError, match=r"dit: the model's own run is not finite from step 0 on"):
         run(model, sampling, full_schedule(STEPS), keep=0, cost=6.0)

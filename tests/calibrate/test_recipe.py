@@ -228,3 +228,49 @@ def test_one_way_on_the_command_line_replaces_the_other_in_the_recipe(tmp_path: 
     cache = read_recipe(recipe, {"cache.keep_counts": [[0], [8]]}).cache
     assert cache.keep_counts == ((0,), (8,))
     assert cache.keep_ratio == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model = 'm'\n[predictor]\nlearning_rate = 1e30",
+            "predictor.learning_rate: must be less than or equal to 100",
+        ),
+        ("model = 'm'\n[predictor]\nlearning_rate = inf", "predictor.learning_rate: must be a finite number"),
+        ("model = 'm'\n[predictor]\nlearning_rate = nan", "predictor.learning_rate: must be a finite number"),
+        ("model = 'm'\n[predictor]\nbudget_weight = 1e300", "predictor.budget_weight: must be less than"),
+        ("model = 'm'\n[sampling]\nsteps = 1000000", "sampling.steps: must be less than or equal to 10000"),
+        ("model = 'm'\n[sampling]\nsteps = true", "sampling.steps: must be a valid integer, found True"),
+        ("model = 'm'\n[sampling]\nsteps = '50'", "sampling.steps: must be a valid integer, found '50'"),
+        ("model = 'm'\n[sampling]\nguidance_scale = 1e39", "sampling.guidance_scale: must be less than"),
+        ("model = 'm'\n[sampling]\nguidance_scale = '2'", "sampling.guidance_scale: must be a valid number"),
+        (
+            "model = 'm'\n[sampling.set_timesteps_kwargs]\nmu = inf",
+            "sampling.set_timesteps_kwargs.mu: must be a finite",
+        ),
+        (
+            "model = 'm'\n[sampling.set_timesteps_kwargs]\nmu = 2026-11-28",
+            "set_timesteps_kwargs.mu: expected text, a num",
+        ),
+        (
+            "model = 'm'\n[sampling.set_timesteps_kwargs]\nsigmas = [1.0, nan]",
+            "set_timesteps_kwargs.sigmas: must be a fin",
+        ),
+        ("model = 'm'\nconditions = \"\\u001b[31m\"", "conditions: expected text without control characters"),
+        (
+            "model = 'm'\n[search]\nk1 = " + str(list(range(1, 9999))),
+            r"search: the lists make .* combinations",
+        ),
+        ("model = 'm'\n[search]\ntrials = 1000000000", "search.trials: must be less than"),
+        ("model = 'm'\n[measure]\nsamples = 10000000000", "measure.samples: must be less than"),
+        ("model = " + "[" * 100_000, "not a TOML file"),
+        ("a" + ".a" * 100_000 + " = 1", "not a TOML file"),
+        ("seed = " + "9" * 10_000, r"not a TOML file|seed"),
+        ("model = 'm' # " + "x" * 2**20, "not a TOML file of at most 262144 bytes"),
+    ],
+)
+def test_what_no_calibration_can_use(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        read_recipe(write(tmp_path, text), {})
+    assert str(raised.value).isprintable()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.calibrate.training import SAVE_EVERY, record_trajectories, train_predictor
+from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
@@ -234,3 +235,33 @@ def test_a_seed_gives_its_sample_whatever_stands_beside_it(
     assert torch.equal(several["hidden_states"][0, 1], one["hidden_states"][0, 0])
     assert several["class_labels"][1] == one["class_labels"][0]
     assert not torch.equal(several["hidden_states"][0, 0], several["hidden_states"][0, 1])
+
+
+def test_training_that_diverges_names_the_iteration_and_the_key(tiny_dit: DiffusionTransformer, tmp_path: Path) -> None:
+    trajectories = make_trajectories(moving=MOVING)
+    trajectories["hidden_states"][3] = float("inf")
+    recipe = PredictorRecipe(iterations=40, batch_size=BATCH, learning_rate=0.5)
+    record = make_record(Reuse.BRANCH, Attention.ALL)
+    with pytest.raises(NotFiniteError, match=r"the loss is not finite at iteration \d+ of 40; lower predictor"):
+        train_predictor(tiny_dit, record, SCHEDULE, (0.5, 0.5), trajectories, recipe, 0, tmp_path / "state")
+
+
+def test_a_step_out_of_float32_leaves_no_plan(tiny_dit: DiffusionTransformer, tmp_path: Path) -> None:
+    """What a recipe refuses already; the training does not rely on it."""
+    recipe = PredictorRecipe.model_construct(
+        iterations=40, batch_size=BATCH, learning_rate=1e30, budget_weight=10.0, trajectories=4
+    )
+    record, trajectories = make_record(Reuse.BRANCH, Attention.ALL), make_trajectories(moving=MOVING)
+    with pytest.raises(NotFiniteError, match=r"at iteration \d+ of 40; lower predictor\.learning_rate \(1e\+30\)"):
+        train_predictor(tiny_dit, record, SCHEDULE, (0.5, 0.5), trajectories, recipe, 0, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_model_s_own_run_that_comes_to_nothing_names_its_step(save_dit: SaveDit, tmp_path: Path) -> None:
+    def edit(module: Any) -> None:
+        module.proj_out_2.bias[0] = torch.nan
+
+    folder = save_dit(tmp_path / "dit", edit=edit)
+    sampling = Sampling(scheduler=load_scheduler(folder), steps=4, guidance_scale=None, set_timesteps_kwargs={})
+    with pytest.raises(NotFiniteError, match=r"own run is not finite from step 0 on .*0 to 3.*another checkpoint"):
+        record_trajectories(load_model(folder), sampling, range(2))
