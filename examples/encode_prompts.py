@@ -11,6 +11,8 @@ Pipelines with a T5 of the slow kind want sentencepiece installed, Wan's wants f
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +97,25 @@ def encoded(
     return {name: half.float().cpu().contiguous() for name, half in named.items() if half is not None}
 
 
+def embeds_guidance(folder: Path) -> bool:
+    """Whether the transformer of a pipeline folder is told the strength of its guidance."""
+    config = folder / "transformer" / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("guidance_embeds"))
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "file", type=click.Path(path_type=Path, exists=True), help="A text file, a prompt a line.")
 @click.option("--negative", default="", help="What guidance goes away from.")
 @click.option("--text-tokens", type=int, help="As given to calibrate; without it what the pipeline uses.")
-@click.option("--guidance", type=float, help="FLUX: the distilled guidance's strength, such as 3.5.")
+@click.option(
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    default=3.5,
+    show_default=True,
+    help="FLUX: the strength of its distilled guidance; a model into which none was distilled is told none.",
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a file at -o that this did not write.")
@@ -111,7 +125,7 @@ def main(
     file: Path | None,
     negative: str,
     text_tokens: int | None,
-    guidance: float | None,
+    guidance_scale: float,
     device: str,
     output: Path,
     force: bool,
@@ -122,8 +136,11 @@ def main(
     wanted = [*prompts, *(line for line in lines if line)]
     if not wanted:
         raise click.UsageError("no prompt given; name some, or a file of them with --prompts")
+    if not math.isfinite(guidance_scale):
+        raise click.UsageError(f"--guidance-scale must be a finite number, found {guidance_scale}")
     pipeline = DiffusionPipeline.from_pretrained(folder, transformer=None, vae=None, local_files_only=True)
-    arrays = encoded(pipeline.to(device), wanted, negative, text_tokens, guidance)
+    strength = guidance_scale if embeds_guidance(folder) else None
+    arrays = encoded(pipeline.to(device), wanted, negative, text_tokens, strength)
     made_by = {"made_by": f"tc-deploy {__version__}"}
     write_output(output, safetensors.torch.save(arrays, metadata=made_by))
     for name, array in arrays.items():

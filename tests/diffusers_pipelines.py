@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import tokenizers
 import torch
 import transformers
 from bundles import make_plan
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
@@ -96,13 +94,6 @@ def tiny_wan_autoencoder() -> diffusers.AutoencoderKLWan:
         latents_mean=WAN_MEANS,
         latents_std=WAN_DEVIATIONS,
     ).eval()
-
-
-def flux_sampling(scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
-    """As FluxPipeline sets its scheduler up: a shift that depends on the tokens."""
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    shift = calculate_shift(tokens, *(scheduler.config[name] for name in names))
-    return {"steps": steps, "set_timesteps_kwargs": {"mu": shift, "sigmas": np.linspace(1, 1 / steps, steps).tolist()}}
 
 
 def tiny_tokenizer(length: int = CLIP_TOKENS) -> Any:

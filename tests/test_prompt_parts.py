@@ -274,10 +274,10 @@ def test_a_manifest_that_does_not_fit_its_graphs_is_refused(
         (("--prompt", "a cat", "--class-label", 1), "takes --prompt or --conditions FILE; give one of them"),
         (("--prompt", "a cat", "-n", 0), "-n must be at least 1, found 0"),
         (
-            ("--prompt", "a cat", "--distilled-guidance", 2.0),
-            "is not for a request to give beside prompts, as this",
+            ("--prompt", "a cat", "--true-cfg-scale", 2.0),
+            "true_cfg_scale: the pipeline of this model has none; its guidance is guidance_scale",
         ),
-        (("--class-label", 1, "--negative-prompt", "a dog"), "go with --prompt; a file of conditions holds its own"),
+        (("--class-label", 1, "--negative-prompt", "a dog"), "goes with --prompt; a file of conditions holds its own"),
         (("--class-label", 1), "class_labels: this model takes no labels; give conditions"),
     ],
 )
