@@ -86,7 +86,7 @@ class UViT(nn.Module):
 
     def forward(self, latents: Tensor, time: Tensor, label: Tensor) -> Tensor:
         """(B, C, H, W), (B,), (B,) to (B, C, H, W)."""
-        angles = time[:, None] * torch.exp(torch.linspace(0, -9, self.width // 2))
+        angles = time[:, None] * torch.exp(torch.linspace(0, -9, self.width // 2, device=time.device))
         prefix = torch.stack([torch.cat([angles.sin(), angles.cos()], dim=1), self.label(label)], dim=1)
         patches = self.embed(latents).flatten(2).transpose(1, 2)
         x = torch.cat([prefix, patches], dim=1) + self.positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,15 @@ import diffusers
 import pytest
 import torch
 import zoo
+from bundles import make_plan
 from diffusers_pipelines import tiny_autoencoder, tiny_wan_autoencoder
 from torch import Tensor
 
+from tc_deploy.calibrate.measure import with_steps
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import sampling_from_recipe
 from tc_deploy.conditions import UNCONDITIONAL
+from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
@@ -307,3 +311,108 @@ def test_latents_of_every_scheduler_size_and_step_count_are_the_pipeline_s(
     made: Ours, steps: int, guided: bool
 ) -> None:
     _latents_are_equal(made, steps, made.case.guided if guided else made.case.unguided)
+
+
+REFUSED = {
+    # FluxPipeline hands its scheduler sigmas and mu; these take none, and FluxPipeline raises ValueError or TypeError.
+    ("flux-dev", "ddim"): "DDIMScheduler has no sigmas, which FluxPipeline needs of its scheduler",
+    ("flux-dev", "euler"): "EulerDiscreteScheduler has no mu, which FluxPipeline needs of its scheduler",
+    ("flux-dev", "dpm"): "DPMSolverMultistepScheduler has no sigmas, which FluxPipeline needs of its scheduler",
+    # WanPipeline reads both.
+    ("wan", "ddim"): "DDIMScheduler has no set_begin_index, which WanPipeline needs of its scheduler",
+}
+
+
+@pytest.mark.parametrize(("case", "scheduler"), REFUSED)
+def test_a_scheduler_that_the_pipeline_cannot_use_is_refused(case: str, scheduler: str, tmp_path: Path) -> None:
+    made = _made(CASES[case], SCALED[scheduler](), CASES[case].sizes[0], tmp_path)
+    model = made.model()
+    _, theirs = _conditions(made, model)
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        _pipelines_run(made, STEPS[0], _tensor(0, BATCH, *model.geometry.latent_shape), theirs, {})
+    with pytest.raises(ModelError, match=REFUSED[case, scheduler]) as raised:
+        made.sampling(model, STEPS[0])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("case", ["dit", "sd3"])
+def test_a_scheduler_with_which_the_pipeline_makes_noise_is_refused(case: str, tmp_path: Path) -> None:
+    """Neither pipeline starts from noise as large as Euler's first sigma."""
+    _made(CASES[case], diffusers.EulerDiscreteScheduler(), CASES[case].sizes[0], tmp_path / "model")
+    random = {"conditions": "random", "text_tokens": TEXT} if CASES[case].arguments else {}
+    with pytest.raises(ModelError, match="Pipeline does not scale noise and latents as EulerDiscreteScheduler wants"):
+        make_plan(tmp_path / "model", tmp_path / "plan", latent_size=CASES[case].sizes[0], **random)
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxKontextPipeline", "SomebodysPipeline"])
+def test_a_folder_of_another_pipeline_is_refused(name: str, tmp_path: Path) -> None:
+    made = _made(CASES["flux-dev"], FlowEuler(), (8, 12), tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": name}))
+    with pytest.raises(
+        ModelError, match=rf"model_index.json names a {name}, which samples otherwise than FluxPipeline"
+    ):
+        made.model()
+
+
+def test_without_an_index_the_family_s_pipeline_is_assumed(tmp_path: Path) -> None:
+    made = _made(CASES["flux-schnell"], FlowEuler(shift=1.0), (8, 8), tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    model = made.model()
+    _, theirs = _conditions(made, model)
+    _pipelines_run(made, 4, _tensor(0, BATCH, *model.geometry.latent_shape), theirs, {})
+    assert made.pipe.scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    sampling = made.sampling(model, 4)
+    assert sampling.fresh_scheduler().timesteps.tolist() == [1000, 750, 500, 250]
+
+
+def test_a_recipe_s_own_arguments_stand_above_the_pipeline_s(tmp_path: Path) -> None:
+    made = _made(CASES["flux-dev"], SIZED["flow-euler, dynamic"](), (8, 12), tmp_path)
+    model = made.model()
+    own = [1.0, 0.6, 0.3, 0.1]
+    sampling = made.sampling(model, 4, set_timesteps_kwargs={"sigmas": own})
+    _, theirs = _conditions(made, model)
+    _pipelines_run(made, 4, _tensor(0, BATCH, *model.geometry.latent_shape), {**theirs, "sigmas": own}, {})
+    assert sampling.fresh_scheduler().timesteps.tolist() == made.pipe.scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_another_step_count_has_the_pipeline_s_grid_too(tmp_path: Path, steps: int) -> None:
+    made = _made(CASES["flux-dev"], SIZED["flow-euler, dynamic"](), (8, 12), tmp_path)
+    model = made.model()
+    _, theirs = _conditions(made, model)
+    _pipelines_run(made, steps, _tensor(0, BATCH, *model.geometry.latent_shape), theirs, {})
+    found = with_steps(model, made.sampling(model, 4), steps).fresh_scheduler()
+    assert found.timesteps.tolist() == made.pipe.scheduler.timesteps.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- guidance
+def _sampling(case: str, folder: Path, **sampling: Any) -> Sampling:
+    made = _made(CASES[case], next(iter(CASES[case].schedulers.values()))(), CASES[case].sizes[0], folder)
+    return made.sampling(made.model(), 4, **sampling)
+
+
+@pytest.mark.parametrize("case", ["dit", "pixart-sigma", "sd3", "wan"])
+def test_guidance_of_one_and_less_is_none(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for scale in (0.0, 0.5, 1.0):
+        caplog.clear()
+        sampling = _sampling(case, tmp_path / str(scale), guidance_scale=scale)
+        assert (sampling.guidance_scale, sampling.embedded_guidance) == (None, None)
+        assert [record.message for record in caplog.records].count(
+            f"a guidance scale of {scale:g} is none, as in diffusers: one model call per sample"
+        ) == 1
+    assert _sampling(case, tmp_path / "more", guidance_scale=1.5).guidance_scale == 1.5
+
+
+def test_flux_s_guidance_scale_is_the_distilled_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dev = _sampling("flux-dev", tmp_path / "dev", guidance_scale=1.0, true_cfg_scale=2.0)
+    assert (dev.guidance_scale, dev.embedded_guidance) == (2.0, 1.0)
+    assert _sampling("flux-dev", tmp_path / "one", true_cfg_scale=1.0).guidance_scale is None
+    schnell = _sampling("flux-schnell", tmp_path / "schnell", guidance_scale=3.5)
+    assert (schnell.guidance_scale, schnell.embedded_guidance) == (None, None)
+    assert "guidance_scale 3.5 is ignored: no guidance was distilled into" in caplog.text
+
+
+def test_true_cfg_scale_is_flux_s_name_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="true_cfg_scale: the pipeline of a SD3Transformer2DModel has none"):
+        _sampling("sd3", tmp_path, true_cfg_scale=2.0)
