@@ -64,7 +64,7 @@ class Documents:
     index_tables: Mapping[str, FloatArray | IntArray]
     """The plan's."""
     runtime_tables: Mapping[str, FloatArray]
-    """``timesteps`` (T,), ``input_scale`` (T,), ``coefficients`` (T, 2(h+1))."""
+    """``timesteps`` (T,), ``input_scale`` (T,), ``coefficients`` (T, 2(h+1)), ``init_noise_sigma`` (1,)."""
 
 
 def read_documents(bundle: Path) -> Documents:
@@ -110,8 +110,9 @@ def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str,
         "solver.true_cfg": (plan.sampling.true_cfg, manifest.solver.true_cfg),
         "graphs": (_graph_names(manifest, plan), sorted(manifest.graphs)),
     }
-    if plan.sampling.embedded_guidance is not None and manifest.embeds_guidance:
-        facts["solver.embedded_guidance"] = (plan.sampling.embedded_guidance, manifest.solver.embedded_guidance)
+    told = plan.sampling.embedded_guidance if manifest.embeds_guidance else None
+    if told is not None or not manifest.embeds_guidance:
+        facts["solver.embedded_guidance"] = (told, manifest.solver.embedded_guidance)
     for what, (expected, found) in facts.items():
         if expected != found:
             _refuse(where, what, f"{expected}, as the plan has it", found)
@@ -151,7 +152,12 @@ def _check_places(manifest: Manifest, bundle: Path) -> None:
 
 def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, NDArray[Any]], where: str) -> None:
     steps, terms = plan.schedule.steps, manifest.solver.history + 1
-    shapes = {"coefficients": (steps, 2 * terms), "input_scale": (steps,), "timesteps": (steps,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "coefficients": (steps, 2 * terms),
+        "init_noise_sigma": (1,),
+        "input_scale": (steps,),
+        "timesteps": (steps,),
+    }
     if tables.keys() != shapes.keys():
         _refuse(where, "tables", ", ".join(shapes), ", ".join(sorted(tables)) or "none")
     for name, shape in shapes.items():
@@ -160,6 +166,9 @@ def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, N
             raise BundleError(f"{where}: {name}: {wrong}; export again")
     if tuple(tables["timesteps"].tolist()) != plan.sampling.timesteps:
         raise BundleError(f"{where}: timesteps: others than the plan's; export again")
+    sigma = np.float32(manifest.solver.init_noise_sigma)
+    if tables["init_noise_sigma"][0] != sigma:
+        _refuse(where, "init_noise_sigma", f"{sigma}, as the manifest has it", tables["init_noise_sigma"][0])
     # What lies before step 0 is nothing, and what an earlier request left there is not to be read.
     ages = np.arange(terms) > np.arange(steps)[:, None]
     if tables["coefficients"][np.concatenate([ages, ages], axis=1)].any():

@@ -58,7 +58,7 @@ SIGNATURE = "signature.json"
 POLYGRAPHY = "polygraphy"
 """The folder of what engines are validated by."""
 RUNTIME_TABLES = "runtime.safetensors"
-"""Tables of the bundle: timesteps (T,), input_scale (T,), coefficients (T, 2 * (history + 1))."""
+"""Tables: timesteps (T,), input_scale (T,), coefficients (T, 2 * (history + 1)), init_noise_sigma (1,)."""
 
 MODEL_BATCH = "model_batch"
 """The model's batch axis: one row per sample, or two with guidance (all conditional ones, then all unconditional)."""
@@ -420,8 +420,10 @@ def read_target(bundle: Path, backend: str) -> TargetManifest:
     """
     rebuild = f"tc-deploy build {bundle} --backend {backend}"
     target = read_document(TargetManifest, bundle / backend / MANIFEST, "engine", rebuild)
-    if target.manifest_sha256 != sha256_of_file(bundle / MANIFEST):
-        same_plan = target.plan_sha256 == read_manifest(bundle).files[PLAN].sha256
+    if target.backend != backend:
+        raise BundleError(f"{bundle / backend}: holds engines of {target.backend}; build again with: {rebuild}")
+    same_plan = target.plan_sha256 == read_manifest(bundle).files[PLAN].sha256
+    if not same_plan or target.manifest_sha256 != sha256_of_file(bundle / MANIFEST):
         what = "another export of this bundle" if same_plan else "another plan"
         raise BundleError(f"{bundle / backend}: built from {what}; build again with: {rebuild}")
     return target

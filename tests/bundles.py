@@ -20,11 +20,12 @@ import pytest
 
 from tc_deploy import cli
 from tc_deploy.backends.build import build_target
-from tc_deploy.bundle import MANIFEST, canonical_json, file_records
+from tc_deploy.bundle import MANIFEST, canonical_json, file_records, sha256_of_bytes
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_manifest
+from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.types import Precision
 
 SaveDit = Callable[..., Path]
@@ -122,6 +123,46 @@ def reseal(bundle: Path) -> None:
     names = list(read_manifest(bundle).files)
     records = {name: record.model_dump() for name, record in file_records(bundle, names).items()}
     edit_manifest(bundle, lambda document: document.update(files=records))
+
+
+def edit_resealed(bundle: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a JSON document of a bundle, and make every checksum that names it right again, as an attacker would.
+
+    What is not a checksum of a file is left: the numbers that one document has of another's meaning.
+    """
+    document = json.loads((bundle / name).read_text(encoding="utf-8"))
+    change(document)
+    (bundle / name).write_text(canonical_json(document), encoding="utf-8")
+    seal(bundle)
+
+
+def seal(bundle: Path) -> None:
+    """Make every checksum of a bundle and of its targets that of the file as it now is, whatever the documents say."""
+
+    def record(path: Path) -> dict[str, Any]:
+        data = path.read_bytes()
+        return {"size_bytes": len(data), "sha256": sha256_of_bytes(data)}
+
+    def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        change(document)
+        path.write_text(canonical_json(document), encoding="utf-8")
+
+    rewrite(bundle / PLAN, lambda plan: plan.update(tables=record(bundle / TABLES)))
+    present = [path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()]
+    rewrite(
+        bundle / MANIFEST,
+        lambda manifest: manifest["files"].update(
+            {name: record(bundle / name) for name in present if name in manifest["files"]}
+        ),
+    )
+    for target in bundle.glob(f"*/{MANIFEST}"):
+        rewrite(
+            target,
+            lambda document: document.update(
+                manifest_sha256=record(bundle / MANIFEST)["sha256"], plan_sha256=record(bundle / PLAN)["sha256"]
+            ),
+        )
 
 
 def make_plan(model: Path, folder: Path, **settings: Any) -> Path:

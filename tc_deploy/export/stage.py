@@ -446,6 +446,7 @@ def _taken_graphs(
 def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:
     return {
         "coefficients": solver.coefficients,
+        "init_noise_sigma": np.array([solver.init_noise_sigma], np.float32),
         "input_scale": solver.input_scale,
         "timesteps": solver.timesteps,
     }
