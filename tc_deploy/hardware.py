@@ -14,6 +14,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tc_deploy.errors import OutOfMemoryError
+
 DRIVER_TIMEOUT_S = 20.0
 """nvidia-smi can hang on a broken driver; it answers in a few seconds on a sound one, even with many GPUs."""
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
@@ -65,6 +67,23 @@ def memory_mib() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return min(sizes) // 2**20 if sizes else None
+
+
+def check_fits_memory(size_bytes: int, what: str) -> None:
+    """Check, before it is asked for, that memory can be had: the system would promise it, and kill the process later.
+
+    Args:
+        size_bytes: at least so much is needed.
+        what: what for, as the beginning of the message.
+
+    Raises:
+        OutOfMemoryError: the machine has less.
+    """
+    memory = memory_mib()
+    if memory is not None and size_bytes > memory * 2**20:
+        raise OutOfMemoryError(
+            f"{what} would take {size_bytes / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**10:,.1f}"
+        )
 
 
 def peak_memory_mib() -> int:

@@ -7,7 +7,6 @@ there. Never: loads an engine or a model.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,10 @@ from tc_deploy.manifest import (
     read_target,
 )
 from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan, plan_as_written, plan_sha256
+from tc_deploy.remarks import remark_on, saves_steps
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
-
-CLOSE_DB = 1.0
-"""A baseline, as fewer steps are, within this much of a plan are as good, as far as a reader should care."""
 
 
 def measurement_of(plan: Plan) -> str | None:
@@ -44,28 +41,6 @@ def measurement_of(plan: Plan) -> str | None:
         return words
     cost = f"{counted(found.fewer_steps, 'full step')}, its cost of {plan.cost_in_full_steps():.1f} rounded up"
     return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
-
-
-def remark_on(plan: Plan) -> str | None:
-    """What speaks against a plan by its own figures, as one line; None where nothing does."""
-    schedule, found = plan.tprr(), plan.measured
-    if schedule.full_steps == schedule.steps:
-        return "nothing is cached: all steps run in full, so this is the full run; more steps, k1 or k2 change that"
-    if not saves_steps(plan):
-        return f"by FLOPs this plan saves less than one of its {schedule.steps} steps; keep less, or raise k1 or k2"
-    if found is None:
-        return None
-    margin_db = found.psnr_db - found.fewer_steps_psnr_db
-    if margin_db <= -CLOSE_DB:
-        return "running fewer steps is better than this plan at equal cost; do not use it"
-    if margin_db < CLOSE_DB:
-        return f"hardly different from running fewer steps at equal cost ({margin_db:+.1f} dB), which is simpler"
-    return None
-
-
-def saves_steps(plan: Plan) -> bool:
-    """Whether a plan costs so much less than its full run that a run of fewer steps costs as much."""
-    return math.ceil(plan.cost_in_full_steps()) < plan.schedule.steps
 
 
 def decibels(psnr_db: float) -> str:

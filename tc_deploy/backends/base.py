@@ -83,7 +83,8 @@ class Device(Protocol):
         """Allocate all of an owner's memory, filled with zeros; it is freed when the last of the buffers is.
 
         Raises:
-            BackendError: there is not that much.
+            BackendError: a GPU has not that much.
+            OutOfMemoryError: the machine has not.
         """
 
     def capture(self, graphs: Sequence[BoundGraph]) -> Capture:

@@ -13,10 +13,12 @@ from typing import Any
 from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Progress
+from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import MANIFEST, claimed, file_records, kept_from_writers, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.manifest import FORMAT_VERSION, TARGET_FOLDER, TargetManifest, read_manifest, write_manifest
 from tc_deploy.plan import PLAN
+from tc_deploy.remarks import warn_of_plan
 
 
 def build_target(
@@ -41,11 +43,14 @@ def build_target(
             bundle or the target.
     """
     engine = registry.backend(backend)
+    check_process()
     version = engine.version()
     options = dict(options or {})
     read_manifest(bundle)
     with kept_from_writers(bundle), claimed(bundle / backend, TARGET_FOLDER) as claim, claim.new_folder() as folder:
-        manifest = read_documents(bundle).manifest
+        documents = read_documents(bundle)
+        manifest = documents.manifest
+        warn_of_plan(documents.plan, bundle)
         gpu = engine.build(bundle, manifest, folder, options, progress)
         target = TargetManifest(
             kind="target",

@@ -20,6 +20,8 @@ from tc_deploy.manifest import STEPS, WEIGHTS, GraphRecord, Manifest, TargetMani
 SHARED, PACKED = "shared", "packed"
 WEIGHTS_MODES = (SHARED, PACKED)
 """All graphs read one mapping of the weights file; or each keeps a copy, arranged for its matrix products."""
+MOST_THREADS = 1024
+"""More than any machine has cores; a system refuses to start some thousands, in the middle of a run."""
 SHARED_FROM_MIB = 256
 """Weights of this size are shared if nothing else is asked for: copies of smaller ones cost little, and run faster. So
 does the one copy of a graph that holds all variants."""

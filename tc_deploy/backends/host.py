@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tc_deploy.backends.base import BufferSpec
+from tc_deploy.hardware import check_fits_memory
 
 
 def check_array(array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -16,6 +20,15 @@ def check_array(array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...
     """
     if (array.dtype, array.shape) != (dtype, shape):
         raise ValueError(f"expected {dtype} {shape}, found {array.dtype} {array.shape}")
+
+
+def check_fits(specs: Sequence[BufferSpec]) -> None:
+    """Check that buffers can be had in host memory.
+
+    Raises:
+        OutOfMemoryError: the machine has less.
+    """
+    check_fits_memory(sum(spec.size_bytes for spec in specs), "the buffers of a batch of this size")
 
 
 class HostBuffer:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Device, Graph, loaded_graphs
+from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import check_files, reading
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import TARGET_FOLDER, Manifest, read_target
@@ -30,7 +31,8 @@ def load_target(
     Raises:
         BundleError: there is no such target, it was built from another plan or export, or a file of it is missing,
             truncated, altered or without a checksum.
-        BackendError: the engine is not installed, this machine is not one that the target was built for, or the
+        BackendError: the engine is not installed, this process was forked off one with engines, this machine
+            is not one that the target was built for, or the
             engine refuses a graph.
     """
     with reading(bundle / backend, TARGET_FOLDER):
@@ -41,6 +43,7 @@ def _loaded(
     bundle: Path, manifest: Manifest, backend: str, wanted: Callable[[str], bool]
 ) -> tuple[Device, dict[str, Graph]]:
     engine = registry.backend(backend)
+    check_process()
     target = read_target(bundle, backend)
     check_files(bundle / backend, target.files)
     checked = manifest.files.keys() | {f"{backend}/{name}" for name in target.files}

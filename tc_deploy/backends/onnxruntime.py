@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
-from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
-from tc_deploy.backends.host import HostBuffer, check_array
+from tc_deploy.backends.compiled_at_load import MOST_THREADS, PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
+from tc_deploy.backends.host import HostBuffer, check_array, check_fits
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.libraries import imported, install_command
@@ -190,7 +190,13 @@ class OrtDevice:
         self._mapped: dict[Path, NDArray[np.uint8]] = {}
 
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
-        """Allocate, filled with zeros."""
+        """Allocate, filled with zeros.
+
+        Raises:
+            OutOfMemoryError: there is not that much.
+        """
+        if self._on_cpu:
+            check_fits(specs)
         return [self._buffer(spec.dtype, spec.shape) for spec in specs]
 
     def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
@@ -285,12 +291,17 @@ class OnnxRuntime(CompiledAtLoad):
         threads, name = settings["threads"], settings["provider"]
         provider = PROVIDERS.get(name) if isinstance(name, str) else None
         unknown = sorted(settings.keys() - {"threads", "provider", "weights", "unfused"})
-        wrong = not isinstance(threads, int) or threads < 0 or settings["weights"] not in (None, *WEIGHTS_MODES)
+        wrong = (
+            not isinstance(threads, int)
+            or not 0 <= threads <= MOST_THREADS
+            or settings["weights"] not in (None, *WEIGHTS_MODES)
+        )
         if unknown or wrong or provider is None or not isinstance(settings["unfused"], bool):
             found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 on, provider, one of {', '.join(PROVIDERS)},"
-                f" weights, {SHARED} or {PACKED}, and unfused, true or false; found {found}; build again"
+                f"{self.name} takes the options threads, a number from 0 to {MOST_THREADS}, provider, one of"
+                f" {', '.join(PROVIDERS)}, weights, {SHARED} or {PACKED}, and unfused, true or false;"
+                f" found {found}; build again"
             )
         if name != CPU and "weights" in options:
             raise BackendError(f"{self.name} takes the option weights with provider {CPU} only; build again without it")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Graph
-from tc_deploy.backends.compiled_at_load import PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
-from tc_deploy.backends.host import HostBuffer
+from tc_deploy.backends.compiled_at_load import MOST_THREADS, PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
+from tc_deploy.backends.host import HostBuffer, check_fits
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
@@ -165,7 +165,12 @@ class OpenVinoDevice:
         return are_shared(self._weights, path)
 
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
-        """Allocate, filled with zeros."""
+        """Allocate, filled with zeros.
+
+        Raises:
+            OutOfMemoryError: there is not that much.
+        """
+        check_fits(specs)
         return [self._buffer(spec.dtype, spec.shape) for spec in specs]
 
     def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
@@ -203,11 +208,13 @@ class OpenVino(CompiledAtLoad):
         # Shared weights are converted at every run: where they must be, copies cost less.
         weights = settings.setdefault("weights", None if precision == DEFAULT_PRECISION else PACKED)
         unknown = sorted(settings.keys() - {"threads", "precision", "weights"})
-        wrong = not isinstance(threads, int) or threads < 0 or weights not in (None, *WEIGHTS_MODES)
+        wrong = (
+            not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS or weights not in (None, *WEIGHTS_MODES)
+        )
         if unknown or wrong or precision not in _CAPABILITIES:
             found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 on, precision, one of"
+                f"{self.name} takes the options threads, a number from 0 to {MOST_THREADS}, precision, one of"
                 f" {', '.join(_CAPABILITIES)}, and weights, {SHARED} or {PACKED}; found {found}; build again"
             )
         return OpenVinoDevice(threads=threads, precision=precision, weights=weights)

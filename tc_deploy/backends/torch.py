@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
 from tc_deploy.backends.compiled_at_load import CompiledAtLoad
-from tc_deploy.backends.host import check_array
+from tc_deploy.backends.host import check_array, check_fits
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.libraries import imported
@@ -160,7 +160,13 @@ class TorchDevice:
         self._source, self._models = model, dict[Path, "DiffusionTransformer"]()
 
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
-        """Allocate, filled with zeros."""
+        """Allocate, filled with zeros.
+
+        Raises:
+            OutOfMemoryError: there is not that much.
+        """
+        if self.place.type == "cpu":
+            check_fits(specs)
         torch = _torch()
         tensors = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype.name), device=self.place) for spec in specs]
         return [TorchBuffer(tensor) for tensor in tensors]

@@ -8,10 +8,14 @@ from typing import Any
 import click
 
 from tc_deploy.backends import registry
+from tc_deploy.backends.compiled_at_load import MOST_THREADS, WEIGHTS_MODES
+from tc_deploy.backends.onnxruntime import PROVIDERS
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
+from tc_deploy.cli.options import MODEL_PATH, MOST, PATH
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError
 
+SIZE = click.IntRange(1, MOST)
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 TAKEN_BY = {
     "threads": ("onnxruntime", "openvino"),
@@ -42,10 +46,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--backend", default=DEFAULT, show_default=True, help=f"Engine kind: {', '.join(BACKENDS)}.")
 @click.option(
-    "--threads", type=click.IntRange(min=0), help="onnxruntime, openvino: CPU threads; 0, the default: all cores."
+    "--threads",
+    type=click.IntRange(0, MOST_THREADS),
+    help="onnxruntime, openvino: CPU threads; 0, the default: all cores.",
 )
 @click.option(
     "--unfused",
@@ -55,15 +61,17 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option(
     "--provider",
-    help="onnxruntime: cpu, cuda, tensorrt or nv-tensorrt-rtx to compute with; the CPU if not given.",
+    type=click.Choice(list(PROVIDERS)),
+    help="onnxruntime: what to compute with; the CPU if not given.",
 )
 @click.option(
     "--weights",
-    help="onnxruntime on the CPU, openvino: shared, one copy for all graphs, or packed, faster where the table in"
-    " docs/engines.md says so.",
+    type=click.Choice(WEIGHTS_MODES),
+    help="onnxruntime on the CPU, openvino: one copy for all graphs, or one for each, which runs faster where they are"
+    " small.",
 )
 @click.option("--compile/--no-compile", "compile", default=None, help="torch: compile the steps, which takes minutes.")
-@click.option("--model", help="torch: the checkpoint, where it is not where the plan says.")
+@click.option("--model", type=MODEL_PATH, help="torch: the checkpoint, where it is not where the plan says.")
 @click.option(
     "--precision",
     type=click.Choice(["f32", "bf16", "f16"]),
@@ -77,7 +85,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option(
     "--batch-profile",
-    type=(int, int, int),
+    type=(SIZE, SIZE, SIZE),
     metavar="LEAST BEST MOST",
     help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1 1 8.",
 )
@@ -86,8 +94,14 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option("--opt-shapes", metavar="SHAPES", help="these, and")
 @click.option("--max-shapes", metavar="SHAPES", help="these.")
-@click.option("--workspace-mib", type=int, help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.")
-@click.option("--optimization-level", type=int, help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.")
+@click.option(
+    "--workspace-mib", type=click.IntRange(1, MOST), help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory."
+)
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.",
+)
 @click.option(
     "--hardware-compatibility",
     type=click.Choice(["ampere-plus", "same-compute-capability"]),
@@ -112,7 +126,9 @@ def command(bundle: Path, backend: str, **options: Any) -> None:
     from tc_deploy.backends.build import build_target
 
     registry.backend(backend)
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None
+    }
     for name in given:
         if backend not in TAKEN_BY[name]:
             kinds = " or ".join(f"--backend {kind}" for kind in TAKEN_BY[name])

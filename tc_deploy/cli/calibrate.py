@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from tc_deploy.cli.options import (
-    ModelPath,
+    MODEL_PATH,
+    NEW_PATH,
+    Number,
     conditions_option,
     device_option,
     guidance_option,
@@ -31,8 +33,8 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 
 
 @click.command()
-@click.argument("source", metavar="RECIPE|MODEL", type=ModelPath())
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
+@click.argument("source", metavar="RECIPE|MODEL", type=MODEL_PATH)
+@click.option("-o", "--output", required=True, type=NEW_PATH, help="Plan folder, calibration/NAME.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @guidance_option
 @true_cfg_option
@@ -47,7 +49,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.option(
     "--keep-ratio",
     "cache__keep_ratio",
-    type=(float, float),
+    type=(Number(0), Number(0)),
     metavar="PHASE1 PHASE2",
     help="Share of all tokens that a cached step computes; blocks and tokens are chosen by the Cache Predictor.",
 )
@@ -84,14 +86,16 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 
-    RECIPE is a TOML file (docs/recipes.md has all keys), MODEL a diffusers folder; options override the recipe. A run
-    that was stopped leaves its state in .NAME.tc-deploy beside the plan, and goes on when it is started again.
+    RECIPE is a TOML file (recipes.md in the documentation has all keys), MODEL a diffusers folder; options override
+    the recipe. A run that was stopped leaves its state in .NAME.tc-deploy beside the plan, and goes on when it is
+    started again.
     """
     from tc_deploy.calibrate.recipe import read_recipe
     from tc_deploy.calibrate.stage import calibrate
     from tc_deploy.errors import Cancelled
-    from tc_deploy.inspect import measurement_of, remark_on
+    from tc_deploy.inspect import measurement_of
     from tc_deploy.plan import PLAN
+    from tc_deploy.remarks import remark_on
 
     recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
     if (output / PLAN).is_file():

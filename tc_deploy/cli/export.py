@@ -8,7 +8,7 @@ import click
 
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
-from tc_deploy.cli.options import ModelPath
+from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure
@@ -16,10 +16,15 @@ from tc_deploy.types import Precision
 
 
 @click.command()
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder, engines/NAME.")
-@click.option("--model", type=ModelPath(), help="The checkpoint, if it is not where the plan says.")
-@click.option("--static-batch", type=int, metavar="N", help="Fix N samples per batch; without it the batch is dynamic.")
+@click.argument("plan", type=PATH)
+@click.option("-o", "--output", required=True, type=NEW_PATH, help="Bundle folder, engines/NAME.")
+@click.option("--model", type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
+@click.option(
+    "--static-batch",
+    type=click.IntRange(1, MOST),
+    metavar="N",
+    help="Fix N samples per batch; without it the batch is dynamic.",
+)
 @click.option(
     "--precision",
     type=click.Choice([precision.value for precision in Precision]),
@@ -38,7 +43,7 @@ from tc_deploy.types import Precision
     "--one-graph",
     is_flag=True,
     help="One graph for all steps that run the model, so that an engine holds the weights once. For plans that keep"
-    " tokens in most blocks; docs/engines.md says what it costs.",
+    " tokens in most blocks; it takes longer where few tokens are kept.",
 )
 @click.option(
     "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."
@@ -49,7 +54,7 @@ from tc_deploy.types import Precision
 @click.option(
     "--pipeline",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The diffusers pipeline that holds vae/, text_encoder/ and tokenizer/, if it is not where the model is.",
 )
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 from pathlib import Path
@@ -16,37 +17,49 @@ from numpy.typing import NDArray
 from tc_deploy import __version__
 from tc_deploy.bundle import check_output, write_output
 from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
-from tc_deploy.cli.options import force_option
+from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
-from tc_deploy.manifest import Manifest, read_manifest
-from tc_deploy.plan import places_read
+from tc_deploy.hardware import check_fits_memory
+from tc_deploy.manifest import DECODER, Manifest, read_manifest
+from tc_deploy.plan import load_plan, places_read
+from tc_deploy.runtime.request import MAX_SEED
 from tc_deploy.sheet import sheet_of
 
+LOG = logging.getLogger(__name__)
 LARGEST_DEFAULT_BATCH = 16
 PNG = ".png"
 LATENTS = (".safetensors", ".npy")
 OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
+MOST_PICTURES = 1_000_000
+"""Of one call, each with a seed of its own; memory has its say before."""
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--class-label", "labels", type=int, multiple=True, help="Repeat it for several.")
+@click.argument("bundle", type=PATH)
+@click.option("--class-label", "labels", type=click.IntRange(-MOST, MOST), multiple=True, help="Repeat it for several.")
 @click.option("--prompt", "prompts", multiple=True, help="For a bundle with a text encoder. Repeat it for several.")
 @click.option("--negative-prompt", help="What guidance goes away from, for all prompts alike.")
 @click.option(
     "--conditions",
     "file",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Instead: a safetensors file of prompt embeddings, as examples/encode_prompts.py writes it.",
+    type=PATH,
+    help="Instead: a safetensors file of prompt embeddings, by the transformer's names for them.",
 )
-@click.option("-n", "--count", type=int, help="Pictures to make, labels or prompts in turn; one of each if not given.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Picture i has seed SEED + i.")
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(1, MOST_PICTURES),
+    help="Pictures to make, labels or prompts in turn; one of each if not given.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Picture i has seed SEED + i."
+)
 @click.option(
     "--guidance-scale",
-    type=float,
+    type=Number(),
     help="Instead of the plan's; 1 and less are none. For FLUX the strength of the distilled guidance.",
 )
 @click.option("--true-cfg-scale", type=float, help="For FLUX: classifier-free guidance, instead of the plan's.")
@@ -54,13 +67,13 @@ OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=NEW_PATH,
     help="A .png sheet (of video a row of frames each), or latents as .safetensors or .npy.",
 )
 @click.option(
     "--require-signature",
     metavar="KEY",
-    type=click.Path(path_type=Path),
+    type=PATH,
     envvar="TC_DEPLOY_REQUIRE_SIGNATURE",
     show_envvar=True,
     help="Refuse a bundle that the holder of this public key has not signed.",
@@ -69,8 +82,13 @@ OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
 @click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
 @click.option("--backend", help="Which of the bundle's engines.")
 @click.option(
-    "--batch-size", type=int, help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given."
+    "--batch-size",
+    type=click.IntRange(1, MOST),
+    help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given.",
 )
+@frozen_option("--steps", "--num-inference-steps")
+@frozen_option("--height")
+@frozen_option("--width")
 @click.option("--zoom", type=click.IntRange(1, 64), default=1, show_default=True, help="Enlarge the sheet's pixels.")
 def command(
     bundle: Path,
@@ -89,10 +107,14 @@ def command(
     backend: str | None,
     batch_size: int | None,
     zoom: int,
+    steps: int | None,
+    height: int | None,
+    width: int | None,
 ) -> None:
     """Make pictures with the engines of BUNDLE (engines/NAME)."""
     from tc_deploy.runtime.pipeline import load
 
+    _check_frozen(bundle, steps=steps, height=height, width=width)
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
     manifest = read_manifest(bundle)
@@ -136,6 +158,8 @@ def command(
                 needed = tuple(item for item in needed if item.name in wanted or item.name != GUIDANCE)
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
+        _check_size(pipeline.manifest, count, zoom if output.suffix == PNG else None)
+        _warn_of_guidance(pipeline.manifest, guidance_scale)
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()
@@ -161,6 +185,33 @@ def command(
     )
 
 
+def _check_frozen(bundle: Path, *, steps: int | None, height: int | None, width: int | None) -> None:
+    """Say of what a plan fixes that it does, and which command makes another.
+
+    Raises:
+        UsageError: another value is asked for.
+    """
+    if (steps, height, width) == (None, None, None):
+        return
+    manifest, (plan, _) = read_manifest(bundle), load_plan(bundle)
+    again = f"tc-deploy calibrate {plan.model.source} -o PLAN"
+    if steps is not None and steps != plan.schedule.steps:
+        raise UsageError(
+            f"{bundle} runs {plan.schedule.steps} steps: which of them are full is the plan's, and built in; for"
+            f" {steps} make another: {again} --steps {steps}, then export and build it"
+        )
+    latents = manifest.latent_shape[-2:]
+    pictures = latents
+    if manifest.decoder is not None:
+        pictures = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))[-2:]
+    if (height or pictures[0], width or pictures[1]) != tuple(pictures):
+        raise UsageError(
+            f"{bundle} makes pictures of {pictures[0]}x{pictures[1]} from latents of {latents[0]}x{latents[1]}: the"
+            f" size is the plan's, and built in; for another make another: {again} --latent-size HxW, then export and"
+            " build it"
+        )
+
+
 def _takes(manifest: Manifest) -> str:
     """By which options a bundle is told what to make."""
     if not manifest.conditions:
@@ -168,6 +219,24 @@ def _takes(manifest: Manifest) -> str:
     labels = ["--class-label"] if manifest.takes_labels else []
     prompts = [] if manifest.text is None else ["--prompt"]
     return f"{' or '.join([*labels, *prompts, '--conditions FILE'])}; give one of them"
+
+
+def _check_size(manifest: Manifest, count: int, zoom: int | None) -> None:
+    """Check that all that is held until it is written fits the machine; ``zoom`` is None where latents are written."""
+    size_bytes = 4 * count * math.prod(manifest.latent_shape)
+    if zoom is not None:
+        shape = manifest.latent_shape
+        if manifest.decoder is not None:
+            shape = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))
+        size_bytes += count * math.prod(shape) * zoom**2
+    check_fits_memory(size_bytes, counted(count, "picture") + ("" if zoom in (None, 1) else f" enlarged {zoom} times"))
+
+
+def _warn_of_guidance(manifest: Manifest, given: float | None) -> None:
+    """Say that a plan was not measured at the guidance that is asked for."""
+    planned = manifest.solver.embedded_guidance if manifest.embeds_guidance else manifest.solver.guidance_scale
+    if None not in (planned, given) and given != planned:
+        LOG.warning("the plan was calibrated at guidance scale %g, and is not measured at %g", planned, given)
 
 
 def _default_batch(bundle: Path, count: int) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tc_deploy.bundle import canonical_json
+from tc_deploy.cli.options import MOST, PATH
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
@@ -17,8 +18,12 @@ LARGEST_SHOWN = 3
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--batch-size", type=int, help="Pictures that run together, for the device memory of engines/NAME.")
+@click.argument("path", type=PATH)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, MOST),
+    help="Pictures that run together, for the device memory of engines/NAME.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(path: Path, batch_size: int | None, as_json: bool) -> None:
     """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, memory, hashes."""

@@ -2,24 +2,90 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from tc_deploy.plan import RANDOM
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+LARGEST = 3.4e38
+"""About the largest number of fp32."""
+MOST = 2**31 - 1
+"""Of whatever is counted and has no bound of its own: what a 32-bit integer of a library holds."""
+_LONGEST_NAME = 200
+"""Bytes of an output's name: temporary files stand beside it under longer ones."""
 
-class ModelPath(click.Path):
-    """A folder, or a hub's ``owner/name``. What begins with a dot means a folder, so it cannot be taken for an id."""
+
+class _Path(click.Path):
+    """A path that the system takes; click would let through what later fails in the middle of the work."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """As click does for a path."""
+        if not str(value):
+            self.fail("expected a path, found nothing", param, ctx)
         path = Path(str(super().convert(value, param, ctx)))
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                self.fail(f"{_shortened(path)}: {error.strerror}", param, ctx)
+        return path
+
+
+class _NewPath(_Path):
+    """A path that is to be written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """As for every path."""
+        path = super().convert(value, param, ctx)
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            self.fail(f"{_shortened(path)}: a name of more than {_LONGEST_NAME} bytes", param, ctx)
+        return path
+
+
+class _ModelPath(_Path):
+    """A folder, or a hub's ``owner/name``. What begins with a dot means a folder, so it cannot be taken for an id."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """As for every path."""
+        path = super().convert(value, param, ctx)
         return path.absolute() if str(value).startswith(".") and not path.exists() else path
+
+
+class Number(click.FloatRange):
+    """A finite number that fp32 holds, in which it is computed with."""
+
+    name = "number"
+
+    def __init__(self, least: float = -LARGEST) -> None:
+        super().__init__(min=least, max=LARGEST)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does for a number."""
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail("expected a number, found nan", param, ctx)
+        return found
+
+    def _describe_range(self) -> str:
+        return f"{self.min:g}<=x" if self.min is not None and self.min > -LARGEST else "finite in fp32"
+
+
+PATH, NEW_PATH, MODEL_PATH = _Path(), _NewPath(), _ModelPath()
+
+
+def _shortened(path: Path) -> str:
+    words = str(path)
+    return words if len(words) <= 80 else f"{words[:40]}...{words[-20:]}"
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
@@ -31,17 +97,24 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(f"expected numbers with x between them, like 128x96, found {value}") from None
 
 
+def frozen_option(*names: str) -> Callable[[Command], Command]:
+    """An option that users of diffusers look for and that no bundle takes; it is there to say so."""
+    return click.option(*names, type=click.IntRange(1, MOST), hidden=True)
+
+
 size_option = click.option(
     "--latent-size",
     metavar="HxW|FxHxW",
     callback=_size,
     help="Of the latents, for video with frames; without it the model's own.",
 )
-text_option = click.option("--text-tokens", type=int, help="Tokens per prompt; without it the family's default.")
+text_option = click.option(
+    "--text-tokens", type=click.IntRange(1, MOST), help="Tokens per prompt; without it the family's default."
+)
 conditions_option = click.option(
     "--conditions",
     metavar=f"FILE|{RANDOM}",
-    help="What a model with prompts is sampled on: embeddings, as examples/encode_prompts.py writes them, or"
+    help="What a model with prompts is sampled on: prompt embeddings in a safetensors file, or"
     f" {RANDOM} draws for a trial.",
 )
 variant_option = click.option(
@@ -60,10 +133,10 @@ device_option = click.option(
 guidance_option = click.option(
     "--guidance-scale",
     "sampling__guidance_scale",
-    type=float,
+    type=Number(),
     help="Classifier-free guidance; without it, or at 1 and less, runs are unguided. For FLUX the strength of the"
     " distilled guidance.",
 )
 true_cfg_option = click.option(
-    "--true-cfg-scale", "sampling__true_cfg_scale", type=float, help="For FLUX: classifier-free guidance."
+    "--true-cfg-scale", "sampling__true_cfg_scale", type=Number(), help="For FLUX: classifier-free guidance."
 )

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tc_deploy.cli.options import (
-    ModelPath,
+    MODEL_PATH,
+    MOST,
+    NEW_PATH,
+    Number,
     conditions_option,
     device_option,
     guidance_option,
@@ -24,13 +27,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="RECIPE|MODEL|PLAN", type=ModelPath())
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan folder, calibration/NAME.")
-@click.option("--target-psnr", type=float, help="The fastest plan at least so close to the full run, in dB.")
-@click.option("--max-latency-ms", type=float, help="The closest plan that takes no longer for a whole run.")
+@click.argument("source", metavar="RECIPE|MODEL|PLAN", type=MODEL_PATH)
+@click.option("-o", "--output", type=NEW_PATH, help="Plan folder, calibration/NAME.")
+@click.option("--target-psnr", type=Number(), help="The fastest plan at least so close to the full run, in dB.")
+@click.option("--max-latency-ms", type=Number(0), help="The closest plan that takes no longer for a whole run.")
 @click.option("--pareto", is_flag=True, help="Show every point, and not those alone that no other beats.")
 @click.option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per timed run.")
+@click.option(
+    "--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run."
+)
 @click.option("--from-flops", is_flag=True, help="Take FLOPs for latency; nothing is timed.")
 @click.option("--trials", "search__trials", type=int, help="Candidates to sample with.")
 @click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")

@@ -55,12 +55,18 @@ class _Signals:
     def __init__(self) -> None:
         self._received: int | None = None
         self._received_at_s = 0.0
+        self._process = os.getpid()
         for number in _WORDS:
             # One that is ignored, as nohup and a shell's background jobs do, stays so.
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A library's process, forked off this one, which ends it as it would any other.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         now_s = time.monotonic()
         if self._received is not None and now_s - self._received_at_s < GRACE_S:
             return

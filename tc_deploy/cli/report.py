@@ -6,16 +6,14 @@ from pathlib import Path
 
 import click
 
-from tc_deploy.cli.options import force_option
+from tc_deploy.cli.options import NEW_PATH, PATH, force_option
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, like report.html.")
+@click.argument("path", type=PATH)
+@click.option("-o", "--output", required=True, type=NEW_PATH, help="The page, like report.html.")
 @force_option
-@click.option(
-    "--validation", type=click.Path(path_type=Path), help="Also draw what tc-deploy validate -o wrote of this bundle."
-)
+@click.option("--validation", type=PATH, help="Also draw what tc-deploy validate -o wrote of this bundle.")
 def command(path: Path, output: Path, validation: Path | None, force: bool) -> None:
     """Draw PATH (calibration/NAME or engines/NAME) as one HTML page that needs no other file and no network.
 

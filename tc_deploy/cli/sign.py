@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.cli.options import PATH
 from tc_deploy.errors import counted
 from tc_deploy.manifest import SIGNATURE
 from tc_deploy.signing import SignatureRecord, sign_bundle, verify_bundle
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--key",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Private ed25519 key in PEM: openssl genpkey -algorithm ed25519 -out key.pem",
 )
 def sign(bundle: Path, key: Path) -> None:
@@ -30,11 +31,11 @@ def sign(bundle: Path, key: Path) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--key",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The signer's public key in PEM: openssl pkey -in key.pem -pubout -out key.pub.pem",
 )
 def verify(bundle: Path, key: Path) -> None:

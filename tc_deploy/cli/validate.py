@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tc_deploy.bundle import canonical_json, check_output
-from tc_deploy.cli.options import ModelPath, force_option
+from tc_deploy.cli.options import MODEL_PATH, NEW_PATH, PATH, force_option
 from tc_deploy.cli.progress import log_step
 from tc_deploy.plan import places_read
 from tc_deploy.validate.record import VALIDATION_FILE, DriftRecord, ValidationRecord, write_validation
@@ -21,7 +21,7 @@ SHOWN_STEPS = 9
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--backend", help="Which of the bundle's engines.")
 @click.option(
     "--against",
@@ -30,8 +30,8 @@ SHOWN_STEPS = 9
     metavar="REFERENCE",
     help="recorded: what PyTorch made at export; torch: the checkpoint anew; onnxruntime; or another built backend.",
 )
-@click.option("--model", type=ModelPath(), help="The checkpoint, if it is not where the plan says.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON, for the report.")
+@click.option("--model", type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
+@click.option("-o", "--output", type=NEW_PATH, help="Also write the result as JSON, for the report.")
 @force_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

@@ -29,6 +29,7 @@ from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import known_families
 from tc_deploy.plan import ModelRecord
+from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
 
@@ -79,6 +80,7 @@ class EngineTransformer(nn.Module):
     def __init__(self, path: str | Path, backend: str | None = None, *, full: bool = False) -> None:
         super().__init__()
         bundle = read_bundle(Path(path), backend)
+        warn_of_plan(bundle.plan, bundle.path)
         self.path, self._full, self._plan = Path(path), full, bundle.plan
         family = known_families().get(bundle.plan.model.model_class)
         if family is None:

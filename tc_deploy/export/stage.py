@@ -32,6 +32,7 @@ from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.groups import token_groups
+from tc_deploy.hardware import check_fits_memory
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     FORMAT_VERSION,
@@ -54,6 +55,7 @@ from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN, TABLES, Plan, content_sha256, load_plan, token_index_name, write_plan_files
+from tc_deploy.remarks import warn_of_plan
 from tc_deploy.samples import GraphSamples, Trajectory, write_samples
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import Sampling
@@ -107,6 +109,7 @@ def export_bundle(
         ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         BackendError: the engine that the check runs in is not installed.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
+        OutOfMemoryError: the machine's does not suffice for such a batch.
         UsageError: ``batch_size`` is below 1, there is no block of a name, ``graphs_from`` holds other graphs, the
             plan has nothing to make one graph of, or the model has no use for a decoder or a text encoder.
     """
@@ -120,11 +123,17 @@ def export_bundle(
         )
     check_replaceable(destination, BUNDLE_FOLDER)
     plan, tables = load_plan(plan_folder)
+    if batch_size is not None:
+        # One value of a token in each block, of which a step makes several.
+        rows = batch_size * (1 if plan.sampling.guidance_scale is None else 2)
+        size_bytes = 4 * rows * plan.model.blocks * plan.model.tokens * plan.model.width
+        check_fits_memory(size_bytes, f"a static batch of {batch_size}")
     if one_graph and not token_groups(plan.cache, plan.phases_used(), plan.model.tokens):
         raise UsageError(
             f"{plan_folder}: no cached step of the plan runs the model on some of the tokens, so there is nothing to"
             " make one graph of; leave --one-graph out"
         )
+    warn_of_plan(plan, plan_folder)
     progress("loading the checkpoint")
     model = model_of_plan(plan, str(plan_folder), model_path, variant)
     family, geometry = model.family, model.geometry

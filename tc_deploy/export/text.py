@@ -270,7 +270,7 @@ def _check_tokenizers(pipeline: PipelineFolder, plan: TextPlan, tokenizers: Toke
         if not same:
             raise ExportError(
                 f"{pipeline.path / part.tokenizer}: the tokenizers library makes other ids of it than transformers; the"
-                " bundle was not written; encode prompts with examples/encode_prompts.py instead"
+                " bundle was not written; encode prompts with the source's encode_prompts.py"
             )
 
 

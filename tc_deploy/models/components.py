@@ -232,7 +232,7 @@ class PipelineFolder:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{folder}: {type(tokenizer).__name__} has no fast form, so nothing but transformers can run it; encode"
-                " prompts with examples/encode_prompts.py instead, and export without --with-text-encoder"
+                " prompts with the source's encode_prompts.py, and export without --with-text-encoder"
             )
         # Without its vocabulary transformers makes one that knows no words, and says nothing.
         names = dict(type(tokenizer).vocab_files_names)

@@ -161,8 +161,8 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     family = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else known.get(str(name))
     if family is None:
         raise ModelError(
-            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; docs/adapters.md"
-            " shows how to describe another"
+            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; adapters.md in"
+            " the documentation shows how to describe another"
         )
     pipeline = pipeline_of(where.parent)
     family.convention.check_pipeline(pipeline.entries, str(where.parent.parent))
@@ -170,7 +170,7 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     if uncovered is not None:
         raise ModelError(
             f"{where}: {family.model_class} with {uncovered} is not covered; use a checkpoint without it, or"
-            " docs/adapters.md to describe it"
+            " adapters.md in the documentation to describe it"
         )
     return family
 

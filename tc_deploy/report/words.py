@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tc_deploy.inspect import CLOSE_DB, saves_steps
 from tc_deploy.plan import Plan
+from tc_deploy.remarks import CLOSE_DB, saves_steps
 from tc_deploy.report.source import Source
 from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device, Graph
 from tc_deploy.backends.load import load_target
+from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import reading
 from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, IMAGES, SOLVER, variant_name
+from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import Binder, read_bundle
 from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
@@ -120,6 +122,7 @@ class Pipeline:
             self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
             self.batch_size = checked_batch_size(self.manifest, batch_size)
             self._first_scale, self._check_finite = bundle.first_scale, check_finite
+            warn_of_plan(bundle.plan, path)
             self._lock = threading.Lock()
             device, graphs = engines or load_target(path, self.manifest, self.backend)
         planned, full = pipeline_programs(self.manifest, self.plan)
@@ -348,6 +351,7 @@ class Pipeline:
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
         """Hold the pipeline for one request."""
+        check_process()
         if not self._lock.acquire(blocking=False):
             raise UsageError("the pipeline is running another request; a pipeline serves one at a time, load another")
         try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
+from tc_deploy.backends.process import check_process
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import FP32_GRAPHS, MODEL_BATCH, SAMPLE, SOLVER, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Binder, Bundle
@@ -124,6 +125,7 @@ class Stepper:
         """
         if self.position == len(self._calls):
             raise UsageError(f"all {len(self._calls)} steps of the plan have run; start again")
+        check_process()
         call = self._calls[self.position]
         for name in call.reads:
             self._buffers[name].write(inputs[name])

@@ -23,9 +23,9 @@ from tc_deploy import errors
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.cli import build
-from tc_deploy.inspect import remark_on
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
 from tc_deploy.plan import PLAN, load_plan
+from tc_deploy.remarks import remark_on
 from tc_deploy.sheet import GAP, GREY
 
 SIDE = 8
