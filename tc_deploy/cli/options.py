@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import click
 
+from tc_deploy.bounds import LARGEST_FLOAT32, MAX_SIZE
 from tc_deploy.plan import RANDOM
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-LARGEST = 3.4e38
-"""About the largest number of fp32."""
-MOST = 2**31 - 1
-"""Of whatever is counted and has no bound of its own: what a 32-bit integer of a library holds."""
+MOST = MAX_SIZE
+"""Of whatever is counted and has no bound of its own."""
 _LONGEST_NAME = 200
 """Bytes of an output's name: temporary files stand beside it under longer ones."""
 
@@ -66,8 +65,8 @@ class Number(click.FloatRange):
 
     name = "number"
 
-    def __init__(self, least: float = -LARGEST) -> None:
-        super().__init__(min=least, max=LARGEST)
+    def __init__(self, least: float = -LARGEST_FLOAT32) -> None:
+        super().__init__(min=least, max=LARGEST_FLOAT32)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click does for a number."""
@@ -77,7 +76,7 @@ class Number(click.FloatRange):
         return found
 
     def _describe_range(self) -> str:
-        return f"{self.min:g}<=x" if self.min is not None and self.min > -LARGEST else "finite in fp32"
+        return f"{self.min:g}<=x" if self.min is not None and self.min > -LARGEST_FLOAT32 else "finite in fp32"
 
 
 PATH, NEW_PATH, MODEL_PATH = _Path(), _NewPath(), _ModelPath()
