@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_deploy.backends.arena import ALIGNMENT_BYTES
-from tc_deploy.bundle import MANIFEST, check_files, reading
+from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError, counted
 from tc_deploy.manifest import (
@@ -23,8 +23,9 @@ from tc_deploy.manifest import (
     check_is_whole,
     read_engine_record,
     read_target,
+    sampled_on_in_words,
 )
-from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan, plan_as_written, plan_sha256
+from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan
 from tc_deploy.remarks import remark_on, saves_steps
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
@@ -90,7 +91,7 @@ def _inspected(path: Path, batch_size: int | None) -> dict[str, Any]:
 def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
     schedule = plan.tprr()
     return {
-        "plan_sha256": plan_sha256(plan_as_written(plan, folder)),
+        "plan_sha256": sha256_of_file(folder / PLAN),
         "model": plan.model.model_dump(mode="json"),
         "scheduler": plan.sampling.scheduler_class,
         "guidance_scale": plan.sampling.guidance_scale,
@@ -184,6 +185,7 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
         "fp32_blocks": list(manifest.fp32_blocks),
         "batch_size": manifest.batch_size,
         "pixels": manifest.pixels,
+        "sampled_on": sampled_on_in_words(manifest.sampled_on, manifest.batch_size or 1),
         "latent_shape": list(manifest.latent_shape),
         "init_noise_sigma": manifest.solver.init_noise_sigma,
         "conditions": [condition.model_dump(mode="json") for condition in manifest.conditions],

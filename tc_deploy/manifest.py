@@ -32,7 +32,7 @@ from tc_deploy.bundle import (
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.libraries import imported
-from tc_deploy.plan import PLAN, TABLES
+from tc_deploy.plan import LABELS, PLAN, RANDOM, TABLES, PromptsRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, Precision
 
@@ -255,6 +255,9 @@ class Manifest(Document):
     pixels: bool
     """The latents are pictures in [-1, 1]; otherwise a decoder is needed to see them."""
     conditions: tuple[ConditionRecord, ...]
+    sampled_on: PromptsRecord | Literal["random", "labels"] | None = None
+    """What the export sampled on, to compare its graphs with PyTorch and to leave samples to validate engines by. A
+    file's path is relative to the bundle, or absolute."""
     solver: SolverRecord
     graphs: dict[str, GraphRecord]
     decoder: ComponentRecord | None = None
@@ -300,6 +303,21 @@ class Manifest(Document):
     def one_graph(self) -> bool:
         """Whether the variants that run the model are one file."""
         return f"{ONNX_FOLDER}/{STEPS}.onnx" in self.files
+
+
+def sampled_on_in_words(record: PromptsRecord | str | None, samples: int) -> str:
+    """What an export sampled on, for people.
+
+    Args:
+        record: the manifest's.
+        samples: how many samples there are.
+    """
+    if isinstance(record, PromptsRecord):
+        some = f"{min(samples, record.prompts)} of {record.prompts} prompts"
+        which = ", with the largest values," if samples < record.prompts else ""
+        return f"{some}{which} of {record.file}, sha256 {record.sha256[:16]}"
+    said = {LABELS: "class labels", RANDOM: "random conditions, so outliers of real prompts are not seen"}
+    return said.get(str(record), "conditions that the export did not write down")
 
 
 class GpuRecord(Document):

@@ -60,6 +60,8 @@ POINTS = "points"
 """The plan of every point of a search, each in a folder of its own."""
 RANDOM: Final = "random"
 """Conditions that are drawn although the model takes prompts: for trials and for models with random weights."""
+LABELS: Final = "labels"
+"""Class labels, which are drawn."""
 
 
 class ModelRecord(Document):
@@ -365,24 +367,18 @@ def write_plan_files(
         place: where the folder will lie; None: where it is.
     """
     (folder / TABLES).write_bytes(tables_bytes(tables))
-    (folder / PLAN).write_bytes(plan_bytes(plan_as_written(plan, place or folder)))
-
-
-def plan_as_written(plan: Plan, folder: Path) -> Plan:
-    """A plan with its paths as a file of it in ``folder`` says them."""
-    return _with_paths(plan, lambda path: relative_path(path, folder))
+    (folder / PLAN).write_bytes(plan_bytes(_with_paths(plan, lambda path: relative_path(path, place or folder))))
 
 
 def relative_path(path: str, folder: Path) -> str:
-    """An absolute path as the documents in ``folder`` name it: relative, so that both can move together.
+    """An absolute path as the documents in ``folder`` name it.
 
-    One that shares nothing but the root with the folder stays absolute, and so does what is no absolute path.
+    Where both lie below the working directory they belong together: it is relative to the folder, so that it can be
+    committed, moved with it and used from anywhere. Otherwise it stays absolute, and what is no absolute path stays.
     """
-    if not Path(path).is_absolute():
+    target, here, project = Path(path).resolve(), folder.resolve(), Path.cwd().resolve()
+    if not Path(path).is_absolute() or not (target.is_relative_to(project) and here.is_relative_to(project)):
         return path
-    target, here = Path(path).resolve(), folder.resolve()
-    if os.path.commonpath((target, here)) == target.anchor:
-        return target.as_posix()
     relative = Path(os.path.relpath(target, here)).as_posix()
     return relative if relative.startswith(".") else f"./{relative}"
 
@@ -412,6 +408,17 @@ def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
         BundleError: a file is missing, truncated or altered.
         PlanError: the plan is inconsistent.
     """
+    plan, tables = load_plan_as_written(folder)
+    return _with_paths(plan, lambda path: absolute_path(path, folder)), tables
+
+
+def load_plan_as_written(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
+    """The same with paths as the file has them, to show or to identify the plan by.
+
+    Raises:
+        BundleError: as for :func:`load_plan`.
+        PlanError: likewise.
+    """
     with reading(folder, PLAN_FOLDER):
         plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
         check_files(folder, {TABLES: plan.tables})
@@ -420,7 +427,7 @@ def load_plan(folder: Path) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
         except ValueError as error:
             raise PlanError(f"{folder / TABLES}: {error}; calibrate again") from None
     check_plan(plan, tables, str(folder))
-    return _with_paths(plan, lambda path: absolute_path(path, folder)), tables
+    return plan, tables
 
 
 _EARLIER = {

@@ -11,7 +11,7 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy.export.stage import sampling_from_plan, token_index_tables
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import PLAN, load_plan, plan_bytes
+from tc_deploy.plan import PLAN, load_plan, load_plan_as_written, plan_bytes
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plan_is_canonical_and_of_the_shipped_model() -> None:
-    plan, _ = load_plan(PLAN_FOLDER)
+    plan, _ = load_plan_as_written(PLAN_FOLDER)
     assert (PLAN_FOLDER / PLAN).read_bytes() == plan_bytes(plan)
     assert plan.model.weights_sha256 == load_model(MODEL_FOLDER).weights_sha256
 

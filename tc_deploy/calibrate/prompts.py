@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tc_deploy.bundle import sha256_of_file
 from tc_deploy.conditions import GUIDANCE, HOW_TO_ENCODE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import RANDOM, Plan, PromptsRecord
+from tc_deploy.plan import LABELS, RANDOM, Plan, PromptsRecord
 from tc_deploy.tokencache.sampler import Prompts, Sampling
 
 
@@ -65,24 +66,62 @@ def prompts_for(
     return Prompts(conditions=checked, record=record)
 
 
-def prompts_of_plan(model: DiffusionTransformer, plan: Plan, *, progress: Callable[[str], None]) -> Prompts | None:
-    """The prompts that a plan was made with, to compare graphs on; None, and a word of it, where they are gone.
+def prompts_of_plan(
+    model: DiffusionTransformer,
+    plan: Plan,
+    conditions: str | None = None,
+    *,
+    progress: Callable[[str], None],
+) -> Prompts | None:
+    """The prompts to compare graphs on, those with the largest values first: real encoders' outliers overflow fp16.
 
-    A comparison of two programs on the same inputs is as good on random embeddings.
+    Args:
+        model: the model.
+        plan: may name the prompts that it was made with.
+        conditions: a file in their place, or ``random``.
+        progress: told where the plan's prompts are gone, so that conditions are drawn.
+
+    Returns:
+        None where conditions are drawn.
+
+    Raises:
+        UsageError: a file cannot be read, or does not fit the model.
     """
     record = plan.origin.conditions
-    if not isinstance(record, PromptsRecord):
+    if conditions is None and isinstance(record, PromptsRecord):
+        path = Path(record.file)
+        if not path.is_file() or sha256_of_file(path) != record.sha256:
+            what = "was changed since the plan was made" if path.is_file() else "is gone"
+            progress(
+                f"{record.file} {what}: random conditions stand in for the plan's prompts, and their outliers are not"
+                " seen; name a file with --conditions"
+            )
+            return None
+        conditions = record.file
+    if conditions is None:
         return None
-    path = Path(record.file)
-    if not path.is_file() or sha256_of_file(path) != record.sha256:
-        progress(f"{record.file} is gone or was changed since the plan was made: random conditions stand in for it")
-        return None
-    return prompts_for(
+    prompts = prompts_for(
         model,
-        record.file,
+        conditions,
         guided=plan.sampling.guidance_scale is not None,
         embedded_guidance=plan.sampling.embedded_guidance,
     )
+    return None if prompts is None else _largest_first(prompts)
+
+
+def _largest_first(prompts: Prompts) -> Prompts:
+    """The prompts ordered by their largest value; equal ones in the file's order."""
+    conditions = prompts.conditions
+    arrays = [array for array in (*conditions.given.values(), *conditions.unconditional.values()) if array.ndim > 1]
+    largest = np.max([np.abs(array).reshape(conditions.count, -1).max(axis=1) for array in arrays], axis=0)
+    return Prompts(conditions=conditions.rows(np.argsort(-largest, kind="stable")), record=prompts.record)
+
+
+def sampled_on(model: DiffusionTransformer, prompts: Prompts | None) -> PromptsRecord | Literal["random", "labels"]:
+    """What samples are conditioned on, for a document to say."""
+    if prompts is not None:
+        return prompts.record
+    return RANDOM if takes_prompts(model) else LABELS
 
 
 def draw_batch(

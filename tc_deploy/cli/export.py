@@ -12,6 +12,8 @@ from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure
+from tc_deploy.manifest import sampled_on_in_words
+from tc_deploy.plan import RANDOM
 from tc_deploy.types import Precision
 
 
@@ -62,6 +64,12 @@ from tc_deploy.types import Precision
     metavar="NAME",
     help="Which copy of the weights, as fp16 of model.fp16.safetensors; without it the plan's.",
 )
+@click.option(
+    "--conditions",
+    metavar=f"FILE|{RANDOM}",
+    help="What graphs are compared on, and engines validated by, in place of the plan's prompts: embeddings, as"
+    f" examples/encode_prompts.py writes them, or {RANDOM} draws.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(
     plan: Path,
@@ -75,6 +83,7 @@ def command(
     with_text_encoder: bool,
     pipeline: Path | None,
     variant: str | None,
+    conditions: str | None,
     check: bool,
 ) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
@@ -97,6 +106,7 @@ def command(
         with_text_encoder=with_text_encoder,
         pipeline_path=pipeline,
         variant=variant,
+        conditions=conditions,
         progress=log_step,
     )
     for name, graph in manifest.graphs.items():
@@ -105,6 +115,7 @@ def command(
         if graph.snr_to_fp32_db is not None:
             error += f", {graph.snr_to_fp32_db:.1f} dB above its error to fp32"
         click.echo(f"{output / graph.file}: {name}, {inputs}, {outputs}, {error}")
+    click.echo(f"{output}: sampled on {sampled_on_in_words(manifest.sampled_on, manifest.batch_size or 1)}")
     for tokenizer in manifest.text.tokenizers if manifest.text else ():
         click.echo(f"{output / tokenizer.file}: prompts are padded or cut to {counted(tokenizer.tokens, 'token')}")
     if lost:

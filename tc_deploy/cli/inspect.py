@@ -41,6 +41,7 @@ def _show_bundle(facts: dict[str, Any]) -> None:
     precision = " with ".join([facts["precision"], *(f"{block} in fp32" for block in facts["fp32_blocks"])])
     _line("bundle", f"{facts['path']}, {precision}, batch {batch}, made by {facts['made_by']}")
     _line("latents", _latents(facts))
+    _line("sampled", f"on {facts['sampled_on']}")
     for name, graph in facts["graphs"].items():
         size = facts["files"][graph["file"]]["size_bytes"]
         inputs, outputs = counted(graph["inputs"], "input"), counted(graph["outputs"], "output")

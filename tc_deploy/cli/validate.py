@@ -63,6 +63,7 @@ def _show(record: ValidationRecord) -> None:
         console.width = PLAIN_WIDTH
     engine = f"{record.backend} {record.backend_version} {record.precision}"
     console.print(f"{record.bundle}: {engine} against {record.against}; {record.hardware}, {record.date}", markup=False)
+    console.print(f"on {record.sampled_on}", markup=False, soft_wrap=True)
     console.print(_variant_table(record))
     console.print(_drift_table(record.drift))
     lines = [*record.remarks()]

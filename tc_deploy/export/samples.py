@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tc_deploy.calibrate.prompts import conditions_of, tensors_of
+from tc_deploy.conditions import UNCONDITIONAL, is_unconditional
 from tc_deploy.export.check import step_inputs
 from tc_deploy.export.graphs import ModelGraph
 from tc_deploy.export.precision import half_products, overflow_refused
@@ -116,6 +118,8 @@ def samples_of(
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn((batch, *model.geometry.latent_shape), generator=generator)
     conditions = model.random_conditions(batch, generator)
+    if sampling.prompts is not None:
+        conditions = tensors_of(conditions_of(model, sampling.prompts, range(batch)))
     schedule = plan.tprr()
     chosen: dict[int, tuple[int, ...]] = {}
     for variant in graphs:
@@ -148,7 +152,7 @@ def samples_of(
     }
     return samples, Trajectory(
         noise=_array(noise),
-        conditions={name: _array(tensor) for name, tensor in conditions.items()},
+        conditions={name: _array(tensor) for name, tensor in conditions.items() if not is_unconditional(name)},
         unconditional={} if sampling.guidance_scale is None else _unconditional(model, conditions),
         full=full_latents(model, plan, sampling, noise, conditions),
         exact=exact,
@@ -159,7 +163,8 @@ def samples_of(
 
 
 def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]) -> Feed:
-    return {name: _array(both[len(both) // 2 :]) for name, both in model.with_unconditional(conditions).items()}
+    absent = {name: both[len(both) // 2 :] for name, both in model.with_unconditional(conditions).items()}
+    return {name: _array(conditions.get(UNCONDITIONAL + name, other)) for name, other in absent.items()}
 
 
 def full_latents(

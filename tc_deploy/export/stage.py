@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.numpy
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tc_deploy import __version__
 from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading
-from tc_deploy.calibrate.prompts import prompts_of_plan
+from tc_deploy.calibrate.prompts import prompts_of_plan, sampled_on
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
@@ -54,7 +55,17 @@ from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
 from tc_deploy.models.solver import SolverTable, read_solver
-from tc_deploy.plan import PLAN, TABLES, Plan, content_sha256, load_plan, token_index_name, write_plan_files
+from tc_deploy.plan import (
+    PLAN,
+    TABLES,
+    Plan,
+    PromptsRecord,
+    content_sha256,
+    load_plan,
+    relative_path,
+    token_index_name,
+    write_plan_files,
+)
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.samples import GraphSamples, Trajectory, write_samples
 from tc_deploy.schedule import FULL
@@ -78,6 +89,7 @@ def export_bundle(
     with_text_encoder: bool = False,
     pipeline_path: Path | None = None,
     variant: str | None = None,
+    conditions: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Export a plan's graphs.
@@ -101,6 +113,8 @@ def export_bundle(
         with_text_encoder: also export the pipeline's text encoders, and its tokenizers.
         pipeline_path: the folder that holds these; None looks where the checkpoint is.
         variant: which copy of the checkpoint's, the decoder's and the text encoders' weights; None takes the plan's.
+        conditions: a file of prompt embeddings to compare graphs on, and to leave samples by, in place of the plan's
+            prompts; or ``random``.
         progress: told what is being done.
 
     Raises:
@@ -161,6 +175,7 @@ def export_bundle(
             graphs_from=graphs_from,
             samples=samples,
             one_graph=one_graph,
+            conditions=conditions,
             progress=progress,
         )
         # The transformer's memory is free before an autoencoder or a text encoder takes some.
@@ -196,6 +211,7 @@ def export_bundle(
                 ConditionRecord(name=item.name, dtype=item.dtype, shape=item.shape, classes=item.classes)
                 for item in geometry.conditions
             ),
+            sampled_on=_said_in(destination, steps.sampled_on),
             solver=SolverRecord(
                 history=steps.solver.history,
                 init_noise_sigma=steps.solver.init_noise_sigma,
@@ -212,6 +228,15 @@ def export_bundle(
     return manifest
 
 
+def _said_in(
+    bundle: Path, record: PromptsRecord | Literal["random", "labels"]
+) -> PromptsRecord | Literal["random", "labels"]:
+    """What was sampled on, its path as documents in the bundle say it."""
+    if not isinstance(record, PromptsRecord):
+        return record
+    return record.model_copy(update={"file": relative_path(record.file, bundle)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Steps:
     """What was exported of the model and its solver."""
@@ -221,6 +246,7 @@ class _Steps:
     samples: dict[str, GraphSamples]
     """By graph; empty where none are wanted."""
     trajectory: Trajectory | None
+    sampled_on: PromptsRecord | Literal["random", "labels"]
 
 
 def _exported_steps(
@@ -237,12 +263,14 @@ def _exported_steps(
     graphs_from: Path | None,
     samples: bool,
     one_graph: bool,
+    conditions: str | None,
     progress: Callable[[str], None],
 ) -> _Steps:
     """Write the graphs of the model and of its solver; see :func:`export_bundle`. Keeps nothing of the model."""
     guided = plan.sampling.guidance_scale is not None
-    prompts = prompts_of_plan(model, plan, progress=progress)
+    prompts = prompts_of_plan(model, plan, conditions, progress=progress)
     sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
+    conditioned = sampled_on(model, prompts)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
     if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
@@ -279,12 +307,12 @@ def _exported_steps(
         records[SOLVER] = records[SOLVER].model_copy(update={"max_abs_error": error})
     # Polygraphy's files have no bfloat16.
     if not (samples and check and graphs and precision is not Precision.BF16):
-        return _Steps(records=records, solver=solver, samples={}, trajectory=None)
+        return _Steps(records=records, solver=solver, samples={}, trajectory=None, sampled_on=conditioned)
     progress("sampling with the plan and in full, to validate engines by")
     made, trajectory = samples_of(
         graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision, fp32_blocks
     )
-    return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory)
+    return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory, sampled_on=conditioned)
 
 
 def model_of_plan(

@@ -17,7 +17,7 @@ from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import BUNDLE_FOLDER, Manifest, TargetManifest, check_is_whole, read_target
-from tc_deploy.plan import PLAN, PLAN_FOLDER, SAMPLES, SEARCH, Plan, load_plan, plan_as_written
+from tc_deploy.plan import PLAN, PLAN_FOLDER, SAMPLES, SEARCH, Plan, load_plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
     Kind,
@@ -43,7 +43,7 @@ class Source:
     name: str
     """The folder's; where it lies is nobody's business to whom the page is passed on."""
     plan: Plan
-    """As its file says it: with paths relative to the folder."""
+    """As its file says it: paths are relative to the folder where they are not absolute."""
     tables: dict[str, FloatArray | IntArray]
     manifest: Manifest | None
     """None where the folder is a plan and no bundle."""
@@ -123,13 +123,13 @@ def _source(path: Path, validation: Path | None) -> Source:
         documents = read_documents(path)
         manifest, plan, tables = documents.manifest, documents.plan, dict(documents.index_tables)
     else:
-        plan, tables = load_plan(path)
+        plan, tables = load_plan_as_written(path)
     search = read_search(path) if (path / SEARCH).is_file() else None
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")
     return Source(
         name=path.resolve().name,
-        plan=plan_as_written(plan, path),
+        plan=plan,
         tables=tables,
         manifest=manifest,
         targets=() if manifest is None else _targets(path),

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tc_deploy.calibrate.prompts import tensors_of
+from tc_deploy.conditions import Conditions
 from tc_deploy.export.graphs import ModelGraph, step_graphs
 from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import full_latents, latents_of
@@ -112,7 +114,7 @@ class Checkpoint:
     def trajectory(self, saved: Trajectory) -> Trajectory:
         """The saved run made again, under the bundle's plan as it is now."""
         noise = torch.from_numpy(saved.noise)
-        conditions = {name: torch.from_numpy(array) for name, array in saved.conditions.items()}
+        conditions = tensors_of(Conditions(count=len(noise), given=saved.conditions, unconditional=saved.unconditional))
         runs = {}
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
             steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)

@@ -156,6 +156,8 @@ class ValidationRecord(Document):
     backend_version: str
     precision: str
     against: str
+    sampled_on: str
+    """What the saved samples are conditioned on, in words."""
     passed: bool
     variants: tuple[VariantRecord, ...]
     wiring: tuple[WiringFault, ...]

@@ -27,7 +27,16 @@ from tc_deploy.bundle import MANIFEST, reading, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.libraries import load_failure
-from tc_deploy.manifest import BUNDLE_FOLDER, FP32_GRAPHS, SOLVER, Manifest, TargetManifest, read_target, variant_name
+from tc_deploy.manifest import (
+    BUNDLE_FOLDER,
+    FP32_GRAPHS,
+    SOLVER,
+    Manifest,
+    TargetManifest,
+    read_target,
+    sampled_on_in_words,
+    variant_name,
+)
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
 from tc_deploy.schedule import FULL, PHASES
@@ -165,6 +174,7 @@ class _Validation:
             backend_version=self.target.backend_version,
             precision=self.precision,
             against=self.against,
+            sampled_on=sampled_on_in_words(self.manifest.sampled_on, len(self.saved.noise)),
             passed=passed and not faults and not words,
             variants=variants,
             wiring=faults,

@@ -66,7 +66,8 @@ def test_a_plan_is_made(pixel: MadeByCommands) -> None:
 
 def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
     assert pixel.exported.code == 0, pixel.exported.err
-    lines = pixel.exported.out.splitlines()
+    *lines, last = pixel.exported.out.splitlines()
+    assert last == f"{pixel.bundle}: sampled on class labels"
     for line, name in zip(lines, ("full", "cached-1", "solver"), strict=True):
         path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
         assert path.is_file()
@@ -364,7 +365,7 @@ def test_a_scheduler_that_clips(save_dit: SaveDit, tmp_path: Path) -> None:
     [
         (
             'model = "m"\ncolour = "red"',
-            "recipe.toml: colour: unknown key; known here: model, latent_size, text_tokens, conditions, seed, ",
+            "recipe.toml: colour: unknown key; known here: model, latent_size, text_tokens, conditions, variant, ",
         ),
         ('model = "m"\n[cache]\nkept = 1', "cache.kept: unknown key; known here: keep_ratio, keep_counts, multiple, "),
         ("[cache]\nkeep_ratio = [0.0, 0.5]", "recipe.toml: model: this key is required"),

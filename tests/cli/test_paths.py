@@ -40,10 +40,13 @@ def test_a_plan_is_exported_from_any_folder(project: Path, tmp_path: Path, monke
     monkeypatch.chdir(elsewhere)
     answer = run_cli("export", project / "calibration" / "x", "-o", "deep/er/bundle", "--no-check")
     assert answer.code == 0, answer.err
-    # A bundle's copy of the plan names the same checkpoint from where the bundle lies.
-    bundle = elsewhere / "deep" / "er" / "bundle"
-    assert source_of(bundle) == "../../../../project/models/dit"
-    assert load_plan(bundle)[0].model.source == str(project / "models" / "dit")
+    # A bundle's copy of the plan names the same checkpoint; the two lie in no common project.
+    assert source_of(elsewhere / "deep" / "er" / "bundle") == str(project / "models" / "dit")
+    monkeypatch.chdir(project)
+    answer = run_cli("export", "calibration/x", "-o", "engines/deep/x", "--no-check")
+    assert answer.code == 0, answer.err
+    assert source_of(project / "engines" / "deep" / "x") == "../../../models/dit"
+    assert load_plan(project / "engines" / "deep" / "x")[0].model.source == str(project / "models" / "dit")
 
 
 def test_checkpoint_and_plan_move_together(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

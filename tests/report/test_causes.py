@@ -52,6 +52,7 @@ def make_validation(algorithm: Errors, export: Errors | None = None, **changes: 
         "backend_version": "2026.4",
         "precision": "fp32",
         "against": "recorded",
+        "sampled_on": "class labels",
         "passed": True,
         "variants": (VariantRecord(name="full", steps=(0, 3), outputs=(output,)),),
         "wiring": (),
