@@ -262,7 +262,10 @@ def test_prompts_that_are_gone_are_stood_in_for(plan_folder: Path, model_folder:
     (tmp_path / "prompts.safetensors").unlink()
     said: list[str] = []
     manifest = export_bundle(tmp_path / "plan", tmp_path / "bundle", batch_size=1, progress=said.append)
-    assert any("prompts.safetensors is gone" in line and "random conditions stand in" in line for line in said)
+    (word,) = (line for line in said if "prompts.safetensors is gone" in line)
+    assert "random conditions stand in" in word
+    assert word.endswith("name a file with --conditions")
+    assert manifest.sampled_on == "random"
     assert all(graph.max_abs_error is not None for graph in manifest.graphs.values())
 
 
