@@ -23,11 +23,11 @@ from tc_deploy.manifest import (
     check_is_whole,
     read_engine_record,
     read_target,
-    sampled_on_in_words,
 )
 from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan
 from tc_deploy.remarks import remark_on, saves_steps
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
+from tc_deploy.samples import sampled_on_in_words
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 

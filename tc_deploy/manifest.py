@@ -32,7 +32,7 @@ from tc_deploy.bundle import (
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.libraries import imported
-from tc_deploy.plan import LABELS, PLAN, RANDOM, TABLES, PromptsRecord
+from tc_deploy.plan import PLAN, TABLES, PromptsRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, Precision
 
@@ -303,21 +303,6 @@ class Manifest(Document):
     def one_graph(self) -> bool:
         """Whether the variants that run the model are one file."""
         return f"{ONNX_FOLDER}/{STEPS}.onnx" in self.files
-
-
-def sampled_on_in_words(record: PromptsRecord | str | None, samples: int) -> str:
-    """What an export sampled on, for people.
-
-    Args:
-        record: the manifest's.
-        samples: how many samples there are.
-    """
-    if isinstance(record, PromptsRecord):
-        some = f"{min(samples, record.prompts)} of {record.prompts} prompts"
-        which = ", with the largest values," if samples < record.prompts else ""
-        return f"{some}{which} of {record.file}, sha256 {record.sha256[:16]}"
-    said = {LABELS: "class labels", RANDOM: "random conditions, so outliers of real prompts are not seen"}
-    return said.get(str(record), "conditions that the export did not write down")
 
 
 class GpuRecord(Document):

@@ -7,7 +7,6 @@ index tables. The JSON is canonical: the same calibration gives the same bytes. 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -33,6 +32,7 @@ from tc_deploy.bundle import (
     FileRecord,
     FolderKind,
     NotOursError,
+    absolute_path,
     canonical_json,
     check_files,
     file_names,
@@ -40,6 +40,7 @@ from tc_deploy.bundle import (
     new_folder,
     read_document,
     reading,
+    relative_path,
     sha256_of_bytes,
 )
 from tc_deploy.errors import BundleError, PlanError
@@ -370,24 +371,6 @@ def write_plan_files(
     (folder / PLAN).write_bytes(plan_bytes(_with_paths(plan, lambda path: relative_path(path, place or folder))))
 
 
-def relative_path(path: str, folder: Path) -> str:
-    """An absolute path as the documents in ``folder`` name it.
-
-    Where both lie below the working directory they belong together: it is relative to the folder, so that it can be
-    committed, moved with it and used from anywhere. Otherwise it stays absolute, and what is no absolute path stays.
-    """
-    target, here, project = Path(path).resolve(), folder.resolve(), Path.cwd().resolve()
-    if not Path(path).is_absolute() or not (target.is_relative_to(project) and here.is_relative_to(project)):
-        return path
-    relative = Path(os.path.relpath(target, here)).as_posix()
-    return relative if relative.startswith(".") else f"./{relative}"
-
-
-def absolute_path(path: str, folder: Path) -> str:
-    """What :func:`relative_path` made relative, as an absolute path again; a hub's id stays as it is."""
-    return Path(os.path.normpath(folder.resolve() / path)).as_posix() if path.startswith(".") else path
-
-
 def _with_paths(plan: Plan, said: Callable[[str], str]) -> Plan:
     """A plan whose paths are said otherwise."""
     model = plan.model.model_copy(update={"source": said(plan.model.source)})
@@ -493,7 +476,7 @@ def places_read(folder: Path) -> list[Path]:
         prompts = plan.origin.conditions
         said = [plan.model.source, *([prompts.file] if isinstance(prompts, PromptsRecord) else [])]
         sources = [absolute_path(path, folder) for path in said]
-        return [folder, *(Path(source) for source in sources if os.path.exists(source))]  # noqa: PTH110 - any text
+        return [folder, *(Path(source) for source in sources if Path(source).exists())]
     return [folder]
 
 

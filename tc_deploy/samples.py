@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import POLYGRAPHY, GraphRecord, Manifest
+from tc_deploy.plan import LABELS, RANDOM, PromptsRecord
 from tc_deploy.types import FloatArray, Precision
 
 SCRIPT = f"{POLYGRAPHY}/inputs.py"
@@ -81,6 +82,21 @@ class Trajectory:
     """Which variant each step ran."""
     tables: Feed
     """What the steps took from tables, by the tables' names."""
+
+
+def sampled_on_in_words(record: PromptsRecord | str | None, samples: int) -> str:
+    """What an export sampled on, for people.
+
+    Args:
+        record: the manifest's.
+        samples: how many samples there are.
+    """
+    if isinstance(record, PromptsRecord):
+        some = f"{min(samples, record.prompts)} of {record.prompts} prompts"
+        which = ", with the largest values," if samples < record.prompts else ""
+        return f"{some}{which} of {record.file}, sha256 {record.sha256[:16]}"
+    said = {LABELS: "class labels", RANDOM: "random conditions, so outliers of real prompts are not seen"}
+    return said.get(str(record), "conditions that the export did not write down")
 
 
 def function_name(graph: str) -> str:

@@ -26,6 +26,7 @@ from tc_deploy.bundle.folders import (
 )
 from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, known_document
 from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
+from tc_deploy.bundle.paths import absolute_path, relative_path
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
 from tc_deploy.bundle.storage import portable_path
 
@@ -40,6 +41,7 @@ __all__ = [
     "FileRecord",
     "FolderKind",
     "NotOursError",
+    "absolute_path",
     "canonical_json",
     "check_files",
     "check_output",
@@ -55,6 +57,7 @@ __all__ = [
     "portable_path",
     "read_document",
     "reading",
+    "relative_path",
     "remove_folder",
     "remove_folders",
     "sha256_of_bytes",

@@ -12,8 +12,8 @@ from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure
-from tc_deploy.manifest import sampled_on_in_words
 from tc_deploy.plan import RANDOM
+from tc_deploy.samples import sampled_on_in_words
 from tc_deploy.types import Precision
 
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 from torch import Tensor
 
 from tc_deploy import __version__
-from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading
+from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading, relative_path
 from tc_deploy.calibrate.prompts import prompts_of_plan, sampled_on
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
@@ -62,7 +62,6 @@ from tc_deploy.plan import (
     PromptsRecord,
     content_sha256,
     load_plan,
-    relative_path,
     token_index_name,
     write_plan_files,
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from tc_deploy.bundle import Claim, canonical_json, check_files, claimed, reading
+from tc_deploy.bundle import Claim, canonical_json, check_files, claimed, reading, relative_path
 from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.plan import (
     PLAN_FOLDER,
@@ -23,7 +23,6 @@ from tc_deploy.plan import (
     SAMPLES,
     SEARCH,
     load_plan,
-    relative_path,
     write_plan_files,
 )
 from tc_deploy.search.points import PlannedPoint

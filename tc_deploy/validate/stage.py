@@ -34,11 +34,10 @@ from tc_deploy.manifest import (
     Manifest,
     TargetManifest,
     read_target,
-    sampled_on_in_words,
     variant_name,
 )
 from tc_deploy.runtime.binding import read_bundle
-from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples
+from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples, sampled_on_in_words
 from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.types import FloatArray, Precision
 from tc_deploy.validate.blame import EngineSearch, ExportSearch, blame, onnxruntime_outputs

@@ -1,0 +1,27 @@
+"""Paths in documents: relative to the document's folder where both belong to one project, absolute again when read.
+
+In: a path as text and the folder of the document. Out: the same path, said otherwise. Never: touches a file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """An absolute path as the documents in ``folder`` name it.
+
+    Where both lie below the working directory they belong together: it is relative to the folder, so that it can be
+    committed, moved with it and used from anywhere. Otherwise it stays absolute, and what is no absolute path stays.
+    """
+    target, here, project = Path(path).resolve(), folder.resolve(), Path.cwd().resolve()
+    if not Path(path).is_absolute() or not (target.is_relative_to(project) and here.is_relative_to(project)):
+        return path
+    relative = Path(os.path.relpath(target, here)).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def absolute_path(path: str, folder: Path) -> str:
+    """What :func:`relative_path` made relative, as an absolute path again; a hub's id stays as it is."""
+    return Path(os.path.normpath(folder.resolve() / path)).as_posix() if path.startswith(".") else path
