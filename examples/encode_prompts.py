@@ -131,13 +131,13 @@ def main(
     force: bool,
 ) -> None:
     """Write the embeddings of PROMPTS, by the text encoders of the pipeline in FOLDER."""
-    check_output(output, ARRAYS_FILE, reads=[folder, *([] if file is None else [file])], force=force)
     lines = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     wanted = [*prompts, *(line for line in lines if line)]
     if not wanted:
         raise click.UsageError("no prompt given; name some, or a file of them with --prompts")
     if not math.isfinite(guidance_scale):
         raise click.UsageError(f"--guidance-scale must be a finite number, found {guidance_scale}")
+    check_output(output, ARRAYS_FILE, reads=[folder, *([] if file is None else [file])], force=force)
     pipeline = DiffusionPipeline.from_pretrained(folder, transformer=None, vae=None, local_files_only=True)
     strength = guidance_scale if embeds_guidance(folder) else None
     arrays = encoded(pipeline.to(device), wanted, negative, text_tokens, strength)

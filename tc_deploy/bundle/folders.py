@@ -155,16 +155,15 @@ def _claim(given: Path, destination: Path, kind: FolderKind, stack: contextlib.E
     else:
         _settle(destination, beside, kind)
         stays = destination.is_dir() and _stays(destination, beside)
-    if not stays:
-        _settle_inner(destination, kind)
-        check_ours(destination, kind)
-        return Claim(destination=destination, kind=kind, holder=beside, stays=False)
     inside = hidden_inside(destination)
-    stack.enter_context(_held(inside, given))
-    _move_in(destination, inside, kind)
+    if stays or inside.is_dir():
+        # It may have stayed for another process, whose mount point or working directory it was.
+        with contextlib.ExitStack() as held:
+            (stack if stays else held).enter_context(_held(inside, given))
+            _move_in(destination, inside, kind)
     _settle_inner(destination, kind)
     check_ours(destination, kind)
-    return Claim(destination=destination, kind=kind, holder=inside, stays=True)
+    return Claim(destination=destination, kind=kind, holder=inside if stays else beside, stays=stays)
 
 
 @contextlib.contextmanager
