@@ -6,10 +6,11 @@ input names. Never: imports transformers, or reads a tokenizer that the manifest
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Tokenizers:
     """
 
     def __init__(self, bundle: Path, record: TextRecord) -> None:
-        self._cleaning = record.cleaning
+        self._bundle, self._cleaning = bundle, record.cleaning
         self._tokenizers = [(item, _loaded(bundle, item)) for item in record.tokenizers]
 
     def arrays(self, prompts: Sequence[str], *, warn: bool = True) -> dict[str, NDArray[np.int32]]:
@@ -53,11 +54,21 @@ class Tokenizers:
 
         Returns:
             By the text encoder's inputs, (n, tokens) int32; a mask is 1 for the prompt's tokens, 0 for padding.
+
+        Raises:
+            BundleError: a tokenizer fails, or makes another number of tokens than the manifest says.
         """
         cleaned = [clean(prompt, self._cleaning) for prompt in prompts]
         arrays = {}
         for record, tokenizer in self._tokenizers:
-            encodings = [tokenizer.encode(prompt) for prompt in cleaned]
+            path = self._bundle / record.file
+            with _blamed_on(path):
+                encodings = [tokenizer.encode(prompt) for prompt in cleaned]
+            lengths = sorted({len(encoding.ids) for encoding in encodings})
+            if lengths not in ([], [record.tokens]):
+                raise BundleError(
+                    f"{path}: expected {record.tokens} tokens of every prompt, found {lengths}; export again"
+                )
             for prompt, encoding in zip(prompts, encodings, strict=True):
                 if warn and encoding.overflowing:
                     shown = prompt if len(prompt) <= _SHOWN else f"{prompt[: _SHOWN - 1]}…"
@@ -67,9 +78,10 @@ class Tokenizers:
                         record.tokens,
                         Path(record.file).stem,
                     )
-            arrays[record.ids] = np.array([encoding.ids for encoding in encodings], np.int32)
-            if record.mask is not None:
-                arrays[record.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int32)
+            with _blamed_on(path):  # an id may be larger than any vocabulary
+                arrays[record.ids] = np.array([encoding.ids for encoding in encodings], np.int32)
+                if record.mask is not None:
+                    arrays[record.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int32)
         return arrays
 
 
@@ -93,14 +105,31 @@ def clean(prompt: str, cleaning: Cleaning) -> str:
 def _loaded(bundle: Path, record: TokenizerRecord) -> Any:
     tokenizers = imported("tokenizers", purpose="prompts need a library: ")
     path = bundle / record.file
-    try:
+    with _blamed_on(path):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise BundleError(f"{path}: not a tokenizer: {first_line(error)}; export again") from error
-    lengths = [(tokenizer.truncation or {}).get("max_length"), (tokenizer.padding or {}).get("length")]
+        cut, filled = tokenizer.truncation or {}, tokenizer.padding or {}
+    lengths = [cut.get("max_length"), filled.get("length")]
     if lengths != [record.tokens] * 2:
         raise BundleError(
             f"{path}: expected to cut and pad prompts to {record.tokens} tokens, found {lengths[0]} and {lengths[1]};"
             " export again"
         )
+    # The one makes more tokens of a prompt, as many as memory holds; with the other what is cut off comes back.
+    if filled.get("pad_to_multiple_of") or cut.get("stride"):
+        raise BundleError(f"{path}: pads to a multiple or cuts with a stride, which no export sets; export again")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Whatever the library raises is the file's fault.
+
+    Raises:
+        BundleError: it raised something.
+    """
+    try:
+        yield
+    except BaseException as error:  # tokenizers raises Exception itself, and a panic of Rust is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{path}: not a tokenizer: {first_line(error)}; export again") from error

@@ -280,8 +280,16 @@ def _keys_of(tables: list[str]) -> list[str]:
 
 
 def _beside(recipe: Path, text: str) -> str:
-    """A path that a recipe has relative to itself, as short as it can be said from here."""
-    place, here = (recipe.parent / text).resolve(), Path.cwd().resolve()
-    if text.startswith(".") and not place.exists():
+    """A path that a recipe has relative to itself, as short as it can be said from here.
+
+    Raises:
+        UsageError: no file can have that name.
+    """
+    try:
+        place, here = (recipe.parent / text).resolve(), Path.cwd().resolve()
+        missing = not place.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links before Python 3.13
+        raise UsageError(f"{recipe}: {text!r} cannot be a path: {error}") from None
+    if text.startswith(".") and missing:
         return str(place)  # Two names without the dot would read like a hub's id.
     return str(place.relative_to(here) if place.is_relative_to(here) else place)
