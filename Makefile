@@ -38,7 +38,7 @@ slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow
 
 attacks: $(INSTALLED) ## Flip, cut, swap and forge what a plan folder and a bundle hold
-	RELIABILITY_RECORD=1 $(BIN)/pytest -m attacks tests/attacks
+	RELIABILITY_RECORD=1 $(BIN)/pytest -m "" tests/attacks
 
 # Without atheris hypothesis does the same, blindly. FUZZ_SECONDS is the time for each parser.
 fuzz: $(INSTALLED) ## Feed every parser documents at random, a minute each

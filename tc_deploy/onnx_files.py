@@ -131,8 +131,12 @@ def _check_external(entries: dict[bytes, bytes], weights_bytes: int) -> None:
     location = entries.get(b"location", b"")
     if location != WEIGHTS.encode():
         raise ValueError(f"a tensor's data lies in {location.decode(errors='replace')!r}, expected {WEIGHTS}")
-    offset, length = (int(entries.get(key, b"0")) for key in (b"offset", b"length"))
-    if offset < 0 or length < 0 or offset + length > weights_bytes:
+    places = [entries.get(key, b"0") for key in (b"offset", b"length")]
+    # To Python "1_0" is ten, to an engine one.
+    if not all(place.isdigit() for place in places):
+        raise ValueError(f"a tensor's data lies at {b', '.join(places).decode(errors='replace')}, expected two numbers")
+    offset, length = map(int, places)
+    if offset + length > weights_bytes:
         raise ValueError(
             f"a tensor's data lies at {offset}..{offset + length} of {WEIGHTS}, which has {weights_bytes} bytes"
         )
@@ -142,15 +146,21 @@ _Signature = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
 def _signature(data: mmap.mmap) -> tuple[_Signature, _Signature]:
-    """The graph's inputs and outputs, type and shape by name."""
+    """The graph's inputs and outputs, type and shape by name.
+
+    Raises:
+        ValueError: one is there twice.
+    """
     inputs: _Signature = {}
     outputs: _Signature = {}
-    for number, _, begin, stop in _fields(data, 0, len(data)):
-        if number == _MODEL_GRAPH:
-            for field, _, first, last in _fields(data, begin, stop):
-                if field in (_GRAPH_INPUT, _GRAPH_OUTPUT):
-                    name, kind = _value(data, first, last)
-                    (inputs if field == _GRAPH_INPUT else outputs)[name] = kind
+    for graph in _messages(data, 0, len(data), _MODEL_GRAPH):
+        for field, _, begin, stop in _fields(data, *graph):
+            if field in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+                name, kind = _value(data, begin, stop)
+                tensors = inputs if field == _GRAPH_INPUT else outputs
+                if name in tensors:
+                    raise ValueError(f"the tensor {name} is there twice")
+                tensors[name] = kind
     return inputs, outputs
 
 

@@ -211,7 +211,7 @@ class OpenVino(CompiledAtLoad):
         wrong = (
             not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS or weights not in (None, *WEIGHTS_MODES)
         )
-        if unknown or wrong or precision not in _CAPABILITIES:
+        if unknown or wrong or precision not in tuple(_CAPABILITIES):
             found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
                 f"{self.name} takes the options threads, a number from 0 to {MOST_THREADS}, precision, one of"

@@ -203,7 +203,10 @@ VALUES: dict[str, tuple[str, Damage]] = {
     "plan-keep": ("keep_counts edited", put(PLAN, "cache.keep_counts.0.1", 8)),
     "plan-keep-beyond": ("more tokens kept than there are", put(PLAN, "cache.keep_counts.0.1", 10**6)),
     "plan-keep-negative": ("-8 tokens kept", put(PLAN, "cache.keep_counts.0.1", -8)),
-    "plan-skip": ("a model skipped where its graph runs it", put(PLAN, "cache.skip", "model")),
+    "plan-skip": (
+        "skip = model in a plan whose phases all keep tokens, where it says nothing",
+        put(PLAN, "cache.skip", "model"),
+    ),
     "plan-tokens": ("10^9 tokens", put(PLAN, "model.tokens", 10**9)),
     "plan-blocks": ("10^9 blocks", put(PLAN, "model.blocks", 10**9)),
     "plan-steps-short": ("fewer steps than timesteps", put(PLAN, "schedule.steps", 9)),

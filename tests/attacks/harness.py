@@ -112,13 +112,17 @@ def edit(name: str, change: Callable[[Any], object], *, sealed: bool = True) -> 
 
 
 def text(name: str, change: Callable[[str], str]) -> Damage:
-    """Change a document's text, to something that no JSON writer makes; then checksums are made right again."""
+    """Change a document's text, to something that no JSON writer makes; checksums of it are made right again."""
 
     def damage(bundle: Path) -> None:
         path = bundle / name
         path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-        with contextlib.suppress(ValueError, RecursionError):
-            seal(bundle)
+        if name == PLAN:
+            manifest = read_json(bundle / MANIFEST)
+            manifest["files"][PLAN] = record_of(path)
+            write_json(bundle / MANIFEST, manifest)
+        if name in (PLAN, MANIFEST):
+            stamp(bundle)
 
     return damage
 
@@ -143,7 +147,7 @@ def seal(bundle: Path) -> None:
         write_json(bundle / PLAN, plan)
     manifest = read_json(bundle / MANIFEST)
     for name in manifest["files"]:
-        if (bundle / name).is_file():
+        with contextlib.suppress(OSError, ValueError):
             manifest["files"][name] = record_of(bundle / name)
     with contextlib.suppress(KeyError, TypeError):
         manifest["plan_sha256"] = content_sha256(plan)

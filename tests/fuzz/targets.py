@@ -98,6 +98,8 @@ classifier = "c.onnx"
 """
 ARGUMENTS: Mapping[str, Any] = {
     "class_labels": [1, 2],
+    "count": None,
+    "true_cfg_scale": None,
     "conditions": None,
     "unconditional": None,
     "prompts": None,
