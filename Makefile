@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow attacks fuzz browser lint format clean
+.PHONY: help demo calibrate-demo test slow attacks matrix fuzz browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -39,6 +39,9 @@ slow: $(INSTALLED) ## Run the tests that take long
 
 attacks: $(INSTALLED) ## Flip, cut, swap and forge what a plan folder and a bundle hold
 	RELIABILITY_RECORD=1 $(BIN)/pytest -m "" tests/attacks
+
+matrix: $(INSTALLED) ## Give every option and argument of every command bad values
+	RELIABILITY_RECORD=1 $(BIN)/pytest -m matrix tests/cli
 
 # Without atheris hypothesis does the same, blindly. FUZZ_SECONDS is the time for each parser.
 fuzz: $(INSTALLED) ## Feed every parser documents at random, a minute each

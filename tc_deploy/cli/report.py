@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tc_deploy.cli.options import NEW_PATH, PATH, force_option
+from tc_deploy.errors import UsageError
 
 
 @click.command()
@@ -21,6 +22,11 @@ def command(path: Path, output: Path, validation: Path | None, force: bool) -> N
     baselines, the drift, the samples and all points.
     """
     from tc_deploy.report.page import write_report
+
+    if validation is not None and validation.is_dir():
+        raise UsageError(
+            f"--validation {validation}: expected the file that tc-deploy validate -o wrote, found a folder"
+        )
 
     size_bytes = write_report(path, output, validation, force=force)
     click.echo(f"{output}: {size_bytes / 2**10:.0f} KiB")
