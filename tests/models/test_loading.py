@@ -311,7 +311,7 @@ def test_a_checkpoint_of_the_legacy_class_is_known_by_its_norm(folder: Path, tin
     assert type(model.module) is diffusers.DiTTransformer2DModel
     assert_same_weights(model, tiny_dit)
     edit_config(folder, norm_type="ada_norm")
-    error_of(load_model, folder, "'Transformer2DModel'", "docs/adapters.md")
+    error_of(load_model, folder, "'Transformer2DModel'", "adapters.md")
 
 
 @pytest.mark.parametrize(
