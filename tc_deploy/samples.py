@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import POLYGRAPHY, GraphRecord, Manifest
 from tc_deploy.plan import LABELS, RANDOM, PromptsRecord
+from tc_deploy.tensors import read_tensors
 from tc_deploy.types import FloatArray, Precision
 
 SCRIPT = f"{POLYGRAPHY}/inputs.py"
@@ -183,7 +183,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
                 )
                 for graph in manifest.graphs
             }
-        arrays = safetensors.numpy.load_file(bundle / TRAJECTORY)
+        arrays = read_tensors(bundle / TRAJECTORY)
         for graph, (inputs, outputs) in loaded.items():
             samples[graph] = GraphSamples(
                 steps=tuple(arrays[_STEPS + graph].tolist()),
@@ -201,7 +201,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
             variants=tuple(arrays[_VARIANTS].tolist()),
             tables=_named(arrays, _TABLE),
         )
-    except (SafetensorError, PolygraphyException, AttributeError, KeyError, ValueError, TypeError) as error:
+    except (PolygraphyException, AttributeError, KeyError, ValueError, TypeError) as error:
         raise BundleError(f"{bundle / POLYGRAPHY}: the samples cannot be read: {error}; export again") from None
     return samples, trajectory
 

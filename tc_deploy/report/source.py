@@ -10,14 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
 from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import BUNDLE_FOLDER, Manifest, TargetManifest, check_is_whole, read_target
-from tc_deploy.plan import PLAN, PLAN_FOLDER, SAMPLES, SEARCH, Plan, load_plan_as_written
+from tc_deploy.plan import PLAN, PLAN_FOLDER, SAMPLES, SEARCH, Plan, content_sha256, load_plan_as_written
 from tc_deploy.search.record import (
     FULL_POINT,
     Kind,
@@ -26,6 +24,7 @@ from tc_deploy.search.record import (
     SettingsRecord,
     read_search,
 )
+from tc_deploy.tensors import read_tensors
 from tc_deploy.types import FloatArray, IntArray
 from tc_deploy.validate.record import ValidationRecord, read_validation
 
@@ -58,10 +57,15 @@ class Source:
     def chosen(self) -> PointRecord | None:
         """The point of the search that is this plan."""
         plan = self.plan
-        settings = SettingsRecord.of(plan)
+        settings, measured = SettingsRecord.of(plan), content_sha256(plan)
         # Random tokens have the settings of chosen ones; the tables, which differ, are no part of them.
         points = [
-            point for point in self._points if point.settings == settings and point.kind is not Kind.RANDOM_TOKENS
+            point
+            for point in self._points
+            if point.settings == settings
+            and point.kind is not Kind.RANDOM_TOKENS
+            # What was measured on another plan says nothing of this one.
+            and point.plan_sha256 in (None, measured)
         ]
         return min(points, key=lambda point: point.kind not in OURS, default=None)
 
@@ -163,9 +167,9 @@ def _samples(folder: Path, search: SearchRecord) -> dict[str, FloatArray]:
     check_files(folder, {SAMPLES: search.samples})
     where = folder / SAMPLES
     try:
-        samples = safetensors.numpy.load_file(where)
-    except (SafetensorError, AttributeError, TypeError) as error:  # the last two: an element type that numpy lacks
-        raise BundleError(f"{where}: not a safetensors file of numpy types: {error}; make it again") from None
+        samples = read_tensors(where)
+    except ValueError as error:
+        raise BundleError(f"{where}: {error}; make it again") from None
     shapes = {latents.shape for latents in samples.values()}
     fit = len(shapes) <= 1 and all(latents.ndim > 2 and latents.size for latents in samples.values())
     if not fit or any(latents.dtype != np.float32 or not np.isfinite(latents).all() for latents in samples.values()):

@@ -17,6 +17,7 @@ from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.calibrate.stage import Report
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import content_sha256
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, picture_psnr_db
@@ -183,6 +184,7 @@ class Confirmation:
             kind=point.kind,
             runtime="engines",
             settings=SettingsRecord.of(point.plan),
+            plan_sha256=content_sha256(point.plan),
             steps_full=schedule.full_steps,
             steps_cached=schedule.steps - schedule.full_steps,
             cost_in_full_steps=round(cost, 3),

@@ -66,6 +66,9 @@ class PointRecord(Document):
     """What made its pictures, and in what it was timed. PyTorch's latency ratio is to PyTorch's own full run: shown
     beside the engines', and never held against them."""
     settings: SettingsRecord | None
+    plan_sha256: str | None = None
+    """Of the plan that was measured (:func:`tc_deploy.plan.content_sha256`); None where it is no plan, or the search of
+    a time when that was not written down."""
     steps_full: NonNegativeInt
     steps_cached: NonNegativeInt
     cost_in_full_steps: NonNegativeFloat

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.folders import CHOSEN, FEWER, SOLVER_STEPS, edit, make_point, points_of_the_demo, write_search
+from report.folders import CHOSEN, DIGITS, FEWER, SOLVER_STEPS, edit, make_point, points_of_the_demo, write_search
 
-from tc_deploy.plan import PLAN
+from tc_deploy.plan import PLAN, content_sha256, load_plan
 from tc_deploy.report.source import source_from_folder
 from tc_deploy.report.words import Standing, Verdict, verdict_from_source
 from tc_deploy.search.pareto import dominates
@@ -149,3 +149,16 @@ def test_domination() -> None:
     point = make_point(FEWER, Kind.FEWER_STEPS, 0.5, 40.0)
     for ratio, psnr_db, dominated in ((0.5, 40.0, False), (0.4, 40.0, True), (0.5, 41.0, True), (0.4, 39.0, False)):
         assert dominates(make_point("x", Kind.CACHE_DIT, ratio, psnr_db), point) is dominated
+
+
+@pytest.mark.parametrize(("measured_on", "is_quoted"), [("this", True), (None, True), ("0" * 64, False)])
+def test_a_search_s_figures_are_of_the_very_plan_that_was_measured(
+    tmp_path: Path, measured_on: str | None, is_quoted: bool
+) -> None:
+    known = content_sha256(load_plan(DIGITS)[0]) if measured_on == "this" else measured_on
+    points = [
+        point.model_copy(update={"plan_sha256": known}) if point.name == CHOSEN else point
+        for point in points_of_the_demo()
+    ]
+    chosen = source_from_folder(write_search(tmp_path / "digits", points)).chosen
+    assert (chosen is not None) == is_quoted
