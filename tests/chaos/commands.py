@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ SERVER = Path(__file__).with_name("server.py")
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300.0
 """A command that takes longer hangs; the slowest takes a tenth of it."""
+PIPE_BYTES = 2**20
 OURS = frozenset({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130})
 """The exit codes that ``errors.py`` draws, without that of a defect."""
 
@@ -64,7 +66,22 @@ class Running:
     pid: int
     words: tuple[str, ...]
     notes: Path
+    pipes: tuple[int, ...]
+    """Its output, its errors, and its write points."""
     start_s: float
+
+
+def _pipe(path: Path) -> int:
+    """A pipe with a name, and not a file, which would take part in a limit of files; it holds all that is said."""
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return descriptor
+
+
+def _drained(descriptor: int) -> str:
+    with open(descriptor, "rb") as pipe:
+        return pipe.read().decode(errors="replace")
 
 
 class Commands:
@@ -125,19 +142,18 @@ class Commands:
         notes = self.notes / str(self._number)
         (notes / "temporary").mkdir(parents=True)
         texts = tuple(str(word) for word in words)
-        names = {name: str(notes / name) for name in ("out", "err", "events", "temporary")}
+        names = {name: str(notes / name) for name in ("out", "err", "events")}
+        pipes = tuple(_pipe(Path(path)) for path in names.values())
+        names["temporary"] = str(notes / "temporary")
         request = {"do": "start", "words": texts, "folder": str(folder), "stop_at": stop_at, "signal": int(by)}
         answer = self._ask({**request, "limits": dict(limits or {}), **names})
-        return Running(pid=answer["pid"], words=texts, notes=notes, start_s=time.monotonic())
+        return Running(pid=answer["pid"], words=texts, notes=notes, pipes=pipes, start_s=time.monotonic())
 
     def wait(self, running: Running) -> Ended:
         """Wait for a command's end."""
         code = self._ask({"do": "wait", "pid": running.pid, "timeout_s": PATIENCE_S})["code"]
         took_s = time.monotonic() - running.start_s
-        out, err, events = (
-            path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            for path in (running.notes / name for name in ("out", "err", "events"))
-        )
+        out, err, events = map(_drained, running.pipes)
         shutil.rmtree(running.notes)
         return Ended(words=running.words, code=code, out=out, err=err, points=tuple(events.splitlines()), took_s=took_s)
 

@@ -77,15 +77,19 @@ def write_points(below: str, reached: Callable[[str, str], None]) -> Callable[[s
 
 def _become(request: dict[str, Any]) -> None:
     """Be the process that a shell would have started."""
-    for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    for number, name, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["out"], os.O_WRONLY),
+        (2, request["err"], os.O_WRONLY),
+    ):
+        descriptor = os.open(name, flags)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request["folder"])
     os.environ["TMPDIR"] = tempfile.tempdir = request["temporary"]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    log = os.open(request["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(request["events"], os.O_WRONLY)
     seen = 0
 
     def reached(event: str, name: str) -> None:

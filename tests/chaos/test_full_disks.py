@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -63,6 +64,10 @@ def check(reference: Reference, ended: Ended, arena: Path, where: str, faults: l
         difference = differences(before, reference.before)
     if difference:
         faults.append(f"{where}, exit code {ended.code}: {difference}")
+
+
+def _is_gone(reference: Reference, arena: Path) -> bool:
+    return reference.state_of(tree(arena)) == "none"
 
 
 def verdict(faults: list[str], tally: Counter[str]) -> None:
@@ -185,6 +190,16 @@ def test_limits_of_a_process(
         inputs.lay(reference.stage, arena)
         limits = {limit: value * MIB if limit == "as" else value}
         ended = commands.run(arena, *reference.stage.words, limits=limits)
-        check(reference, ended, arena, f"{name}, RLIMIT_{limit.upper()} {value}", faults)
+        where = f"{name}, RLIMIT_{limit.upper()} {value}"
+        if limit == "as" and ended.code == -signal.SIGABRT:
+            tally["ended by a library that got no memory"] += 1
+        elif ended.problem:
+            faults.append(f"{where}: {ended.problem}")
+        if reference.state_of(tree(arena)) == "other" or (reference.stage.replaces and _is_gone(reference, arena)):
+            faults.append(f"{where}, exit code {ended.code}: neither the old output nor the new one")
+        # One that could open nothing could tidy up nothing; the next run does.
+        again = commands.run(arena, *reference.stage.words)
+        if again.code != 0 or differences(tree(arena), reference.after):
+            faults.append(f"{where}, without the limit: {again.err[-200:]} {differences(tree(arena), reference.after)}")
         tally["commands under RLIMIT_AS, RLIMIT_NOFILE or RLIMIT_FSIZE"] += 1
     verdict(faults, tally)
