@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow attacks matrix fuzz browser lint format clean
+.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -36,6 +36,9 @@ test: lint ## Check the style, the types and the imports, then run the tests
 
 slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow
+
+chaos: $(INSTALLED) ## Kill every command where it writes, race it, fill its disk; KILLS=1000 for more
+	RELIABILITY_RECORD=1 CHAOS_KILLS=$(or $(KILLS),300) $(BIN)/pytest -m chaos tests/chaos
 
 attacks: $(INSTALLED) ## Flip, cut, swap and forge what a plan folder and a bundle hold
 	RELIABILITY_RECORD=1 $(BIN)/pytest -m "" tests/attacks

@@ -14,9 +14,16 @@ from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import Progress
 from tc_deploy.backends.process import check_process
-from tc_deploy.bundle import MANIFEST, claimed, file_records, kept_from_writers, sha256_of_file
+from tc_deploy.bundle import MANIFEST, claimed, file_records, kept_from_writers, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
-from tc_deploy.manifest import FORMAT_VERSION, TARGET_FOLDER, TargetManifest, read_manifest, write_manifest
+from tc_deploy.manifest import (
+    BUNDLE_FOLDER,
+    FORMAT_VERSION,
+    TARGET_FOLDER,
+    TargetManifest,
+    read_manifest,
+    write_manifest,
+)
 from tc_deploy.plan import PLAN
 from tc_deploy.remarks import warn_of_plan
 
@@ -46,7 +53,8 @@ def build_target(
     check_process()
     version = engine.version()
     options = dict(options or {})
-    read_manifest(bundle)
+    with reading(bundle, BUNDLE_FOLDER):  # which puts right what a process left that died while it replaced the bundle
+        read_manifest(bundle)
     with kept_from_writers(bundle), claimed(bundle / backend, TARGET_FOLDER) as claim, claim.new_folder() as folder:
         documents = read_documents(bundle)
         manifest = documents.manifest

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tc_deploy import __version__
 from tc_deploy.bundle.documents import Document, canonical_json
 from tc_deploy.bundle.folders import Claim
-from tc_deploy.bundle.kinds import NotOursError, known_document, remove_names
+from tc_deploy.bundle.kinds import NotOursError, known_document, left_overs, remove_names
 from tc_deploy.bundle.outputs import write_bytes
 from tc_deploy.errors import StorageError
 
@@ -42,7 +42,8 @@ def state_folder(claim: Claim, command: str, key: str) -> Path:
     """
     folder = claim.holder / f"{command}-{key}"
     if not (folder / RECORD).exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A process may have died while it wrote the very first record.
+        if folder.exists() and set(folder.iterdir()) - set(left_overs(folder / RECORD)):
             raise StorageError(f"{folder} is in the way: it holds no {RECORD}; move it away")
         _write(folder, [])
     _files(folder)

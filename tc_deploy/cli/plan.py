@@ -77,9 +77,9 @@ def command(
     it is shown, or with a target another of its points becomes its plan, without searching again.
     """
     from tc_deploy.backends.registry import DEFAULT
-    from tc_deploy.bundle import canonical_json
+    from tc_deploy.bundle import canonical_json, reading
     from tc_deploy.calibrate.recipe import read_recipe
-    from tc_deploy.plan import SEARCH
+    from tc_deploy.plan import PLAN_FOLDER, SEARCH
     from tc_deploy.search.choose import Wish, choose_again, current_point
     from tc_deploy.search.record import read_search
     from tc_deploy.search.stage import search_plan
@@ -87,7 +87,9 @@ def command(
     if target_psnr is not None and max_latency_ms is not None:
         raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")
     wish = Wish(target_psnr_db=target_psnr, max_latency_ms=max_latency_ms)
-    if (source / SEARCH).is_file():
+    with reading(source, PLAN_FOLDER):  # which puts right what a process left that died while it replaced the folder
+        finished = read_search(source) if (source / SEARCH).is_file() else None
+    if finished is not None:
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
         sizes = (latent_size, text_tokens, conditions, variant)
@@ -96,7 +98,7 @@ def command(
         if from_flops or any(value is not None for value in settings):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
-        record = read_search(source) if wish == Wish() else choose_again(source, wish)
+        record = finished if wish == Wish() else choose_again(source, wish)
     else:
         if output is None:
             raise click.UsageError("missing option -o, the plan folder to write")

@@ -81,7 +81,7 @@ _CALIBRATE = ("calibrate", "recipe.toml", "-o", "cal")
 _EXPORT = ("export", "cal", "-o", "bundle")
 _BUILD = ("build", "bundle", "--threads", 1)
 _PICTURE = ("generate", "bundle", "--class-label", 1, "-o", "made/x.png")
-_LATENTS = ("generate", "bundle", "--class-label", 1, "--full", "-o", "x.npy")
+_LATENTS = ("generate", "bundle", "--class-label", 1, "--full", "-o", "x.safetensors")
 _REPORT = ("report", "cal", "-o", "report.html")
 _MODEL = {"model": "model", "recipe.toml": "recipe.toml"}
 
@@ -100,8 +100,13 @@ STAGES = {
         Stage(name="build over", words=_BUILD, output="bundle/onnxruntime", found={"bundle": "built"}),
         Stage(name="report", words=_REPORT, output="report.html", found={"cal": "search"}),
         Stage(name="report over", words=_REPORT, output="report.html", found={"cal": "search", "report.html": "page"}),
-        Stage(name="generate", words=_PICTURE, output="made", found={"bundle": "built"}),
-        Stage(name="generate over", words=_LATENTS, output="x.npy", found={"bundle": "built", "x.npy": "x.npy"}),
+        Stage(name="generate", words=_PICTURE, output="made/x.png", found={"bundle": "built"}),
+        Stage(
+            name="generate over",
+            words=_LATENTS,
+            output="x.safetensors",
+            found={"bundle": "built", "x.safetensors": "x.safetensors"},
+        ),
     )
 }
 
@@ -123,19 +128,32 @@ class Inputs:
             folder / "model" / "scheduler"
         )
         (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
-        self._do(*PLAN, "-o", "plan")
-        self._do(*OTHER_PLAN, "-o", "other")
-        self._do("export", "plan", "-o", "exported")
-        self._do("export", "other", "-o", "old")
-        for bundle, threads in (("old", 2), ("exported", 2)):
-            shutil.copytree(folder / bundle, folder / "built", dirs_exist_ok=bundle == "built")
-            self._do("build", "built", "--threads", threads)
-            if bundle == "old":
-                shutil.rmtree(folder / "old")
-                (folder / "built").rename(folder / "old")
-        self._do("generate", "built", "--class-label", 2, "-o", "x.npy")
-        self._do("report", "plan", "-o", "page")
-        self._do("plan", "recipe.toml", "-o", "search", "--from-flops", "--target-psnr", 0)
+
+    def path(self, name: str) -> Path:
+        """One of them, which is made when it is first asked for."""
+        path = self.folder / name
+        if path.exists():
+            return path
+        match name:
+            case "plan" | "other":
+                self._do(*(PLAN if name == "plan" else OTHER_PLAN), "-o", name)
+            case "search":
+                self._do("plan", "recipe.toml", "-o", name, "--from-flops", "--target-psnr", 0)
+            case "exported":
+                self._do("export", self.path("plan").name, "-o", name)
+            case "built":
+                shutil.copytree(self.path("exported"), path)
+                self._do("build", name, "--threads", 2)
+            case "old":
+                self._do("export", self.path("other").name, "-o", name)
+                self._do("build", name, "--threads", 2)
+            case "x.safetensors":
+                self._do("generate", self.path("built").name, "--class-label", 2, "-o", name)
+            case "page":
+                self._do("report", self.path("plan").name, "-o", name)
+            case _:
+                raise ValueError(f"unknown input {name!r}")
+        return path
 
     def _do(self, *words: object) -> None:
         ended = self._commands.run(self.folder, *words)
@@ -148,7 +166,7 @@ class Inputs:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         arena.mkdir(exist_ok=True)
         for place, name in stage.found.items():
-            source = self.folder / name
+            source = self.path(name)
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, arena / place)
 
 

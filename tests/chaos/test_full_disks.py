@@ -158,7 +158,7 @@ def test_inputs_on_a_read_only_disk_are_read(
     """A container's image is read-only, and holds the bundle that it serves."""
     with disk(arena, "size=64m"):
         for name, place in (("built", "bundle"), ("plan", "cal"), ("model", "model"), ("recipe.toml", "recipe.toml")):
-            source = inputs.folder / name
+            source = inputs.path(name)
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, arena / place)
         before = tree(arena)
         mount("-o", "remount,ro", arena)

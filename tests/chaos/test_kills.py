@@ -141,6 +141,45 @@ def test_a_search_that_is_killed_again_and_again(
     judge.verdict()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("plan again", ("inspect", "cal")),
+        ("plan again", ("report", "cal", "-o", "page.html")),
+        ("plan again", ("plan", "cal")),
+        ("export over", ("inspect", "bundle")),
+        ("export over", ("report", "bundle", "-o", "page.html")),
+        ("export over", ("generate", "bundle", "--class-label", 1, "-o", "x.safetensors")),
+        ("export over", ("build", "bundle", "--threads", 1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_whoever_comes_next_finds_the_old_output(
+    name: str,
+    words: tuple[object, ...],
+    judge_of: Callable[[str], Judge],
+    inputs: Inputs,
+    commands: Commands,
+    arena: Path,
+) -> None:
+    """Killed between the two renames by which a folder takes another's place: a reader puts the old one back."""
+    judge = judge_of(name)
+    points = judge.reference.ended.points
+    renames = [number for number, point in enumerate(points, 1) if point.startswith("os.rename")]
+    for number in renames[-2:]:
+        inputs.lay(STAGES[name], arena)
+        assert commands.run(arena, *STAGES[name].words, stop_at=number).code == -signal.SIGKILL
+        judge.tally["kills"] += 1
+        ended = commands.run(arena, *words)
+        assert (ended.problem, ended.code) == ("", 0), f"{points[number - 1]}: {ended}"
+        for made in ("page.html", "x.safetensors"):
+            (arena / made).unlink(missing_ok=True)
+        if words[0] != "build":
+            assert judge.reference.state_of(tree(arena)) == "old"
+        judge.again(f"{name}, killed before {points[number - 1]}, then {words[0]}")
+    judge.verdict()
+
+
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "plan"])
 def test_interrupted_at_write_points(
     name: str, judge_of: Callable[[str], Judge], inputs: Inputs, commands: Commands, arena: Path, kills: int
