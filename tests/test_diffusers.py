@@ -172,7 +172,7 @@ def test_the_readme_s_snippet_runs(folder: Path, bundle: Path, tmp_path: Path, m
 # ----------------------------------------------------------------------------------------------- as a module of its own
 
 
-def call(engine: EngineTransformer, step: int, batch: int = 1, **changes: Any) -> Any:
+def call(engine: Callable[..., Any], step: int, batch: int = 1, **changes: Any) -> Any:
     """One call as DiTPipeline makes it."""
     hidden_states = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(step))
     timestep = torch.tensor(TIMESTEPS[step]).expand(batch)
@@ -182,8 +182,8 @@ def call(engine: EngineTransformer, step: int, batch: int = 1, **changes: Any) -
 
 def run_by_hand(engine: EngineTransformer, **changes: Any) -> list[Tensor]:
     """A run's outputs, at latents that no scheduler made."""
-    with engine.run():
-        return [call(engine, step, **changes)[0] for step in range(STEPS)]
+    step_of_run = engine.new_run()
+    return [call(step_of_run, step, **changes)[0] for step in range(STEPS)]
 
 
 TIMESTEPS = list(range(900, -1, -100))
@@ -210,11 +210,11 @@ def test_settings_that_a_file_leaves_out_have_the_class_s_defaults(engine: Engin
 
 
 def test_an_output_is_the_caller_s_own(engine: EngineTransformer) -> None:
-    with engine.run():
-        (first,) = call(engine, 0)
-        kept = first.clone()
-        assert first.shape == (1, 8, 8, 8)
-        second = call(engine, 1, return_dict=True).sample
+    step_of_run = engine.new_run()
+    (first,) = call(step_of_run, 0)
+    kept = first.clone()
+    assert first.shape == (1, 8, 8, 8)
+    second = call(step_of_run, 1, return_dict=True).sample
     assert torch.equal(first, kept)
     assert relative_error(second, first) > VISIBLE
 
@@ -223,34 +223,34 @@ def test_halves_of_guidance_that_come_one_by_one_have_caches_of_their_own(engine
     labels = {"cond": torch.tensor([3]), "uncond": torch.tensor([1000])}
     alone = {name: run_by_hand(engine, class_labels=labels[name]) for name in labels}
     assert relative_error(alone["cond"][-1], alone["uncond"][-1]) > VISIBLE
-    with engine.run():
-        for step in range(STEPS):
-            for name, label in labels.items():
-                with engine.cache_context(name, step_index=step):
-                    (found,) = call(engine, step, class_labels=label)
-                assert torch.equal(found, alone[name][step])
+    step_of_run = engine.new_run()
+    for step in range(STEPS):
+        for name, label in labels.items():
+            with engine.cache_context(name, step_index=step):
+                (found,) = call(step_of_run, step, class_labels=label)
+            assert torch.equal(found, alone[name][step])
 
 
 def test_halves_of_guidance_are_told_by_their_conditions_too(engine: EngineTransformer) -> None:
     """As in FluxImg2ImgPipeline, which names no half."""
     labels = [torch.tensor([3]), torch.tensor([1000])]
     alone = [run_by_hand(engine, class_labels=label) for label in labels]
-    with engine.run():
-        for step in range(STEPS):
-            for label, expected in zip(labels, alone, strict=True):
-                assert torch.equal(call(engine, step, class_labels=label)[0], expected[step])
-                # And the same question has the same answer, as where both prompts are alike.
-                assert torch.equal(call(engine, step, class_labels=label)[0], expected[step])
+    step_of_run = engine.new_run()
+    for step in range(STEPS):
+        for label, expected in zip(labels, alone, strict=True):
+            assert torch.equal(call(step_of_run, step, class_labels=label)[0], expected[step])
+            # And the same question has the same answer, as where both prompts are alike.
+            assert torch.equal(call(step_of_run, step, class_labels=label)[0], expected[step])
 
 
 def test_rows_of_a_batch_are_independent(engine: EngineTransformer) -> None:
     def second_row(companion: float) -> list[Tensor]:
         outputs = []
-        with engine.run():
-            for step in range(STEPS):
-                states = torch.full((2, 4, 8, 8), companion)
-                states[1] = 0.1 * step
-                outputs.append(call(engine, step, 2, hidden_states=states)[0][1])
+        step_of_run = engine.new_run()
+        for step in range(STEPS):
+            states = torch.full((2, 4, 8, 8), companion)
+            states[1] = 0.1 * step
+            outputs.append(call(step_of_run, step, 2, hidden_states=states)[0][1])
         return outputs
 
     for one, other in zip(second_row(0.0), second_row(5.0), strict=True):
@@ -271,13 +271,28 @@ def test_another_step_count_is_refused(pipe: diffusers.DiTPipeline, engine: Engi
     assert "\n" not in message
 
 
+OTHER_SCHEDULERS = {
+    "DPMSolverMultistepScheduler": {},
+    # These have the plan's own timesteps.
+    "DDPMScheduler": {},
+    "EulerDiscreteScheduler": {"timestep_spacing": "leading", "steps_offset": 0},
+    "LMSDiscreteScheduler": {"timestep_spacing": "leading", "steps_offset": 0},
+    "DDIMScheduler": {"beta_end": 0.03},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCHEDULERS)
 def test_another_scheduler_is_refused(
-    pipe: diffusers.DiTPipeline, engine: EngineTransformer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: diffusers.DiTPipeline, engine: EngineTransformer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipe, "scheduler", diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
-    message = r"expected DDIMScheduler\(clip_sample=False\), which the plan is for, found DPMSolverMultistepScheduler"
-    with pytest.raises(UsageError, match=message):
+    other = getattr(diffusers, name).from_config(pipe.scheduler.config, **OTHER_SCHEDULERS[name])
+    monkeypatch.setattr(pipe, "scheduler", other)
+    message = rf"expected DDIMScheduler\(clip_sample=False\), which the plan is for, found {name}; give"
+    if name == "DDIMScheduler":
+        message = r"expected DDIMScheduler with beta_end=0\.02, as the plan is for .* found beta_end=0\.03; give"
+    with pytest.raises(UsageError, match=message) as refused:
         run(pipe, engine)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("step", [1, 3, 9])
@@ -288,15 +303,15 @@ def test_a_run_that_does_not_begin_at_the_beginning_is_refused(bundle: Path, ste
 
 def test_a_step_out_of_order_is_refused_and_the_run_goes_on(engine: EngineTransformer) -> None:
     expected = run_by_hand(engine)
-    with engine.run():
-        call(engine, 0)
-        for step in (2, 9):
-            with pytest.raises(UsageError, match=r"expected 800 at step 1, found .*, which is step .* come in order"):
-                call(engine, step)
-        for step in range(1, STEPS):
-            assert torch.equal(call(engine, step)[0], expected[step])
-        with pytest.raises(UsageError, match="expected 900 at step 0, found 800"):
-            call(engine, 1)
+    step_of_run = engine.new_run()
+    call(step_of_run, 0)
+    for step in (2, 9):
+        with pytest.raises(UsageError, match=r"expected 800 at step 1, found .*, which is step .* come in order"):
+            call(step_of_run, step)
+    for step in range(1, STEPS):
+        assert torch.equal(call(step_of_run, step)[0], expected[step])
+    with pytest.raises(UsageError, match="expected 900 at step 0, found 800"):
+        call(step_of_run, 1)
 
 
 def test_a_batch_that_changes_in_a_run_is_refused(engine: EngineTransformer) -> None:
@@ -312,6 +327,8 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float16)}, "found torch.float16; load the pipeline with"),
     ({"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}, "expected torch.float32, found torch.float64"),
     ({"hidden_states": torch.zeros(0, 4, 8, 8), "class_labels": torch.zeros(0).long()}, "for a batch of at least 1"),
+    ({"hidden_states": torch.full((1, 4, 8, 8), torch.nan)}, "hidden_states: expected finite values, found NaN"),
+    ({"hidden_states": torch.full((1, 4, 8, 8), -torch.inf)}, "hidden_states: expected finite values"),
     ({"hidden_states": None}, r"hidden_states: expected a tensor \(B, 4, 8, 8\), found nothing"),
     ({"class_labels": torch.tensor([1001])}, r"class_labels: expected labels in 0..1000 .* found 1001"),
     ({"class_labels": torch.tensor([-1])}, "class_labels: expected labels in 0..1000 .* found -1"),

@@ -25,11 +25,11 @@ KEPT: Final = 4
 LATENTS: Final = "hidden_states"
 
 
-@dataclass(kw_only=True, eq=False)
 class NamedRun:
-    """A run whose beginning and end the caller says."""
+    """A run that its caller has in hand."""
 
-    is_over: bool = False
+    is_over = False
+    """Nobody says when."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -190,7 +190,7 @@ class Runs:
             raise UsageError(
                 f"{LATENTS}: at step {position} they are not what {self._scheduler.text} makes of the outputs of this"
                 " run: they are of another run or another scheduler; begin at the first timestep, or, where the loop"
-                " itself changes them, call inside `with transformer.run():`"
+                " itself changes them, call what `transformer.new_run()` gives"
             )
         return half
 

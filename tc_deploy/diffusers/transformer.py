@@ -7,9 +7,10 @@ that the engines were not made for is refused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PlannedScheduler, calling_run
+from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PipelineRun, PlannedScheduler, calling_run
 from tc_deploy.diffusers.runs import LATENTS, Call, NamedRun, Runs
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import TensorRecord
@@ -59,7 +60,7 @@ class EngineTransformer(nn.Module):
     run, steps follow in order, and batch and conditions stay what they were. Each half of guidance has caches of its
     own, also where the halves come one by one, and so have pipelines that take turns. Latents that a callback changes
     are taken as they are. A loop that is no pipeline's may do the same without changes to the latents, which must be
-    what the plan's scheduler makes of the outputs; one that changes them calls inside :meth:`run`. Everything else is
+    what the plan's scheduler makes of the outputs; one that changes them calls :meth:`new_run`. Everything else is
     refused, and leaves no trace: the first timestep begins anew.
 
     Buffers are kept for a few trajectories (:data:`tc_deploy.diffusers.runs.KEPT`); those that wait longest are freed.
@@ -68,22 +69,37 @@ class EngineTransformer(nn.Module):
         path: ``engines/NAME``, built.
         backend: which of the bundle's targets; may be left out where there is one.
         full: run every step in full, for comparison.
+        require_signature: as for :func:`tc_deploy.load`.
 
     Raises:
-        BundleError: nothing exported or built there, or a file is missing, truncated or altered.
+        BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that is
+            required is missing or does not fit.
         BackendError: the engine is not installed or refuses the graphs.
         ModelError: diffusers has no such model or scheduler any more, or an installed family cannot be imported.
-        UsageError: the bundle has several targets and none is named, it is not of a diffusers class, or its plan begins
-            a run as it goes on.
+        UsageError: the bundle has several targets and none is named, its class is unknown or not diffusers', or its
+            plan begins a run as it goes on.
     """
 
-    def __init__(self, path: str | Path, backend: str | None = None, *, full: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        backend: str | None = None,
+        *,
+        full: bool = False,
+        require_signature: str | Path | None = None,
+    ) -> None:
         super().__init__()
-        bundle = read_bundle(Path(path), backend)
+        key = None if require_signature is None else Path(require_signature)
+        bundle = read_bundle(Path(path), backend, key)
         warn_of_plan(bundle.plan, bundle.path)
-        self.path, self._full, self._plan = Path(path), full, bundle.plan
+        self.path, self._plan = Path(path), bundle.plan
         family = known_families().get(bundle.plan.model.model_class)
         if family is None:
+            raise UsageError(
+                f"{path}: no family for model class {bundle.plan.model.model_class!r} here; install the package that"
+                " describes it, or register_family() it first, as when the plan was made"
+            )
+        if not hasattr(diffusers, family.model_class):
             raise UsageError(
                 f"{path}: {bundle.plan.model.model_class} is no class of diffusers, so no pipeline of its calls it; run"
                 " the bundle with tc_deploy.load"
@@ -140,18 +156,15 @@ class EngineTransformer(nn.Module):
         finally:
             self._here.context = before
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        """Calls inside, in this thread, are one run, whatever their latents: for a loop of one's own that changes them.
+    def new_run(self) -> Callable[..., Transformer2DModelOutput | tuple[Tensor]]:
+        """A run that is told by its object: for a loop of one's own that changes the latents between the steps.
 
-        The first timestep begins it. A diffusers pipeline needs no such help.
+        Its first call begins the run at the first timestep. A diffusers pipeline needs no such help.
+
+        Returns:
+            What takes the arguments of :meth:`forward`, all of one run.
         """
-        before, self._here.run = self._here.run, NamedRun()
-        try:
-            yield
-        finally:
-            self._here.run.is_over = True
-            self._here.run = before
+        return functools.partial(self._answer, NamedRun())
 
     def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run the next step; the arguments are those of the diffusers class.
@@ -166,6 +179,11 @@ class EngineTransformer(nn.Module):
             NotFiniteError: the model's output is not finite.
             BackendError: the engine fails.
         """
+        return self._answer(calling_run(), *args, **kwargs)
+
+    def _answer(
+        self, run: PipelineRun | NamedRun | None, *args: Any, **kwargs: Any
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         given = self._arguments(args, kwargs)
         return_dict, timestep = given.pop("return_dict", True), given.pop("timestep", None)
         tensors = {name: given.pop(name, None) for name in self._inputs}
@@ -187,7 +205,7 @@ class EngineTransformer(nn.Module):
             conditions=arrays,
         )
         with self._lock:
-            output = self._runs.answer(call, self._here.run or calling_run())
+            output = self._runs.answer(call, run)
         sample = torch.from_numpy(output).to(tensors["hidden_states"].device)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -239,7 +257,6 @@ class _Here(threading.local):
     """What the caller's thread has said of its calls."""
 
     context: str | None = None
-    run: NamedRun | None = None
 
 
 def _one_timestep(timestep: Any) -> float:
