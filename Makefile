@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz browser lint format clean
+.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -51,6 +51,10 @@ fuzz: $(INSTALLED) ## Feed every parser documents at random, a minute each
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[fuzz]' \
 		|| echo "atheris does not install here: hypothesis makes the documents"
 	RELIABILITY_RECORD=1 $(BIN)/pytest -m fuzz tests/fuzz
+
+SEQUENCES ?= 2000
+stateful: $(INSTALLED) ## Let runs stop, start and take turns at random, in SEQUENCES sequences
+	RELIABILITY_RECORD=1 TC_DEPLOY_SEQUENCES=$(SEQUENCES) $(BIN)/pytest -s tests/test_diffusers_state.py
 
 # The system's own Chromium is taken where there is one; CONTRIBUTING.md says how to get it.
 browser: $(INSTALLED) ## Run the tests that open the report in a browser

@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 import zoo
-from diffusers_pipelines import CachedTransformer, build_bundle, flux_sampling, shifted_autoencoder
+from diffusers_pipelines import CachedTransformer, build_bundle, shifted_autoencoder
 from tolerances import tolerance
 from torch import Tensor, nn
 
@@ -176,8 +176,7 @@ def test_two_calls_a_step_without_a_word_are_told_apart(tmp_path: Path) -> None:
     def parts(kind: Any, transformer: Any, scheduler: Any) -> Any:
         return kind(scheduler, shifted_autoencoder(4, 1), *[None] * 4, transformer)
 
-    sampling = flux_sampling(DYNAMIC, STEPS, tokens=24)
-    flux = made(tmp_path, "flux", DYNAMIC, {"height": 8, "width": 12}, parts, sampling=sampling)
+    flux = made(tmp_path, "flux", DYNAMIC, {"height": 8, "width": 12}, parts, sampling={"steps": STEPS})
     given = {"image": torch.full((1, 3, 8, 12), 0.5), "strength": 1.0, "true_cfg_scale": 1.5}
     full = EngineTransformer(flux.bundle, full=True)
     kind = diffusers.FluxImg2ImgPipeline

@@ -200,11 +200,14 @@ RUNS = st.builds(
     labels=st.sampled_from([(3,), (5,), (3, 5)]),
     scale=st.sampled_from([0.0, 2.0, 5.0]),
     halves=st.sampled_from(["batched", "contexts", "apart"]),
-    entry=st.sampled_from([0, 0, 0, 1, 2, 3]),
-    guided=st.sampled_from([(0, STEPS), (0, STEPS), (0, 0), (0, 2), (1, STEPS), (1, 3)]),
+    entry=st.sampled_from([0, 0, 0, 0, 1, 2, 3]),
+    guided=st.sampled_from([(0, STEPS), (0, STEPS), (0, STEPS), (0, 0), (0, 2), (1, STEPS), (1, 3)]),
     meddles=st.sampled_from([None, None, None, 0, 2]),
-    scheduler=st.sampled_from(["planned"] * 4 + ["ddpm", "euler", "lms", "other betas"]),
+    scheduler=st.sampled_from(["planned"] * 12 + ["ddpm", "euler", "lms", "other betas"]),
 )
+
+
+ENDS = st.sampled_from([KeyboardInterrupt, TimeoutError, GeneratorExit, None])
 
 
 class Turns(RuleBasedStateMachine):
@@ -232,13 +235,14 @@ class Turns(RuleBasedStateMachine):
         self.all.append(live)
         return live
 
-    @rule(target=live, live=consumes(live))
-    def begin_where_another_stopped(self, live: Live) -> Live:
+    @rule(live=consumes(live), after=st.integers(1, STEPS - 1), end=ENDS, changes=st.sampled_from([{}, {"scale": 3.0}]))
+    def begin_where_another_stopped(self, live: Live, after: int, end: Any, changes: dict[str, Any]) -> None:
         """Image to image by the same user and with the same prompt, at the very step that comes next."""
-        live.steps.close()  # type: ignore[attr-defined]
-        self.counts["runs stopped"] += 1
+        self.go_on(live, max(after - live.done, 0))
+        self.stop(live, end)
         entry = min(max(live.run.entry + live.done, 1), STEPS - 1)
-        return self._begun(replace(live.run, seed=1 - live.run.seed, entry=entry), live.full, live.sampler)
+        intruder = replace(live.run, seed=1 - live.run.seed, entry=entry, **changes)
+        self.go_on(self._begun(intruder, live.full, live.sampler), STEPS)
 
     @rule(live=live, steps=st.integers(1, STEPS))
     def go_on(self, live: Live, steps: int) -> None:
@@ -270,11 +274,13 @@ class Turns(RuleBasedStateMachine):
         self.counts["wrong values"] += error > EQUAL
         assert error <= EQUAL, (live.run, error)
 
-    @rule(live=consumes(live), error=st.sampled_from([KeyboardInterrupt, TimeoutError]))
-    def interrupt(self, live: Live, error: type[BaseException]) -> None:
+    @rule(live=consumes(live), end=ENDS)
+    def stop(self, live: Live, end: type[BaseException] | None) -> None:
+        """By what the run raises, by closing it, or by leaving it where it is."""
         self.counts["runs stopped"] += 1
-        with contextlib.suppress(error, StopIteration):
-            live.steps.throw(error())  # type: ignore[attr-defined]
+        if end is not None:
+            with contextlib.suppress(end, StopIteration):
+                live.steps.throw(end())  # type: ignore[attr-defined]
 
     @rule(full=st.booleans(), by=st.sampled_from(["pipeline", "loop", "named"]))
     def an_ordinary_run_is_right_at_any_time(self, full: bool, by: str) -> None:
