@@ -16,7 +16,7 @@ from enum import StrEnum
 from tc_deploy import __version__
 from tc_deploy.errors import first_line
 from tc_deploy.hardware import Gpu, cpu_and_features, memory_mib, nvidia_gpus, usable_cores
-from tc_deploy.libraries import EXTRA_BY_MODULE, install_command, is_missing
+from tc_deploy.libraries import EXTRA_BY_MODULE, install_command, is_missing, keep_silent
 
 COMPILE_DISTRIBUTIONS = (
     "torch",
@@ -260,6 +260,7 @@ def _try_onnxruntime() -> tuple[tuple[str, ...], str | None]:
 def _try_openvino() -> tuple[tuple[str, ...], str | None]:
     """The precisions that openvino offers, and what is wrong with it."""
     try:
+        keep_silent("openvino")
         import numpy as np
         import openvino
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +50,11 @@ NVIDIA_INDEX = " --extra-index-url https://pypi.nvidia.com"
 _OF_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 
 
+_TELEMETRY = {"openvino": "openvino_telemetry"}
+"""A library's optional part that reports its use over the network, from a forked child, when the library is imported:
+a machine that serves pictures does neither unasked. Whoever imports the library before us is not interfered with."""
+
+
 def requirements_of(extra: str) -> list[str]:
     """What an extra requires, as pip takes it; empty where the installed metadata does not know the extra."""
     try:
@@ -85,10 +91,18 @@ def imported(module: str, *, extra: str | None = None, purpose: str = "") -> Any
     Raises:
         BackendError: it is not installed, or does not load; names the cause and the command.
     """
+    keep_silent(module)
     try:
         return importlib.import_module(module)
     except Exception as error:
         raise BackendError(f"{purpose}{import_failure(module, error, extra)}") from error
+
+
+def keep_silent(module: str) -> None:
+    """Keep a library that is about to be imported from reporting its use over the network."""
+    telemetry = _TELEMETRY.get(module.partition(".")[0])
+    if telemetry is not None:
+        sys.modules.setdefault(telemetry, None)  # type: ignore[arg-type]  # None is Python's word for: not to be had
 
 
 def import_failure(module: str, error: BaseException, extra: str | None = None) -> str:

@@ -110,3 +110,19 @@ def test_every_command_says_so(mixed: Made, tmp_path: Path, module: str, words: 
     (line,) = answer.stderr.splitlines()
     assert f"{module} is installed but does not load: OSError: libgone.so: no such file; install it again: " in line
     assert sorted(path.name for path in tmp_path.iterdir()) == [module]
+
+
+@pytest.mark.parametrize("way", ["tc_deploy.libraries:imported('openvino')", "tc_deploy.doctor:_try_openvino()"])
+def test_openvino_forks_no_child_to_report_its_use(way: str) -> None:
+    """Its import starts a process that sends what it counts over the network."""
+    module, _, call = way.partition(":")
+    program = (
+        "import os, sys, time\n"
+        "forks = []\n"
+        "os.register_at_fork(before=lambda: forks.append(1))\n"
+        f"import {module} as module\n"
+        f"module.{call}\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(len(forks))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
