@@ -170,7 +170,7 @@ def check_ours(folder: Path, kind: FolderKind) -> None:
         names = written_names(folder, kind)
     except NotOursError as error:
         raise StorageError(
-            f"{folder} is not {kind.name} that this command may replace: {kind.marker} is none of {kind.name}:"
+            f"{folder} is not {kind.name} that this command may replace: {kind.marker} is not one of tc-deploy's:"
             f" {error}; {cure}"
         ) from None
     found = next(_foreign(folder, frozenset(names)), None)

@@ -33,6 +33,7 @@ from tc_deploy.models.scheduler_config import plain_config
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
     FORMAT_VERSION,
+    PLAN,
     PLAN_FOLDER,
     RANDOM,
     CacheRecord,
@@ -91,6 +92,8 @@ def calibrate(
     # What can be refused at once comes first: loading takes long.
     check_device(device)
     with claimed(destination, PLAN_FOLDER) as claim:
+        if (destination / PLAN).is_file():
+            report(f"{destination} holds a plan, which will be replaced", 0, 1)
         state = _State(claim)
         try:
             plan, tables = _calibrated(recipe, state, report, device)

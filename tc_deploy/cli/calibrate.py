@@ -19,7 +19,7 @@ from tc_deploy.cli.options import (
     true_cfg_option,
     variant_option,
 )
-from tc_deploy.cli.progress import log_step, progress_bar
+from tc_deploy.cli.progress import progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
 
 
@@ -94,12 +94,9 @@ def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     from tc_deploy.calibrate.stage import calibrate
     from tc_deploy.errors import Cancelled
     from tc_deploy.inspect import measurement_of
-    from tc_deploy.plan import PLAN
     from tc_deploy.remarks import remark_on
 
     recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
-    if (output / PLAN).is_file():
-        log_step(f"{output} holds a plan, which will be replaced")
     try:
         with progress_bar() as report:
             plan = calibrate(recipe, output, report, device=device)
