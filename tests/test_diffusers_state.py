@@ -244,6 +244,15 @@ class Turns(RuleBasedStateMachine):
         intruder = replace(live.run, seed=1 - live.run.seed, entry=entry, **changes)
         self.go_on(self._begun(intruder, live.full, live.sampler), STEPS)
 
+    @rule(run=RUNS, full=st.booleans(), after=st.integers(1, STEPS - 1), end=ENDS)
+    def stop_one_and_begin_where_it_stopped(self, run: Run, full: bool, after: int, end: Any) -> None:
+        """The same, of a run that would have been served."""
+        plain = replace(run, entry=0, guided=(0, STEPS), meddles=None, scheduler="planned")
+        live = self.begin(plain, full, 0)
+        self.go_on(live, after)
+        self.stop(live, end)
+        self.go_on(self._begun(replace(plain, seed=1 - run.seed, entry=after), full, live.sampler), STEPS)
+
     @rule(live=live, steps=st.integers(1, STEPS))
     def go_on(self, live: Live, steps: int) -> None:
         for other in self.all:
