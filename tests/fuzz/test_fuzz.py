@@ -35,7 +35,7 @@ def seeds(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return seed_folder(mixed.bundle, tokenizer.to_str(), tmp_path_factory.mktemp("seeds"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def known(seeds: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
     import logging
 
