@@ -165,7 +165,7 @@ def checked_request(
         conditions=checked,
         prompts=texts,
         seed=seed,
-        latents=None if latents is None else _checked_latents(latents, (count, *manifest.latent_shape)),
+        latents=None if latents is None else _checked_latents(manifest, latents, count),
         guidance_scale=cfg,
     )
 
@@ -256,15 +256,16 @@ def noise_of(shape: tuple[int, ...], seed: int, count: int) -> FloatArray:
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
-def _checked_latents(latents: FloatArray, expected: tuple[int, ...]) -> FloatArray:
-    latents = array_of(latents, "latents")
+def _checked_latents(manifest: Manifest, latents: FloatArray, count: int) -> FloatArray:
+    latents, expected = array_of(latents, "latents"), (count, *manifest.latent_shape)
     if latents.shape != expected:
         raise UsageError(f"latents: expected shape {expected}, found {latents.shape}")
     if not np.issubdtype(latents.dtype, np.floating):
         raise UsageError(f"latents: expected floating point numbers, found {latents.dtype}")
     with np.errstate(over="ignore"):
         used = latents.astype(np.float32)
-    if not np.isfinite(used).all():
+        start = used * np.float32(manifest.solver.init_noise_sigma)
+    if not np.isfinite(start).all():
         raise UsageError("latents: hold values that are not finite in float32, in which they are used")
     return used
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import Made, run_cli
+from bundles import Made, MadeByCommands, run_cli
 
 import tc_deploy
 from tc_deploy import Pipeline
@@ -81,3 +81,12 @@ def test_a_picture_that_comes_to_nothing_is_not_written(mixed: Made, tmp_path: P
     assert answer.code == NotFiniteError.exit_code
     assert "not finite from step" in answer.error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_that_the_first_noise_level_takes_out_of_float32_are_refused(pixel: MadeByCommands) -> None:
+    with tc_deploy.load(pixel.bundle) as loaded:
+        largest = np.finfo(np.float32).max / loaded.manifest.solver.init_noise_sigma
+        assert largest < 1e38
+        latents = np.full((1, *loaded.manifest.latent_shape), 1.01 * largest, np.float32)
+        with pytest.raises(UsageError, match="latents: hold values that are not finite in float32"):
+            loaded(class_labels=[1], latents=latents)
