@@ -152,7 +152,8 @@ def test_a_runtime_table_that_lies_about_itself(bundle: Path, data: bytes) -> No
         ("location", "/etc/passwd", "a tensor's data lies in '/etc/passwd'"),
         ("location", "solver.onnx", "a tensor's data lies in 'solver.onnx'"),
         ("offset", "999999999", "of weights.bin, which has"),
-        ("length", "-1", "of weights.bin, which has"),
+        ("length", "999999999", "of weights.bin, which has"),
+        ("length", "-1", "lies at 0, -1, expected two numbers"),
     ],
 )
 def test_a_graph_that_asks_for_another_file(bundle: Path, key: str, value: str, message: str) -> None:

@@ -25,8 +25,9 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.onnxruntime import OrtDevice
 from tc_deploy.backends.openvino import OpenVinoDevice, precisions_of
+from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bench.measure import bench_bundles
-from tc_deploy.bundle import MANIFEST
+from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BackendError, BundleError, UsageError
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import DECODER, FP32_GRAPHS, TEXT_ENCODER, read_manifest
@@ -245,12 +246,22 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda it: it["text"].update(tokenizers=[]), "text.tokenizers"),
     (lambda it: it["text"].update(cleaning="html"), "text.cleaning"),
     (lambda it: it["text"].update(more=1), "text.more: unknown key"),
-    (lambda it: it["text"]["tokenizers"][0].update(tokens=9), r"the graph text-encoder: expected the inputs"),
-    (lambda it: it["text"]["tokenizers"][0].update(ids="ids"), r"the graph text-encoder: expected the inputs"),
+    (lambda it: it["text"]["tokenizers"][0].update(tokens=9), r"graphs.text-encoder.inputs: \w+: expected int32"),
+    (lambda it: it["text"]["tokenizers"][0].update(ids="ids"), r"graphs.text-encoder.inputs: ids: expected int32"),
     (lambda it: it["text"]["tokenizers"][0].update(file="tokenizers/x.json"), "no checksum for tokenizers/x.json"),
-    (lambda it: it["text"].update(defaults={"encoder_attention_mask": 1.0}), "expected the outputs"),
-    (lambda it: it["graphs"]["decoder"]["inputs"][0].update(name="z"), r"the graph decoder: expected the inputs"),
-    (lambda it: it.update(latent_shape=[4, 8, 8]), r"the graph decoder: expected the inputs"),
+    (
+        lambda it: it["text"].update(defaults={"encoder_attention_mask": 1.0}),
+        r"graphs.text-encoder.outputs: encoder_attention_mask: expected nothing",
+    ),
+    (
+        lambda it: it["graphs"]["decoder"]["inputs"][0].update(name="z"),
+        r"graphs.decoder.inputs: latents: expected float32",
+    ),
+    (
+        lambda it: it["graphs"]["decoder"]["inputs"][0]["shape"].__setitem__(1, 3),
+        r"graphs.decoder.inputs: latents: expected float32",
+    ),
+    (lambda it: it.update(latent_shape=[4, 8, 8]), r"graphs.full.inputs: hidden_states: expected float32"),
 ]
 
 
@@ -259,10 +270,10 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 def test_a_manifest_that_does_not_fit_its_graphs_is_refused(
     prompted: Prompted, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    shutil.copyfile(prompted.bundle / MANIFEST, tmp_path / MANIFEST)
-    edit_manifest(tmp_path, change)
+    bundle = shutil.copytree(prompted.bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns(*BACKENDS))
+    edit_manifest(bundle, change)
     with pytest.raises(BundleError, match=message) as raised:
-        read_manifest(tmp_path)
+        read_documents(bundle)
     assert "\n" not in str(raised.value)
 
 
@@ -272,7 +283,7 @@ def test_a_manifest_that_does_not_fit_its_graphs_is_refused(
     [
         ((), "takes --prompt or --conditions FILE; give one of them"),
         (("--prompt", "a cat", "--class-label", 1), "takes --prompt or --conditions FILE; give one of them"),
-        (("--prompt", "a cat", "-n", 0), "-n must be at least 1, found 0"),
+        (("--prompt", "a cat", "-n", 0), "'-n' / '--count': 0 is not in the range"),
         (
             ("--prompt", "a cat", "--true-cfg-scale", 2.0),
             "true_cfg_scale: the pipeline of this model has none; its guidance is guidance_scale",

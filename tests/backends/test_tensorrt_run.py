@@ -27,7 +27,7 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.backends.tensorrt_rtx import RtxExtras
 from tc_deploy.backends.tensorrt_run import TrtBoundGraph, TrtCapture, TrtDevice
 from tc_deploy.bench.clock import Clock, step_by_step
-from tc_deploy.errors import BackendError, Cancelled
+from tc_deploy.errors import BackendError, Cancelled, NotFiniteError
 from tc_deploy.manifest import SOLVER, read_manifest
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.layout import pipeline_layout, pipeline_programs
@@ -190,8 +190,11 @@ def test_a_request_that_ends_early_leaves_no_trace(pipeline: Pipeline, gpu: Stan
     answers = iter([False, False, False, True])
     with pytest.raises(Cancelled):
         pipeline(**REQUEST, should_cancel=lambda: next(answers))
-    for step in pipeline.steps(class_labels=[7], latents=np.full((1, 4, 8, 8), np.nan, np.float32)):
+    # Latents that overflow on the way: what they leave in the caches is not finite.
+    for step in pipeline.steps(class_labels=[7], latents=np.full((1, 4, 8, 8), 3e38, np.float32)):
         if step.index == 4:
+            with pytest.raises(NotFiniteError):
+                step.read_latents()
             break
 
     def on_step(number: int, step: Step) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from bundles import reseal
+from bundles import edit_manifest, reseal
 
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
-from tc_deploy.plan import load_plan, tables_record, token_index_name, write_plan_files
+from tc_deploy.plan import Plan, content_sha256, load_plan, tables_record, token_index_name, write_plan_files
+from tc_deploy.types import FloatArray, IntArray
 from tc_deploy.validate.marking import module_of
 
 HALF_MAX = 65504.0
@@ -45,8 +46,7 @@ def swap_index_rows(bundle: Path, phase: int) -> None:
     tables[token_index_name(phase)] = tables[token_index_name(phase)][
         [1, 0, *range(2, len(tables[token_index_name(phase)]))]
     ]
-    write_plan_files(plan.model_copy(update={"tables": tables_record(tables)}), tables, bundle)
-    reseal(bundle)
+    put_plan(bundle, plan, tables)
 
 
 def move_boundary(bundle: Path) -> None:
@@ -57,7 +57,14 @@ def move_boundary(bundle: Path) -> None:
     for phase in moved.phases_used():
         rows, table = len(moved.tprr().cached_steps(phase)), tables[token_index_name(phase)]
         tables[token_index_name(phase)] = np.resize(table, (rows, table.shape[1]))
-    write_plan_files(moved.model_copy(update={"tables": tables_record(tables)}), tables, bundle)
+    put_plan(bundle, moved, tables)
+
+
+def put_plan(bundle: Path, plan: Plan, tables: Mapping[str, FloatArray | IntArray]) -> None:
+    """Put another plan into a bundle whose manifest says that it was exported from that one."""
+    plan = plan.model_copy(update={"tables": tables_record(tables)})
+    write_plan_files(plan, tables, bundle)
+    edit_manifest(bundle, lambda document: document.update(plan_sha256=content_sha256(plan)))
     reseal(bundle)
 
 

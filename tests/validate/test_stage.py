@@ -186,8 +186,10 @@ def test_unreadable_samples(mixed: Made, tmp_path: Path) -> None:
 
 
 def test_other_mistakes(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_cli("validate", bundle, "--against", "magic").code == 2
-    assert "unknown backend 'magic'" in run_cli("validate", bundle, "--against", "magic").error
+    assert "and none is named; choose one with --backend" in run_cli("validate", bundle).error
+    magic = run_cli("validate", bundle, "--backend", "onnxruntime", "--against", "magic")
+    assert magic.code == 2
+    assert "unknown backend 'magic'" in magic.error
     assert "build one with" in run_cli("validate", bundle, "--backend", "tensorrt").error
     elsewhere = run_cli("validate", bundle, "--backend", "onnxruntime", "--against", "torch", "--model", tmp_path)
     assert elsewhere.code == 3
