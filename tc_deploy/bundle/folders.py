@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all, and take the place of none but our own.
 
 Beside an output ``NAME`` stands ``.NAME.tc-deploy`` while a command writes it: the lock of its writers, the new folder
-while it is made, the old one while it is removed, and the state of work that was stopped (``work.py``). In this order
+while it is made, the old one while it is removed, and the state of work that was stopped (``state.py``). In this order
 a folder comes to be (:meth:`Claim.new_folder`):
 
 1. What an earlier process left is settled, what is there is checked, and so is that it can be replaced.
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -47,12 +46,12 @@ from tc_deploy.bundle.kinds import (
     remove_written,
     written_names,
 )
+from tc_deploy.bundle.settle import NEW, OLD, READY, STALE, move_in, settle
 from tc_deploy.bundle.storage import like, made_folder, storage_errors, sync
 from tc_deploy.errors import StorageError
 
 OWNER = "owner.json"
 LOCK = "lock"
-NEW, OLD, READY, STALE = "new", "old", "ready", "stale.json"
 _POLL_S = 0.02
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class Claim:
                 staged.rename(self.destination)
             sync(self.destination.parent)
         finally:
-            _settle(self.destination, self.holder, self.kind)
+            settle(self.destination, self.holder, self.kind)
 
     def _commit_inside(self, staged: Path) -> None:
         marker = self.kind.marker
@@ -120,7 +119,7 @@ class Claim:
         with _alone(self.destination, marker):
             staged.rename(self.holder / READY)
             sync(self.holder)
-            _move_in(self.destination, self.holder, self.kind)
+            move_in(self.destination, self.holder, self.kind)
 
 
 @contextlib.contextmanager
@@ -153,14 +152,14 @@ def _claim(given: Path, destination: Path, kind: FolderKind, stack: contextlib.E
             raise
         stays = True
     else:
-        _settle(destination, beside, kind)
+        settle(destination, beside, kind)
         stays = destination.is_dir() and _stays(destination, beside)
     inside = hidden_inside(destination)
     if stays or inside.is_dir():
         # It may have stayed for another process, whose mount point or working directory it was.
         with contextlib.ExitStack() as held:
             (stack if stays else held).enter_context(_held(inside, given))
-            _move_in(destination, inside, kind)
+            move_in(destination, inside, kind)
     _settle_inner(destination, kind)
     check_ours(destination, kind)
     return Claim(destination=destination, kind=kind, holder=inside if stays else beside, stays=stays)
@@ -255,6 +254,19 @@ def kept_from_writers(destination: Path) -> Iterator[None]:
 
 
 def _acquired(holder: Path, destination: Path, *, shared: bool) -> int:
+    try:
+        return _locked(holder, shared=shared)
+    except BlockingIOError:
+        raise StorageError(f"another process is writing {destination}; wait for it to end") from None
+
+
+def _locked(holder: Path, *, shared: bool) -> int:
+    """Lock a hidden folder, which is made if it is not there.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        StorageError: it is somebody's.
+    """
     while True:
         try:
             with contextlib.suppress(FileExistsError):
@@ -263,8 +275,6 @@ def _acquired(holder: Path, destination: Path, *, shared: bool) -> int:
             return locks.acquire(holder / LOCK, shared=shared)
         except FileNotFoundError:
             continue  # another process has left, and taken the folder along
-        except BlockingIOError:
-            raise StorageError(f"another process is writing {destination}; wait for it to end") from None
 
 
 def _check_is_holder(holder: Path) -> None:
@@ -275,6 +285,8 @@ def _check_is_holder(holder: Path) -> None:
         FileNotFoundError: it has gone.
     """
     try:
+        if holder.is_symlink():
+            raise NotOursError("it is a link")
         known_document(holder / OWNER, "holder", OwnerRecord, {})
     except NotOursError:
         if not os.path.lexists(holder):
@@ -286,7 +298,7 @@ def _check_is_holder(holder: Path) -> None:
 
 
 def _is_bare(holder: Path) -> bool:
-    return {path.name for path in holder.iterdir()} <= {LOCK, OWNER}
+    return all(path.name in (LOCK, OWNER) and not path.is_symlink() for path in holder.iterdir())
 
 
 def _leave(holder: Path, descriptor: int) -> None:
@@ -301,36 +313,6 @@ def _leave(holder: Path, descriptor: int) -> None:
 # --------------------------------------------------------------------------------------- what another process has left
 
 
-def _settle(destination: Path, holder: Path, kind: FolderKind) -> None:
-    """Decide between a folder and what it replaces: a whole new one wins, otherwise the old one comes back."""
-    old = holder / OLD
-    if old.is_dir():
-        if (destination / kind.marker).is_file():
-            remove_written(old, kind)
-            if old.is_dir():
-                _move_what_is_left(old, destination, kind)
-        elif not destination.exists() or not any(destination.iterdir()):
-            old.rename(destination)
-    shutil.rmtree(holder / NEW, ignore_errors=True)
-
-
-def _move_what_is_left(old: Path, destination: Path, kind: FolderKind) -> None:
-    """Keep what somebody else put into a folder after it was looked at: it goes where it would have stood."""
-    with contextlib.suppress(NotOursError):
-        written_names(old, kind)
-        return  # a file of ours could not be removed; the next writer tries again
-    for path in sorted(old.rglob("*"), reverse=True):
-        place = destination / path.relative_to(old)
-        with contextlib.suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            elif not place.exists() and not place.is_symlink():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(place)
-    with contextlib.suppress(OSError):
-        old.rmdir()
-
-
 def _settle_inner(destination: Path, kind: FolderKind) -> None:
     """Settle what processes left that were making folders inside."""
     if kind.inner is None or not destination.is_dir():
@@ -339,39 +321,6 @@ def _settle_inner(destination: Path, kind: FolderKind) -> None:
         name = holder.name.removeprefix(".").removesuffix(HOLDER_SUFFIX)
         with claimed(destination / name, kind.inner):
             pass
-
-
-def _move_in(destination: Path, holder: Path, kind: FolderKind) -> None:
-    """Put a folder that is ready in the place of the one that its hidden folder lies in, from wherever it stands."""
-    ready = holder / READY
-    if not ready.is_dir():
-        (holder / STALE).unlink(missing_ok=True)
-        shutil.rmtree(holder / NEW, ignore_errors=True)
-        return
-    if (ready / kind.marker).is_file():
-        (destination / kind.marker).unlink(missing_ok=True)
-        sync(destination)
-        stale = json.loads((holder / STALE).read_text(encoding="utf-8"))
-        for name in stale:
-            with contextlib.suppress(OSError):
-                (destination / name).unlink()
-        for parent in sorted({(destination / name).parent for name in stale}, reverse=True):
-            with contextlib.suppress(OSError):
-                if parent != destination:
-                    parent.rmdir()
-        for path in sorted(ready.rglob("*")):
-            place = destination / path.relative_to(ready)
-            if path.is_dir():
-                place.mkdir(exist_ok=True)
-            elif path != ready / kind.marker:
-                path.replace(place)
-        for folder in [path for path in ready.rglob("*") if path.is_dir()]:
-            sync(destination / folder.relative_to(ready))
-        sync(destination)
-        (ready / kind.marker).replace(destination / kind.marker)
-        sync(destination)
-    shutil.rmtree(ready, ignore_errors=True)
-    (holder / STALE).unlink(missing_ok=True)
 
 
 def _stays(destination: Path, holder: Path) -> bool:
@@ -463,19 +412,24 @@ def _is_settled(folder: Path, kind: FolderKind) -> bool:
     """Whether it is worth looking again for a folder that is not there: one is being replaced, or was half replaced."""
     real = Path(os.path.realpath(folder))
     ways: tuple[tuple[Path, str, Callable[[Path, Path, FolderKind], None]], ...] = (
-        (hidden_beside(real) if real.name else real, OLD, _settle),
-        (hidden_inside(real), READY, _move_in),
+        (hidden_beside(real) if real.name else real, OLD, settle),
+        (hidden_inside(real), READY, move_in),
     )
-    for holder, part, settle in ways:
+    for holder, part, put_right in ways:
         if not (holder / part).is_dir():
             continue
         try:
-            with _held(holder, folder):
-                settle(real, holder, kind)
-        except StorageError:
+            descriptor = _locked(holder, shared=False)
+        except BlockingIOError:
             time.sleep(_POLL_S)
             return True
-        except OSError:
+        except (OSError, StorageError):
+            return False  # to be settled by somebody else, if by anybody
+        try:
+            put_right(real, holder, kind)
+        except (OSError, StorageError):
             return False
+        finally:
+            _leave(holder, descriptor)
         return (real / kind.marker).is_file()
     return False

@@ -140,8 +140,7 @@ def written_names(folder: Path, kind: FolderKind) -> list[str]:
     """
     names = list(dict.fromkeys(kind.names(folder)))
     for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name:
+        if not is_inside(name):
             raise NotOursError(f"it names {_short(name)}, which is outside of it")
     return names
 
@@ -230,7 +229,7 @@ def remove_names(folder: Path, names: Iterable[str]) -> None:
     """Remove plain files by their paths inside a folder, and folders that they leave empty; what cannot be stays."""
     names = list(names)
     for name in names:
-        if _is_plain(folder, name):
+        if is_plain(folder, name):
             for path in (*left_overs(folder / name), folder / name):
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -240,7 +239,13 @@ def remove_names(folder: Path, names: Iterable[str]) -> None:
             (folder / parent if parent != "." else folder).rmdir()
 
 
-def _is_plain(folder: Path, name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Whether a name, taken as a path inside a folder, stays there, and is written as every path is."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+def is_plain(folder: Path, name: str) -> bool:
     """Whether no folder on the way to a file is a link, which may lead anywhere."""
     return not any((folder / parent).is_symlink() for parent in PurePosixPath(name).parents if str(parent) != ".")
 
