@@ -52,7 +52,8 @@ class Seen:
 
     def answers(self, step: int, latents: _Rows) -> _Rows:
         """(n, values) every answer to these latents of one sample, at a step."""
-        return np.concatenate([answers[(asked == latents).all(axis=1)] for asked, answers in self._calls.get(step, [])])
+        found = [answers[(asked == latents).all(axis=1)] for asked, answers in self._calls.get(step, [])]
+        return np.concatenate([np.empty((0, latents.size)), *found])
 
 
 class Past:
@@ -73,12 +74,10 @@ class Past:
             (factor * values for factor, values in zip(factors[0], self._latents, strict=False)), np.zeros_like(found)
         )
         known = sum((factor * values for factor, values in zip(factors[1, 1:], self._guided, strict=False)), known)
-        guided = np.stack(
-            [
-                _nearest(row, seen.answers(step - 1, before))
-                for row, before in zip(found - known, self._asked, strict=True)
-            ]
-        )
+        answers = [seen.answers(step - 1, before) for before in self._asked]
+        if not all(map(len, answers)):
+            return False  # the run's other half has gone on so far that they are forgotten
+        guided = np.stack([_nearest(row, given) for row, given in zip(found - known, answers, strict=True)])
         left = np.abs(found - known - guided).max(axis=1)
         if not (left <= TOLERANCE * np.abs(found).max(axis=1)).all():
             return False
