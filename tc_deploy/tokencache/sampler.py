@@ -100,7 +100,6 @@ def device_of(model: DiffusionTransformer) -> torch.device:
     return next(model.module.parameters()).device
 
 
-@torch.no_grad()
 def finite_steps(whose: str, steps: int, remedy: str) -> Callable[[int, Mapping[str, Tensor], Tensor], None]:
     """What :func:`denoise` calls after each step, so that a run which comes to NaN ends at the step where it does.
 
@@ -122,6 +121,7 @@ def finite_steps(whose: str, steps: int, remedy: str) -> Callable[[int, Mapping[
     return check
 
 
+@torch.no_grad()
 def denoise(
     model: DiffusionTransformer,
     sampling: Sampling,

@@ -230,3 +230,16 @@ def test_the_callers_scheduler_is_left_alone(tiny_dit: DiffusionTransformer) -> 
     first = denoise(tiny_dit, sampling, *draw(), lambda _, inputs: tiny_dit.forward(inputs))
     assert torch.equal(sampling.scheduler.timesteps, before)
     assert torch.equal(denoise(tiny_dit, sampling, *draw(), lambda _, inputs: tiny_dit.forward(inputs)), first)
+
+
+def test_no_graph_is_kept_of_a_run(tiny_dit: DiffusionTransformer) -> None:
+    parameter = next(tiny_dit.module.parameters())
+    noise = torch.randn(BATCH, *tiny_dit.geometry.latent_shape)
+    conditions = tiny_dit.random_conditions(BATCH, torch.Generator().manual_seed(0))
+    parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            latents = denoise(tiny_dit, make_sampling(), noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
+    finally:
+        parameter.requires_grad_(False)
+    assert not latents.requires_grad
