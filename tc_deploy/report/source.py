@@ -124,10 +124,8 @@ def _source(path: Path, validation: Path | None) -> Source:
     check_is_whole(path)
     manifest = None
     if (path / MANIFEST).is_file():
-        documents = read_documents(path)
-        manifest, plan, tables = documents.manifest, documents.plan, dict(documents.index_tables)
-    else:
-        plan, tables = load_plan_as_written(path)
+        manifest = read_documents(path).manifest
+    plan, tables = load_plan_as_written(path)
     search = read_search(path) if (path / SEARCH).is_file() else None
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")

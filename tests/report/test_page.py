@@ -17,7 +17,7 @@ import pytest
 from bundles import Made, run_cli, snapshot
 from report.folders import CHOSEN, DIGITS, edit, make_point, make_samples, points_of_the_demo, write_search
 
-from tc_deploy.bundle import MANIFEST
+from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BundleError, StorageError
 from tc_deploy.manifest import ONNX_FOLDER
 from tc_deploy.plan import PLAN, SAMPLES, SEARCH
@@ -238,6 +238,17 @@ def test_folders_that_cannot_be_drawn(
     assert answer.code == BundleError.exit_code
     assert message in answer.error
     assert not (tmp_path / "report.html").exists()
+
+
+def test_of_a_bundle_too_the_page_does_not_say_where_on_this_machine_it_lies(mixed: Made, tmp_path: Path) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    edit(bundle / PLAN, lambda plan: plan["model"].update(source="./checkpoint"))
+    record = {"size_bytes": (bundle / PLAN).stat().st_size, "sha256": sha256_of_file(bundle / PLAN)}
+    edit(bundle / MANIFEST, lambda manifest: manifest["files"].update({PLAN: record}))
+    draw(bundle, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert str(bundle) not in page
+    assert "./checkpoint" in page
 
 
 def test_a_bundle_whose_plan_was_altered(mixed: Made, tmp_path: Path) -> None:
