@@ -33,6 +33,7 @@ from tc_deploy.search.record import (
     SearchRecord,
     read_search,
 )
+from tc_deploy.tensors import read_tensors
 from tc_deploy.types import FloatArray
 
 DEFAULT_SHARE = 0.5
@@ -58,7 +59,10 @@ def choose_again(folder: Path, wish: Wish) -> SearchRecord:
     with claimed(folder, PLAN_FOLDER) as claim:
         record = read_search(folder)
         check_files(folder, {SAMPLES: record.samples})
-        samples = safetensors.numpy.load_file(folder / SAMPLES)
+        try:
+            samples = read_tensors(folder / SAMPLES)
+        except ValueError as error:
+            raise BundleError(f"{folder / SAMPLES}: {error}; make it again") from None
         plans = {}
         for point in record.points:
             if point.settings is not None:

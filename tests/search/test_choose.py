@@ -1,15 +1,19 @@
 """The choice of a plan among points: by a wish, among plans alone, and with a plain answer where none fits."""
 
 import dataclasses
+from pathlib import Path
 
 import diffusers
 import pytest
 from points import point
+from report.folders import edit, write_search
 
-from tc_deploy.errors import UsageError
+from tc_deploy.bundle import sha256_of_bytes
+from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.plan import SAMPLES, SEARCH
 from tc_deploy.search.baselines import Baselines
-from tc_deploy.search.choose import Wish, check_wish, chosen_point, uniquely_named
+from tc_deploy.search.choose import Wish, check_wish, choose_again, chosen_point, uniquely_named
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
 from tc_deploy.tokencache.sampler import Sampling
 
@@ -65,3 +69,12 @@ def test_milliseconds_are_not_asked_of_flops() -> None:
     record = search_record(FULL, OURS).model_copy(update={"latency_source": "flops"})
     with pytest.raises(UsageError, match="--max-latency-ms needs measured latencies"):
         chosen_point(record, Wish(max_latency_ms=50.0))
+
+
+def test_samples_that_are_no_tensors_are_named(tmp_path: Path) -> None:
+    folder = write_search(tmp_path / "digits")
+    (folder / SAMPLES).write_bytes(b"nothing")
+    record = {"size_bytes": 7, "sha256": sha256_of_bytes(b"nothing")}
+    edit(folder / SEARCH, lambda search: search.update(samples=record))
+    with pytest.raises(BundleError, match="not a safetensors file"):
+        choose_again(folder, Wish())
