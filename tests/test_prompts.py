@@ -164,5 +164,6 @@ def test_labels_become_the_pipeline_s_pictures(save_dit: SaveDit, tmp_path: Path
 def test_a_bundle_without_a_text_encoder_says_how_to_have_one(prompted: Prompted) -> None:
     manifest = read_manifest(prompted.bundle).model_copy(update={"text": None})
     nothing = dict.fromkeys(("class_labels", "negative_prompts", "conditions", "unconditional", "latents"))
+    nothing |= dict.fromkeys(("count", "guidance_scale", "true_cfg_scale"))
     with pytest.raises(UsageError, match=r"no text encoder.*--with-text-encoder"):
-        checked_request(manifest, prompts=PROMPTS, **nothing, seed=0, guidance_scale=None)
+        checked_request(manifest, prompts=PROMPTS, **nothing, seed=0)

@@ -128,7 +128,7 @@ def test_it_is_validated(bundle: Path) -> None:
     [
         (("--class-label", 1), "takes no condition; give -n alone"),
         (("--prompt", "a cat"), "takes no condition; give -n alone"),
-        (("-n", 0), "-n must be at least 1"),
+        (("-n", 0), "0 is not in the range 1<=x<="),
     ],
 )
 def test_what_it_cannot_be_told_is_refused(

@@ -174,7 +174,7 @@ OLD_ORIGIN = {"method": "manual", "seed": 0, "settings": {}}
     ("conditions", "message"),
     [
         (None, "the model is conditioned on encoder_hidden_states and encoder_attention_mask, and a plan is only as"),
-        ("nothing.safetensors", "nothing.safetensors: no such file of conditions; examples/encode_prompts.py"),
+        ("nothing.safetensors", "nothing.safetensors: no such file of conditions; the source's encode_prompts.py"),
     ],
 )
 def test_without_prompts_the_message_says_how_to_make_them(

@@ -118,7 +118,7 @@ def test_what_a_family_does_not_cover_is_refused_by_name(
 ) -> None:
     zoo.save(name, tmp_path / "transformer", **changes)
     (tmp_path / "model_index.json").write_text(json.dumps(pipeline))
-    with pytest.raises(ModelError, match=rf"{reason}.* is not covered; .*docs/adapters\.md") as raised:
+    with pytest.raises(ModelError, match=rf"{reason}.* is not covered; .*adapters\.md") as raised:
         load_model(tmp_path, zoo.MODELS[name][2])
     assert str(raised.value).startswith(str(tmp_path / "transformer" / "config.json"))
 

@@ -54,7 +54,10 @@ def test_sizes_and_prompts_are_in_it(tmp_path: Path) -> None:
 @given(
     arguments=st.dictionaries(
         st.text(max_size=8).filter(lambda text: text.isprintable()),
-        st.text() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.integers(0, 999)),
+        st.text().filter(lambda text: text.isprintable())
+        | st.booleans()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.lists(st.integers(0, 999)),
         max_size=4,
     )
 )
