@@ -68,7 +68,7 @@ from tc_deploy.types import Precision
     "--conditions",
     metavar=f"FILE|{RANDOM}",
     help="What graphs are compared on, and engines validated by, in place of the plan's prompts: embeddings, as"
-    f" examples/encode_prompts.py writes them, or {RANDOM} draws.",
+    f" the source's encode_prompts.py writes them, or {RANDOM} draws.",
 )
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(

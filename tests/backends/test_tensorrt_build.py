@@ -14,7 +14,7 @@ from bundles import Made, MadeByCommands, reseal, run_cli, snapshot
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.tensorrt_build import EngineJob, PhaseTree, build_engine
 from tc_deploy.bundle import sha256_of_file
-from tc_deploy.errors import BackendError, TcDeployError, UsageError
+from tc_deploy.errors import BackendError, BundleError, TcDeployError, UsageError
 from tc_deploy.manifest import (
     ONNX_FOLDER,
     SOLVER,
@@ -123,14 +123,31 @@ def refused(bundle: Path, error: type[TcDeployError], message: str, *words: obje
             "compute_capability: expected numbers such as 8.6, parted by commas, found '89'",
         ),
         (("--batch-profile", 2, 1, 4), "expected the least, the best and the largest number of samples"),
-        (("--batch-profile", 0, 1, 4), "tensorrt-rtx: batch_profile.0: "),
-        (("--optimization-level", 6), "tensorrt-rtx: optimization_level: "),
-        (("--workspace-mib", 0), "tensorrt-rtx: workspace_mib: "),
+        (("--batch-profile", 0, 1, 4), "'--batch-profile': 0 is not in the range 1<=x"),
+        (("--optimization-level", 6), "'--optimization-level': 6 is not in the range 0<=x<=5"),
+        (("--workspace-mib", 0), "'--workspace-mib': 0 is not in the range 1<=x"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_an_option_that_does_not_fit_is_refused(mixed: Made, words: tuple[object, ...], message: str) -> None:
     refused(mixed.bundle, UsageError, message, "--backend", NAME, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        ("batch_profile", (0, 1, 4), "batch_profile.0"),
+        ("optimization_level", 6, "optimization_level"),
+        ("workspace_mib", 0, "workspace_mib"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_by_the_library_too(
+    mixed: Made, name: str, value: object, place: str
+) -> None:
+    before = snapshot(mixed.bundle)
+    with pytest.raises(UsageError, match=rf"{NAME}: {place}: "):
+        build_target(mixed.bundle, NAME, {name: value})
+    assert snapshot(mixed.bundle) == before
 
 
 def test_an_option_of_tensorrt_is_not_one_of_onnxruntime(mixed: Made) -> None:
@@ -207,8 +224,10 @@ def test_flags_reach_the_builder(mixed: Made, tmp_path: Path) -> None:
 def test_a_graph_that_does_not_parse_is_refused(mixed: Made, tmp_path: Path) -> None:
     bundle = mixed.copy(tmp_path / "bundle")
     (bundle / ONNX_FOLDER / "cached-1.onnx").write_bytes(b"no graph")
+    with pytest.raises(BackendError, match=r"cached-1\.onnx: tensorrt_rtx builds no engine: "):
+        build_engine(job(tmp_path, bundle, "cached-1"), ignore)
     reseal(bundle)
-    refused(bundle, BackendError, "cached-1.onnx: tensorrt_rtx builds no engine: ", "--backend", NAME)
+    refused(bundle, BundleError, "cached-1.onnx: ", "--backend", NAME)
 
 
 def ignore(done: int, total: int) -> None:
