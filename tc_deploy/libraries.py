@@ -80,12 +80,11 @@ def install_command(extra: str, alone: str | None = None) -> str:
     return f"pip install '.[{extra}]'{index} (in the clone)"
 
 
-def imported(module: str, *, extra: str | None = None, purpose: str = "") -> Any:
+def imported(module: str, *, purpose: str = "") -> Any:
     """Import a library that may be missing.
 
     Args:
-        module: its name for Python, with dots for a part of it.
-        extra: what brings it, where :data:`EXTRA_BY_MODULE` does not say.
+        module: its name for Python, with dots for a part of it; :data:`EXTRA_BY_MODULE` has the library.
         purpose: what it is for, as the beginning of the message.
 
     Raises:
@@ -95,7 +94,7 @@ def imported(module: str, *, extra: str | None = None, purpose: str = "") -> Any
     try:
         return importlib.import_module(module)
     except Exception as error:
-        raise BackendError(f"{purpose}{import_failure(module, error, extra)}") from error
+        raise BackendError(f"{purpose}{import_failure(module, error)}") from error
 
 
 def keep_silent(module: str) -> None:
@@ -105,10 +104,10 @@ def keep_silent(module: str) -> None:
         sys.modules.setdefault(telemetry, None)  # type: ignore[arg-type]  # None is Python's word for: not to be had
 
 
-def import_failure(module: str, error: BaseException, extra: str | None = None) -> str:
+def import_failure(module: str, error: BaseException) -> str:
     """What keeps a library away, and what to install."""
     library = module.partition(".")[0]
-    command = install_command(extra or EXTRA_BY_MODULE[library], _ALONE.get(library))
+    command = install_command(EXTRA_BY_MODULE[library], _ALONE.get(library))
     if is_missing(module, error):
         return f"{library} is not installed: {command}"
     return f"{library} is installed but does not load: {_root_cause(error)}; install it again: {command}"

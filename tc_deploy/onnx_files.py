@@ -16,7 +16,6 @@ from typing import Final
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import WEIGHTS, GraphRecord, TensorRecord
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH: Final = 64
 _HOLDS: Final = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
@@ -65,7 +64,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
         key, start = _varint(data, start, end)
         number, kind = key >> 3, key & 7
         value = begin = 0
-        match kind:
+        match kind:  # 0: a varint, 1: 64 bits, 2: bytes behind their length, 5: 32 bits
             case 0:
                 value, start = _varint(data, start, end)
             case 1:

@@ -31,9 +31,8 @@ def load_target(
     Raises:
         BundleError: there is no such target, it was built from another plan or export, or a file of it is missing,
             truncated, altered or without a checksum.
-        BackendError: the engine is not installed, this process was forked off one with engines, this machine
-            is not one that the target was built for, or the
-            engine refuses a graph.
+        BackendError: the engine is not installed, this process was forked off one with engines, this machine is not
+            one that the target was built for, or the engine refuses a graph.
     """
     with reading(bundle / backend, TARGET_FOLDER):
         return _loaded(bundle, manifest, backend, wanted)
