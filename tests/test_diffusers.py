@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,3 +385,12 @@ def test_adapters_are_refused(engine: EngineTransformer) -> None:
     assert not hasattr(engine, "load_lora_adapter")
     with pytest.raises(UsageError, match=r"no 'load_lora_adapter': engines are fixed .* merge LoRA"):
         engine.load_lora_adapter({})
+
+
+def test_a_bundle_that_a_process_left_half_replaced_is_put_right(bundle: Path, tmp_path: Path) -> None:
+    old = tmp_path / ".half.tc-deploy" / "old"
+    shutil.copytree(bundle, old)
+    owner = {"kind": "holder", "format_version": 1, "made_by": "tc-deploy 0"}
+    (old.parent / "owner.json").write_text(json.dumps(owner))
+    assert EngineTransformer(tmp_path / "half").path == tmp_path / "half"
+    assert not old.exists()

@@ -22,16 +22,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tc_deploy.bundle import reading
 from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PipelineRun, PlannedScheduler, calling_run
 from tc_deploy.diffusers.runs import LATENTS, Call, NamedRun, Runs
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import TensorRecord
+from tc_deploy.manifest import BUNDLE_FOLDER, TensorRecord
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import known_families
 from tc_deploy.plan import ModelRecord
 from tc_deploy.remarks import warn_of_plan
-from tc_deploy.runtime.binding import read_bundle
+from tc_deploy.runtime.binding import Bundle, read_bundle
 from tc_deploy.runtime.stepper import Engines
 
 
@@ -90,9 +91,13 @@ class EngineTransformer(nn.Module):
     ) -> None:
         super().__init__()
         key = None if require_signature is None else Path(require_signature)
-        bundle = read_bundle(Path(path), backend, key)
-        warn_of_plan(bundle.plan, bundle.path)
-        self.path, self._plan = Path(path), bundle.plan
+        with reading(Path(path), BUNDLE_FOLDER):
+            self._open(read_bundle(Path(path), backend, key), full=full)
+
+    def _open(self, bundle: Bundle, *, full: bool) -> None:
+        path = bundle.path
+        warn_of_plan(bundle.plan, path)
+        self.path, self._plan = path, bundle.plan
         family = known_families().get(bundle.plan.model.model_class)
         if family is None:
             raise UsageError(
