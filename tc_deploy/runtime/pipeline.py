@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device, Graph
+from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import reading
@@ -28,18 +28,15 @@ from tc_deploy.errors import Cancelled, UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, IMAGES, SOLVER, variant_name
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import Binder, read_bundle
+from tc_deploy.runtime.bound import BoundProgram, BoundStep, Watch, bound_program
 from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.runtime.pixels import images_from_pixels
-from tc_deploy.runtime.program import ProgramStep, decoder_call, slot
+from tc_deploy.runtime.program import decoder_call, slot
 from tc_deploy.runtime.request import Request, checked_request, checked_seed, noise_of
 from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
-
-Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
-"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
-what runs in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +126,8 @@ class Pipeline:
         layout = pipeline_layout(self.manifest, (planned, full), self.batch_size)
         binder = Binder(bundle, device, graphs, layout)
         self._buffers = binder.buffers
-        self._cached_program: BoundProgram | None = _bound_program(planned, binder, device, watch)
-        self._full_program: BoundProgram | None = _bound_program(full, binder, device, watch)
+        self._cached_program: BoundProgram | None = bound_program(planned, binder, device, watch)
+        self._full_program: BoundProgram | None = bound_program(full, binder, device, watch)
         self._decoder: BoundGraph | None = None
         if self.manifest.decoder is not None:
             # The last step leaves its latents in the same place whichever steps are full.
@@ -468,43 +465,6 @@ class Pipeline:
             if name.startswith("guided_output@"):
                 arrays[name] = np.zeros_like(start)
         return arrays
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoundStep:
-    """A step of the program, bound to an engine; its graphs are those that a watch has made of them."""
-
-    variant: int
-    model: BoundGraph
-    solver: BoundGraph
-    whole: Capture
-    """The two."""
-    latents: Buffer
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoundProgram:
-    """A program, bound to an engine."""
-
-    steps: tuple[BoundStep, ...]
-    whole: Capture
-    """All steps, which nobody watches."""
-
-
-def _bound_program(program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None) -> BoundProgram:
-    steps, calls = [], []
-    for step in program:
-        seen = []
-        for call in (step.model, step.solver):
-            bound = binder.bind(call)
-            calls.append(bound)
-            output = binder.buffers[next(iter(call.outputs.values()))]
-            seen.append(bound if watch is None else watch(call.graph, bound, output))
-        model, solver = seen
-        latents = binder.buffers[step.latents]
-        whole = device.capture(seen)
-        steps.append(BoundStep(variant=step.variant, model=model, solver=solver, whole=whole, latents=latents))
-    return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
 
 
 def _first_samples(buffer: Buffer, count: int) -> FloatArray:

@@ -1,0 +1,55 @@
+"""A program bound to an engine: what a pipeline runs, in one piece or step by step.
+
+In: a program's steps, and buffers. Out: captures that run them. Never: writes a buffer, or runs anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device
+from tc_deploy.runtime.binding import Binder
+from tc_deploy.runtime.program import ProgramStep
+
+Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
+"""Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
+what runs in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundStep:
+    """A step of the program, bound to an engine; its graphs are those that a watch has made of them."""
+
+    variant: int
+    model: BoundGraph
+    solver: BoundGraph
+    whole: Capture
+    """The two."""
+    latents: Buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundProgram:
+    """A program, bound to an engine."""
+
+    steps: tuple[BoundStep, ...]
+    whole: Capture
+    """All steps, which nobody watches."""
+
+
+def bound_program(program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None) -> BoundProgram:
+    """Bind a program's graphs, and capture every step, as a watch has made its graphs, and all steps."""
+    steps, calls = [], []
+    for step in program:
+        seen = []
+        for call in (step.model, step.solver):
+            bound = binder.bind(call)
+            calls.append(bound)
+            output = binder.buffers[next(iter(call.outputs.values()))]
+            seen.append(bound if watch is None else watch(call.graph, bound, output))
+        model, solver = seen
+        latents = binder.buffers[step.latents]
+        whole = device.capture(seen)
+        steps.append(BoundStep(variant=step.variant, model=model, solver=solver, whole=whole, latents=latents))
+    return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
