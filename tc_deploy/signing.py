@@ -13,11 +13,21 @@ import binascii
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from tc_deploy import __version__
-from tc_deploy.bundle import MANIFEST, Document, canonical_json, check_files, read_document, sha256_of_file, write_bytes
+from tc_deploy.bundle import (
+    MANIFEST,
+    Document,
+    canonical_json,
+    check_files,
+    kept_from_writers,
+    read_document,
+    sha256_of_file,
+    write_bytes,
+)
 from tc_deploy.errors import BundleError, UsageError
+from tc_deploy.libraries import imported
 from tc_deploy.manifest import SIGNATURE, TargetManifest, read_manifest, read_target
 
 if TYPE_CHECKING:
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
 
 PASSWORD_VARIABLE: Final = "TC_DEPLOY_KEY_PASSWORD"  # noqa: S105 - its name
 """Environment variable that holds the password of an encrypted private key."""
+_SERIALIZATION: Final = "cryptography.hazmat.primitives.serialization"
 _PURPOSE: Final = b"tc-deploy bundle signature 1\n"
 """Stands before what is signed, so that a signature made for anything else never fits."""
 
@@ -51,11 +62,14 @@ def sign_bundle(path: Path, private_key: Path) -> SignatureRecord:
     Raises:
         BundleError: the bundle or a target is damaged, so it is not worth a signature.
         UsageError: the key cannot be read, or is of another kind.
+        BackendError: ``cryptography`` is not installed.
         StorageError: the signature cannot be written.
     """
     key = _private_key(private_key)
-    targets = _check_whole(path, _targets(path))
-    signs = _manifests(path, targets)
+    # Of a bundle that is replaced meanwhile it would be a signature over two.
+    with kept_from_writers(path):
+        targets = _check_whole(path, _targets(path))
+        signs = _manifests(path, targets)
     record = SignatureRecord(
         kind="signature",
         format_version=1,
@@ -75,12 +89,17 @@ def verify_bundle(path: Path, public_key: Path) -> SignatureRecord:
         public_key: the signer's, in PEM.
 
     Raises:
-        BundleError: there is no signature, it is another key's, a manifest was changed or added since, or a file is
-            missing or altered.
+        BundleError: there is no signature, it is another key's, a manifest was changed, added or removed since, or a
+            file is missing or altered.
         UsageError: the key cannot be read, or is of another kind.
+        BackendError: ``cryptography`` is not installed.
     """
-    record = check_signature(path, public_key, _targets(path))
-    _check_whole(path, _targets(path))
+    targets = _targets(path)
+    record = check_signature(path, public_key, targets)
+    gone = sorted(record.signs.keys() - _manifests(path, targets).keys())
+    if gone:
+        raise BundleError(f"{path / gone[0]}: was removed after the bundle was signed; build it again, then sign")
+    _check_whole(path, targets)
     return record
 
 
@@ -95,15 +114,14 @@ def check_signature(path: Path, public_key: Path, targets: Iterable[str]) -> Sig
     Raises:
         BundleError: there is no signature, it is another key's, or a manifest was changed or added since.
         UsageError: the key cannot be read, or is of another kind.
+        BackendError: ``cryptography`` is not installed.
     """
-    from cryptography.exceptions import InvalidSignature
-
     key = _public_key(public_key)
     again = f"tc-deploy sign {path} --key KEY"
     record = read_document(SignatureRecord, path / SIGNATURE, "signature", again)
     try:
         key.verify(base64.b64decode(record.signature, validate=True), _message(record.signs))
-    except (InvalidSignature, binascii.Error):
+    except (imported("cryptography.exceptions").InvalidSignature, binascii.Error):
         raise BundleError(
             f"{path}: not signed by the key {public_key}; take the bundle from where it was signed, or give its"
             " signer's public key"
@@ -143,9 +161,7 @@ def _message(signs: dict[str, str]) -> bytes:
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
+    load_pem_private_key = imported(_SERIALIZATION).load_pem_private_key
     password = os.environ.get(PASSWORD_VARIABLE)
 
     def load(data: bytes) -> Any:
@@ -157,27 +173,27 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
             raise UsageError(f"{path}: the key is encrypted; put its password into {PASSWORD_VARIABLE}") from None
 
     key = _key(path, load, "a private", "openssl genpkey -algorithm ed25519 -out key.pem")
-    if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{path}: expected an ed25519 key, found {type(key).__name__.lstrip('_')}")
-    return key
+    _check_ed25519(path, key, "Ed25519PrivateKey")
+    return cast("Ed25519PrivateKey", key)
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
+    load_pem_public_key = imported(_SERIALIZATION).load_pem_public_key
     key = _key(path, load_pem_public_key, "a public", "openssl pkey -in key.pem -pubout -out key.pub.pem")
-    if not isinstance(key, Ed25519PublicKey):
+    _check_ed25519(path, key, "Ed25519PublicKey")
+    return cast("Ed25519PublicKey", key)
+
+
+def _check_ed25519(path: Path, key: Any, kind: str) -> None:
+    if not isinstance(key, getattr(imported("cryptography.hazmat.primitives.asymmetric.ed25519"), kind)):
         raise UsageError(f"{path}: expected an ed25519 key, found {type(key).__name__.lstrip('_')}")
-    return key
 
 
 def _key(path: Path, load: Callable[[bytes], Any], what: str, maker: str) -> Any:
-    from cryptography.exceptions import UnsupportedAlgorithm
-
+    unsupported = imported("cryptography.exceptions").UnsupportedAlgorithm
     try:
         return load(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; make one with: {maker}") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, unsupported):
         raise UsageError(f"{path}: not {what} key in PEM, or another password; make one with: {maker}") from None

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
-from tc_deploy.errors import BundleError, UsageError
+from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.signing import PASSWORD_VARIABLE, SIGNATURE, sign_bundle, verify_bundle
 
 
@@ -181,3 +183,27 @@ def test_a_file_that_is_no_such_key_is_a_usage_error(mixed: Made, tmp_path: Path
     answer = run_cli("verify", mixed.bundle, "--key", keys[0])
     assert answer.code == UsageError.exit_code
     assert "not a public key" in answer.error
+
+
+def test_an_engine_that_was_removed_is_missed(signed: Path, keys: tuple[Path, Path]) -> None:
+    shutil.rmtree(signed / "onnxruntime")
+    with pytest.raises(BundleError, match=r"onnxruntime.manifest\.json: was removed after the bundle was signed"):
+        verify_bundle(signed, keys[1])
+
+
+def test_without_the_library_the_message_says_what_to_install(
+    signed: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendError, match=r"^cryptography is not installed: pip install"):
+        tc_deploy.load(signed, require_signature=keys[1])
+
+
+def test_a_signed_bundle_is_exported_again_and_its_signature_goes(
+    mixed: Made, signed: Path, keys: tuple[Path, Path]
+) -> None:
+    export_bundle(mixed.plan, signed, check=False)
+    assert not (signed / SIGNATURE).exists()
+    with pytest.raises(BundleError, match="holds no signature"):
+        verify_bundle(signed, keys[1])

@@ -274,7 +274,9 @@ def _locked(holder: Path, *, shared: bool) -> int:
             _check_is_holder(holder)
             return locks.acquire(holder / LOCK, shared=shared)
         except FileNotFoundError:
-            continue  # another process has left, and taken the folder along
+            if not holder.parent.is_dir():
+                raise
+            # Another process has left, and taken the folder along.
 
 
 def _check_is_holder(holder: Path) -> None:
@@ -403,9 +405,11 @@ def _shared(folder: Path, kind: FolderKind) -> int | None:
                 return descriptor
         except BlockingIOError:
             time.sleep(_POLL_S)
-        except OSError:
+        except FileNotFoundError:
             if not _is_settled(folder, kind):
                 return None
+        except OSError:
+            return None
 
 
 def _is_settled(folder: Path, kind: FolderKind) -> bool:

@@ -62,7 +62,7 @@ MOST_PICTURES = 1_000_000
     type=Number(),
     help="Instead of the plan's; 1 and less are none. For FLUX the strength of the distilled guidance.",
 )
-@click.option("--true-cfg-scale", type=float, help="For FLUX: classifier-free guidance, instead of the plan's.")
+@click.option("--true-cfg-scale", type=Number(), help="For FLUX: classifier-free guidance, instead of the plan's.")
 @click.option(
     "-o",
     "--output",
@@ -159,7 +159,7 @@ def command(
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
         _check_size(pipeline.manifest, count, zoom if output.suffix == PNG else None)
-        _warn_of_guidance(pipeline.manifest, guidance_scale)
+        _warn_of_guidance(pipeline.manifest, guidance_scale, true_cfg_scale)
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()
@@ -200,13 +200,20 @@ def _check_frozen(bundle: Path, *, steps: int | None, height: int | None, width:
             f"{bundle} runs {plan.schedule.steps} steps: which of them are full is the plan's, and built in; for"
             f" {steps} make another: {again} --steps {steps}, then export and build it"
         )
-    latents = manifest.latent_shape[-2:]
-    pictures = latents
+    if height is None and width is None:
+        return
+    if manifest.decoder is None and not manifest.pixels:
+        raise UsageError(
+            f"{bundle} makes latents of {'x'.join(map(str, manifest.latent_shape))} and no pictures: their size is the"
+            f" plan's, and built in; leave --height and --width out, or make another plan: {again} --latent-size HxW,"
+            " then export and build it"
+        )
+    latents = pictures = manifest.latent_shape[-2:]
     if manifest.decoder is not None:
         pictures = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))[-2:]
     if (height or pictures[0], width or pictures[1]) != tuple(pictures):
         raise UsageError(
-            f"{bundle} makes pictures of {pictures[0]}x{pictures[1]} from latents of {latents[0]}x{latents[1]}: the"
+            f"{bundle} makes pictures of {pictures[0]}x{pictures[1]} from latents of {'x'.join(map(str, latents))}: the"
             f" size is the plan's, and built in; for another make another: {again} --latent-size HxW, then export and"
             " build it"
         )
@@ -232,11 +239,19 @@ def _check_size(manifest: Manifest, count: int, zoom: int | None) -> None:
     check_fits_memory(size_bytes, counted(count, "picture") + ("" if zoom in (None, 1) else f" enlarged {zoom} times"))
 
 
-def _warn_of_guidance(manifest: Manifest, given: float | None) -> None:
+def _warn_of_guidance(manifest: Manifest, guidance_scale: float | None, true_cfg_scale: float | None) -> None:
     """Say that a plan was not measured at the guidance that is asked for."""
-    planned = manifest.solver.embedded_guidance if manifest.embeds_guidance else manifest.solver.guidance_scale
-    if None not in (planned, given) and given != planned:
-        LOG.warning("the plan was calibrated at guidance scale %g, and is not measured at %g", planned, given)
+    solver = manifest.solver
+    pairs = [("guidance scale", solver.guidance_scale, guidance_scale)]
+    if solver.true_cfg:
+        embedded = solver.embedded_guidance if manifest.embeds_guidance else None
+        pairs = [
+            ("guidance scale", embedded, guidance_scale),
+            ("true CFG scale", solver.guidance_scale, true_cfg_scale),
+        ]
+    for name, planned, given in pairs:
+        if planned is not None and given is not None and given != planned:
+            LOG.warning("the plan was calibrated at %s %g, and is not measured at %g", name, planned, given)
 
 
 def _default_batch(bundle: Path, count: int) -> int | None:

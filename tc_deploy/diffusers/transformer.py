@@ -237,9 +237,10 @@ class EngineTransformer(nn.Module):
             )
         expected = _torch_dtype(tensor)
         if value.dtype.is_floating_point and value.dtype != expected:
-            raise UsageError(
-                f"{name}: expected {expected}, found {value.dtype}; load the pipeline with torch_dtype={expected}"
+            cure = (
+                f"load the pipeline with torch_dtype={expected}" if expected.is_floating_point else "give whole numbers"
             )
+            raise UsageError(f"{name}: expected {expected}, found {value.dtype}; {cure}")
         classes = self._classes.get(name)
         if classes is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) <= classes:
             worst = int(value.min()) if value.min() < 0 else int(value.max())

@@ -79,7 +79,7 @@ def test_a_wrong_option_lists_no_others(mixed: Made) -> None:
     [
         (("--steps", 30), "runs 10 steps"),
         (("--num-inference-steps", 30), "--steps 30"),
-        (("--height", 512), "makes pictures of 8x8"),
+        (("--height", 512), "makes latents of 4x8x8 and no pictures"),
         (("--width", 512), "--latent-size"),
     ],
 )
@@ -91,9 +91,11 @@ def test_what_a_plan_fixes_is_said(mixed: Made, tmp_path: Path, words: tuple[obj
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_plan_fixes_may_be_asked_for(mixed: Made, tmp_path: Path) -> None:
-    words = ("--steps", 10, "--height", 8, "--width", 8)
-    answer = run_cli("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "x.npy", *words)
+def test_what_a_plan_fixes_may_be_asked_for(pixel: Made, tmp_path: Path) -> None:
+    words = ("generate", pixel.bundle, "--class-label", 1, "-o", tmp_path / "x.npy", "--steps", 9, "--width", 8)
+    answer = run_cli(*words, "--height", 512)
+    assert (answer.code, "makes pictures of 8x8" in answer.error) == (BAD_USE, True)
+    answer = run_cli(*words, "--height", 8)
     assert answer.code == 0, answer.err
 
 
