@@ -277,6 +277,10 @@ def _locked(holder: Path, *, shared: bool) -> int:
             if not holder.parent.is_dir():
                 raise
             # Another process has left, and taken the folder along.
+        except BaseException:  # a full disk, or Ctrl-C
+            with contextlib.suppress(OSError):
+                holder.rmdir()  # which is refused where anything is in it
+            raise
 
 
 def _check_is_holder(holder: Path) -> None:

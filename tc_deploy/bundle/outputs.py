@@ -91,9 +91,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         for left in left_overs(path):
             _remove_if_dead(left)
         temporary = _temporary(path)
-        # Locked while it is written, so that another process sees that its writer lives.
-        descriptor = locks.acquire(temporary)
+        descriptor: int | None = None
         try:
+            # Locked while it is written, so that another process sees that its writer lives.
+            descriptor = locks.acquire(temporary)
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(data)
                 file.flush()
@@ -110,7 +111,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from typing import NamedTuple
 
 import click
@@ -93,6 +94,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, OSError) and error.errno in _MACHINE_S:
         where = f"{error.filename}: " if error.filename else ""
         return Failure(f"{where}{error.strerror}", StorageError.exit_code)
+    if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error):  # PyTorch's, of a file it opens
+        return Failure(first_line(error), StorageError.exit_code)
     words = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
     return Failure(
         f"internal error: {words}; please report it with the output of {PROGRAM} -v and the same words",

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300.0
 """A command that takes longer hangs; the slowest takes a tenth of it."""
 PIPE_BYTES = 2**20
-OURS = frozenset({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130})
-"""The exit codes that ``errors.py`` draws, without that of a defect."""
+OURS = frozenset({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 130, 143})
+"""The exit codes that ``errors.py`` draws, without that of a defect; 130 is Ctrl-C, 143 SIGTERM."""
 
 Tree = dict[str, tuple[int, bytes]]
 """Mode and bytes by path; a folder has no bytes."""

@@ -191,7 +191,11 @@ class Reference:
     def left_behind(self, now: Tree) -> list[str]:
         """What is neither output nor input, in a stopped stage's folder."""
         known = self.before.keys() | part(now, self.stage.output).keys()
-        return sorted(now.keys() - known)
+        return sorted(name for name in now.keys() - known if not self.is_state(name))
+
+    def is_state(self, name: str) -> bool:
+        """Whether a path belongs to what a stopped stage keeps to go on with, as it promises."""
+        return self.stage.goes_on and name.partition("/")[0] == f".{self.stage.output}.tc-deploy"
 
 
 def reference(stage: Stage, inputs: Inputs, arena: Path, commands: Commands) -> Reference:

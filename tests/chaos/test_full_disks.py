@@ -60,7 +60,7 @@ def check(reference: Reference, ended: Ended, arena: Path, where: str, faults: l
     if ended.code == 0:
         difference = differences(now, reference.after)
     else:
-        before = {path: entry for path, entry in now.items() if not (reference.stage.goes_on and ".work" in path)}
+        before = {path: entry for path, entry in now.items() if not reference.is_state(path)}
         difference = differences(before, reference.before)
     if difference:
         faults.append(f"{where}, exit code {ended.code}: {difference}")

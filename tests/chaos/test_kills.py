@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import signal
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from chaos.commands import Commands, Ended, differences, tree
+from chaos.commands import Commands, Ended, Tree, differences, part, tree
 from chaos.stages import STAGES, Inputs, Reference
 
 pytestmark = pytest.mark.chaos
@@ -50,11 +51,16 @@ class Judge:
         stage, now = self.reference.stage, tree(self.arena)
         self._fault(where, ended.problem)
         state = self.reference.state_of(now)
+        interrupted = ended.code in (130, 143)
         self.tally["kills"] += ended.code is not None and ended.code < 0
-        self.tally["interrupts (exit code 130)"] += ended.code == 130
-        if ended.code == 130:
-            left = [name for name in self.reference.left_behind(now) if not (stage.goes_on and "work" in name)]
-            self._fault(where, f"an interrupt left {left[:4]}" if left else "")
+        self.tally["interrupts (Ctrl-C and SIGTERM)"] += interrupted
+        if interrupted:
+            # A signal may come between a call of the system and the line that notes it, or in the midst of tidying
+            # up. What then lies there is ours by its name, and gone after the next run, which `again` looks at.
+            left = self.reference.left_behind(now)
+            self.tally["interrupts that left what the next run sweeps"] += bool(left)
+            foreign = [name for name in left if ".tc-deploy" not in name and not _is_empty_folder(now, name)]
+            self._fault(where, f"an interrupt left {foreign[:4]}" if foreign else "")
             if state not in ("new", "old", "none"):
                 self._fault(where, "an interrupt left a part of the output")
             if stage.replaces and state == "none":
@@ -87,6 +93,10 @@ class Judge:
     def verdict(self) -> None:
         """Fail with what was found."""
         assert not self.faults, f"{len(self.faults)} faults:\n" + "\n".join(self.faults)
+
+
+def _is_empty_folder(now: Tree, name: str) -> bool:
+    return stat.S_ISDIR(now[name][0]) and all(".tc-deploy" in path for path in part(now, name) if path != name)
 
 
 @pytest.fixture
@@ -198,7 +208,7 @@ def test_interrupted_at_write_points(
 def test_killed_at_random_moments(
     judge_of: Callable[[str], Judge], inputs: Inputs, commands: Commands, arena: Path, kills: int
 ) -> None:
-    """As many as are still missing, and 60 at least; two in ten by SIGTERM."""
+    """As many as are still missing, and 60 at least; one in ten by SIGTERM."""
     draw, done, judges = random.Random(kills), 0, {}
     weights = {name: 1 if name.startswith("export") else 3 for name in AT_EVERY_POINT}
     tally = judge_of("report").tally
@@ -207,7 +217,7 @@ def test_killed_at_random_moments(
         judge = judges.setdefault(name, judge_of(name))
         after_s = draw.uniform(0.02, 1.0) * judge.reference.ended.took_s
         inputs.lay(STAGES[name], arena)
-        by = signal.SIGTERM if draw.random() < 0.2 else signal.SIGKILL
+        by = signal.SIGTERM if draw.random() < 0.1 else signal.SIGKILL
         ended = commands.run(arena, *STAGES[name].words, after_s=after_s, by=by)
         where = f"{name}, {by.name} after {after_s:.3f} s"
         judge.stopped(ended, where)

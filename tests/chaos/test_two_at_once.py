@@ -111,7 +111,9 @@ def test_a_search_s_state_outlives_a_calibration(
     stage = STAGES["plan"]
     inputs.lay(stage, arena)
     assert commands.run(arena, *stage.words, stop_at=40).code == -9
-    before = {path: entry for path, entry in tree(arena).items() if "work" in path and entry[1]}
+    before = {
+        path: entry for path, entry in tree(arena).items() if path.startswith(".cal.tc-deploy/plan-") and entry[1]
+    }
     assert before
     ended = commands.run(arena, *CALIBRATE)
     assert (ended.problem, ended.code) == ("", 0)

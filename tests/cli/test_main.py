@@ -211,6 +211,11 @@ def test_our_own_bug_is_one_line_and_a_traceback_on_request(
         ),
         (OSError(28, "No space left on device", "/tmp/x"), errors.StorageError.exit_code, "/tmp/x: No space left"),
         (OSError(24, "Too many open files"), errors.StorageError.exit_code, "error: Too many open files"),
+        (
+            RuntimeError("unable to open <x>: Too many open files (24)"),
+            errors.StorageError.exit_code,
+            "unable to open <x>",
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_no_defect(
