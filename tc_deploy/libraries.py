@@ -59,7 +59,7 @@ def requirements_of(extra: str) -> list[str]:
     """What an extra requires, as pip takes it; empty where the installed metadata does not know the extra."""
     try:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, OSError):  # what kept the library away may keep these away too
         return []
     found = []
     for requirement in declared:

@@ -26,7 +26,14 @@ from tc_deploy.errors import (
     first_line,
 )
 
-_OUT_OF_MEMORY = ("bad_alloc", "out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "unable to allocate",
+    "could not create a primitive",  # oneDNN, when it gets no memory for a kernel
+)
 """How libraries that know no MemoryError say it, in lower case."""
 _MACHINE_S = frozenset(
     {

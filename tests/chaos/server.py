@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 IMPORTED_ONCE = (
+    *("tc_deploy.cli.program", "tc_deploy.cli.failure"),
     *(f"tc_deploy.cli.{name}" for name in ("build", "calibrate", "export", "generate", "inspect", "plan", "report")),
     *("tc_deploy.calibrate.stage", "tc_deploy.export.stage", "tc_deploy.search.stage", "tc_deploy.report.page"),
     *("tc_deploy.backends.build", "tc_deploy.runtime.pipeline", "tc_deploy.backends.onnxruntime"),
