@@ -15,14 +15,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from tc_deploy import __version__
-from tc_deploy.bundle import check_output, write_output
+from tc_deploy.bundle import check_output, reading, write_output
 from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
 from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
 from tc_deploy.hardware import check_fits_memory
-from tc_deploy.manifest import DECODER, Manifest, read_manifest
+from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, Manifest, read_manifest
 from tc_deploy.plan import load_plan, places_read
 from tc_deploy.runtime.request import MAX_SEED
 from tc_deploy.sheet import sheet_of
@@ -114,10 +114,11 @@ def command(
     """Make pictures with the engines of BUNDLE (engines/NAME)."""
     from tc_deploy.runtime.pipeline import load
 
-    _check_frozen(bundle, steps=steps, height=height, width=width)
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
-    manifest = read_manifest(bundle)
+    with reading(bundle, BUNDLE_FOLDER):  # which puts right what a process left that died while it replaced the bundle
+        _check_frozen(bundle, steps=steps, height=height, width=width)
+        manifest = read_manifest(bundle)
     if bool(labels) + bool(prompts) + (file is not None) != bool(manifest.conditions):
         raise UsageError(f"{bundle} takes {_takes(manifest)}")
     if negative_prompt is not None and not prompts:
