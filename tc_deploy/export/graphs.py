@@ -225,6 +225,7 @@ def onnx_from_graph(
 
     Raises:
         ExportError: PyTorch's exporter refuses the graph, or fixes an axis that was to be left open.
+        MemoryError: the exporter got no memory.
     """
     axes = _open_axes(graph, dynamic_batch=dynamic_batch)
     arguments = tuple(example[name] for name in graph.input_names)
@@ -243,6 +244,8 @@ def onnx_from_graph(
                 optimize=True,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None  # nothing is wrong with the graph
         # The exporter's own words are advice on how to report a defect; what it met is the cause.
         raise ExportError(f"PyTorch cannot export {graph.title}: {first_line(error.__cause__ or error)}") from error
     if program is None:
