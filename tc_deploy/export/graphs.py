@@ -245,7 +245,7 @@ def onnx_from_graph(
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         if isinstance(error.__cause__, MemoryError):
-            raise error.__cause__ from None  # nothing is wrong with the graph
+            raise MemoryError(f"exporting {graph.title}") from error  # nothing is wrong with the graph
         # The exporter's own words are advice on how to report a defect; what it met is the cause.
         raise ExportError(f"PyTorch cannot export {graph.title}: {first_line(error.__cause__ or error)}") from error
     if program is None:
