@@ -23,6 +23,7 @@ A message says what is wrong, where, what was expected and found, and how to men
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import ClassVar, Final
 
 UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -106,6 +107,21 @@ class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked
 def printable(text: str) -> str:
     """A text with what a terminal would obey written out, so that an escape sequence is read and not acted on."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def causes(error: BaseException, *, contexts: bool = True) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on; each once, for causes may form a circle.
+
+    Args:
+        error: the error.
+        contexts: where nothing was named as the cause, go on with what was being handled.
+    """
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or (following.__context__ if contexts else None)
 
 
 def counted(count: int, noun: str) -> str:

@@ -13,7 +13,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from tc_deploy.errors import BackendError, first_line
+from tc_deploy.errors import BackendError, causes, first_line
 
 DISTRIBUTION = "tc-deploy"
 EXTRA_BY_MODULE = {
@@ -135,11 +135,9 @@ def load_failure(error: BaseException) -> str | None:
 
 
 def _importing_library(error: BaseException) -> str | None:
-    seen: BaseException | None = error
     found = None
-    while seen is not None:
-        found = _first_library(seen.__traceback__) or found
-        seen = seen.__cause__ or seen.__context__
+    for cause in causes(error):
+        found = _first_library(cause.__traceback__) or found
     return found
 
 
@@ -158,6 +156,5 @@ def _first_library(traceback: TracebackType | None) -> str | None:
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    *_, root = causes(error, contexts=False)
+    return f"{type(root).__name__}: {first_line(root)}"

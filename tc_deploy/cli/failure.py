@@ -23,6 +23,7 @@ from tc_deploy.errors import (
     StorageError,
     TcDeployError,
     UsageError,
+    causes,
     first_line,
 )
 
@@ -115,13 +116,11 @@ def _interruption(error: BaseException) -> str | None:
     """What ended the run, where an error is what a library made of KeyboardInterrupt, or came up on its way out."""
     if isinstance(error, Cancelled):
         return None
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, KeyboardInterrupt):
-            return str(seen) or "interrupted"
-        if isinstance(seen, click.Abort) or KeyboardInterrupt.__name__ in str(seen):
+    for cause in causes(error):
+        if isinstance(cause, KeyboardInterrupt):
+            return str(cause) or "interrupted"
+        if isinstance(cause, click.Abort) or KeyboardInterrupt.__name__ in str(cause):
             return "interrupted"
-        seen = seen.__cause__ or seen.__context__
     return None
 
 

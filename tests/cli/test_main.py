@@ -263,6 +263,17 @@ def test_what_a_library_makes_of_an_interruption_is_still_one(
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+def test_causes_that_form_a_circle_come_to_an_end(
+    doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = MemoryError("first"), RuntimeError("second")
+    first.__context__, second.__cause__ = second, first
+    assert [str(cause) for cause in errors.causes(second)] == ["second", "first"]
+    doctor_does(raising(first))
+    assert cli.main(["doctor"]) == errors.OutOfMemoryError.exit_code
+    assert "first" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_traceback() -> None:
     for words in (["--help"], ["doctor"]):
         program = [sys.executable, "-m", "tc_deploy", *words]

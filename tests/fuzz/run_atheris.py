@@ -6,6 +6,7 @@ which it saves where ``-artifact_prefix`` says.
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import tempfile
@@ -19,6 +20,7 @@ with atheris.instrument_imports(include=["tc_deploy"]):
     from fuzz.mutations import mutated
     from fuzz.targets import targets
 
+logging.disable()
 name, seeds, *arguments = sys.argv[1:]
 target = targets(Path(seeds), Path(tempfile.mkdtemp(prefix="fuzz-")))[name]
 

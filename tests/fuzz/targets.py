@@ -8,7 +8,6 @@ where an engine would be opened. Never: opens an engine.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -174,7 +173,6 @@ def targets(folder: Path, work: Path) -> dict[str, Target]:
         folder: as :func:`seed_folder` made it.
         work: an empty folder that they write into.
     """
-    logging.disable()
     bundle = Path(shutil.copytree(folder / "bundle", work / "bundle"))
     plan = work / "plan"
     plan.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -37,10 +38,11 @@ def seeds(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def known(seeds: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
-    import logging
-
-    yield targets(seeds, tmp_path_factory.mktemp("fuzz"))
-    logging.disable(logging.NOTSET)
+    logging.disable()
+    try:
+        yield targets(seeds, tmp_path_factory.mktemp("fuzz"))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module", autouse=True)
