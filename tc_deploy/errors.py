@@ -9,7 +9,7 @@
     ├── ExportError               6   a graph or a scheduler cannot be exported, or the graph departs from PyTorch
     ├── BackendError              7   an engine cannot be built or loaded here; names the extra to install
     ├── StorageError              8   an output cannot be written, or would replace what is not this tool's
-    ├── NotFiniteError            9   a run, a training or a table came to NaN or infinity
+    ├── NotFiniteError            9   a run, a training or a table came to NaN or infinity, or a weight is one
     ├── OutOfMemoryError         10   the machine's memory does not suffice for what was asked
     └── Cancelled               130   the caller stopped a run between two steps
 
@@ -87,7 +87,7 @@ class StorageError(TcDeployError):
 
 
 class NotFiniteError(TcDeployError):
-    """A run, a training or a table came to NaN or infinity; the message names the step at which it began."""
+    """A run, a training or a table came to NaN or infinity, or a weight is one; the message names where it began."""
 
     exit_code = 9
 

@@ -32,7 +32,7 @@ from tc_deploy.models.files import (
 from tc_deploy.models.obstacles import check_fit, missing_library, refuse_loading
 from tc_deploy.models.pipeline_index import AUTOENCODER, INDEX, PipelineIndex, Said
 from tc_deploy.models.text import TOKENIZER, TextEncoding, TextPart
-from tc_deploy.models.weights import LOADING, checked_weights, from_pretrained
+from tc_deploy.models.weights import LOADING, check_finite, checked_weights, from_pretrained
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLWan")
 """The classes whose decoders are known to export."""
@@ -106,6 +106,7 @@ class PipelineFolder:
 
         Raises:
             ModelError: as for ``check_autoencoder``, or the weights do not fit the configuration.
+            NotFiniteError: a weight is NaN or infinite.
         """
         name = str(self._autoencoder_config()["_class_name"])
         made = self._loaded(getattr(diffusers, name), AUTOENCODER, DIFFUSERS_WEIGHTS, torch_dtype=torch.float32)
@@ -195,6 +196,7 @@ class PipelineFolder:
 
         Raises:
             ModelError: as for ``check_text``, or the weights do not fit the configuration.
+            NotFiniteError: a weight is NaN or infinite.
         """
         import transformers
 
@@ -279,6 +281,7 @@ class PipelineFolder:
             raise refuse_loading(error, folder, f"config.json and the weights do not make a {kind.__name__}") from error
         # What else a checkpoint holds, as CLIP's picture half, does not matter.
         check_fit(info["missing_keys"], (), len(module.state_dict()), folder)
+        check_finite(module, files, folder)
         return Component(
             module=module.eval().requires_grad_(False),
             model_class=kind.__name__,

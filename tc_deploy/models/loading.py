@@ -35,7 +35,7 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
 from tc_deploy.models.obstacles import check_fit, missing_library, refuse_loading
 from tc_deploy.models.pipeline_index import INDEX, TRANSFORMER, PipelineIndex
-from tc_deploy.models.weights import LOADING, checked_weights, from_pretrained
+from tc_deploy.models.weights import LOADING, check_finite, checked_weights, from_pretrained
 
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_class: module.FAMILY for module in (dit, pixart, sd3, flux, wan)}
 ENTRY_POINTS = "tc_deploy.families"
@@ -56,6 +56,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
     Raises:
         ModelError: the folder or a file is missing, half-written or a pickle, the class has no family, the
             configuration asks for what its family does not cover, or the options do not fit the model.
+        NotFiniteError: a weight is NaN or infinite.
     """
     options = options or ModelOptions()
     folder = model_folder(local_folder(path, options.variant))
@@ -75,6 +76,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
             error, folder, f"config.json and the weights do not make a {family.model_class}"
         ) from error
     check_fit(info["missing_keys"], info["unexpected_keys"], len(module.state_dict()), folder)
+    check_finite(module, files, folder)
     module.eval().requires_grad_(False)
     try:
         geometry = family.geometry(module, options)

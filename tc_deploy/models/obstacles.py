@@ -123,6 +123,11 @@ def check_fit(missing: Collection[str], unexpected: Collection[str], expected: i
     )
     if not unexpected:
         cause = f"the checkpoint is incomplete, {AGAIN}"
+    elif prefix := _wrapper(missing, unexpected):
+        cause = (
+            f"they would fit without the {prefix!r} before each name, so they are of a module around the model: save"
+            " the model itself, with its own save_pretrained(folder)"
+        )
     elif len(missing) >= expected:
         cause = (
             "none fits, so they are of another class, or named as outside diffusers: load such with the pipeline's"
@@ -133,6 +138,13 @@ def check_fit(missing: Collection[str], unexpected: Collection[str], expected: i
     else:
         cause = f"the checkpoint is of another model, or of another size; {AGAIN}"
     raise ModelError(f"{folder}: the weights do not fit config.json: {words}; {cause}")
+
+
+def _wrapper(missing: Collection[str], unexpected: Collection[str]) -> str | None:
+    """What stands before the names of all weights, where nothing else is wrong with them; None where more is."""
+    prefix = min(unexpected).removesuffix(min(missing, default=""))
+    fits = prefix.endswith(".") and {name.removeprefix(prefix) for name in unexpected} == set(missing)
+    return prefix if fits else None
 
 
 def missing_library(error: BaseException) -> str | None:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from tc_deploy.errors import ModelError
-from tc_deploy.models.files import check_whole, under_usual_names, weight_files
+from tc_deploy.errors import ModelError, NotFiniteError
+from tc_deploy.models.files import AGAIN, check_whole, under_usual_names, weight_files
 from tc_deploy.models.obstacles import check_not_quantised, check_tensors
 
 LOADING = (
@@ -81,3 +82,32 @@ def from_pretrained(
             place, use_safetensors=True, local_files_only=True, output_loading_info=True, **settings
         )
     return module, info
+
+
+def check_finite(module: nn.Module, files: tuple[Path, ...], folder: Path) -> None:
+    """Check that a module's weights are finite, as they were loaded.
+
+    Args:
+        module: the module.
+        files: of its weights.
+        folder: the model's.
+
+    Raises:
+        NotFiniteError: one is not; names it as its file does.
+    """
+    wrong = next((name for name, values in module.state_dict().items() if not _is_finite(values)), None)
+    if wrong is None:
+        return
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - an open file is no mapping
+                values = tensors.get_tensor(name)
+                if not _is_finite(values):
+                    found = "NaN" if values.isnan().any() else "infinity"
+                    raise NotFiniteError(f"{file}: the weights of {name} hold {found}; {AGAIN}")
+    raise NotFiniteError(f"{folder}: the weights of {wrong} do not fit into float32; {AGAIN}")
+
+
+def _is_finite(values: Tensor) -> bool:
+    # One pass without a copy; a sum of finite values may overflow, and only then each is looked at.
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -19,16 +19,17 @@ from diffusers_pipelines import (
     WAN_MEANS,
     shifted_autoencoder,
     tiny_autoencoder,
+    tiny_t5,
     tiny_wan_autoencoder,
 )
 from tolerances import tolerance
 from torch import Tensor
 
-from tc_deploy.errors import ModelError, UsageError
+from tc_deploy.errors import ModelError, NotFiniteError, UsageError
 from tc_deploy.export.decoder import export_decoder
 from tc_deploy.export.parts import PipelineParts
 from tc_deploy.manifest import ONNX_FOLDER
-from tc_deploy.models import flux, sd3, wan
+from tc_deploy.models import flux, pixart, sd3, wan
 from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 
@@ -126,6 +127,20 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     weights.with_suffix(".bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"diffusion_pytorch_model.bin: a pickle can run code when it is read"):
         parts("sd3", tmp_path)
+
+
+def test_parts_with_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    autoencoder, encoder = tiny_autoencoder(4), tiny_t5(24)
+    with torch.no_grad():
+        autoencoder.decoder.conv_in.weight[0, 0, 0, 0] = torch.nan
+        encoder.shared.weight[1, 2] = torch.inf
+    autoencoder.save_pretrained(tmp_path / "vae")
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    folder = PipelineFolder(tmp_path, "parts")
+    with pytest.raises(NotFiniteError, match=r"vae/.*\.safetensors: the weights of decoder.conv_in.weight hold NaN"):
+        folder.autoencoder()
+    with pytest.raises(NotFiniteError, match=r"text_encoder/.*\.safetensors: the weights of shared.weight hold inf"):
+        folder.text_encoder(pixart.TEXT.parts[0])
 
 
 def test_an_autoencoder_that_is_not_known_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tc_deploy.bundle import sha256_of_file
-from tc_deploy.errors import ModelError
+from tc_deploy.errors import ModelError, NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model, load_scheduler
@@ -261,6 +261,29 @@ def test_an_unexpected_key(folder: Path) -> None:
 def test_weights_of_another_depth(folder: Path, layers: int) -> None:
     edit_config(folder, num_layers=layers)
     error_of(load_model, folder, "transformer_blocks.", "config.json", "download or save")
+
+
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "NaN"), (-torch.inf, "infinity")])
+def test_weights_that_are_not_finite(sharded: Path, value: float, said: str) -> None:
+    shard = next(path for path in shards_of(sharded) if A_WEIGHT in load_file(path))
+    weights = load_file(shard)
+    weights[A_WEIGHT][1, 2] = value
+    save_file(weights, shard, metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError) as raised:
+        load_model(sharded)
+    assert str(raised.value).startswith(f"{shard}: the weights of {A_WEIGHT} hold {said}; ")
+
+
+def test_weights_that_float32_cannot_hold(folder: Path) -> None:
+    large = torch.full((64, 64), 1e300, dtype=torch.float64)
+    edit_weights(folder, lambda weights: weights.update({A_WEIGHT: large}))
+    with pytest.raises(NotFiniteError, match=rf"transformer: the weights of {A_WEIGHT} do not fit into float32"):
+        load_model(folder)
+
+
+def test_finite_weights_whose_sum_is_not(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights[A_WEIGHT].fill_(3e38))
+    assert float(load_model(folder).module.state_dict()[A_WEIGHT][0, 0]) == pytest.approx(3e38)
 
 
 def test_a_wrong_shape(folder: Path) -> None:

@@ -176,8 +176,17 @@ def test_missing_and_unexpected_keys_are_both_named(folder: Path) -> None:
     assert f"1 missing key, first {A_LAYER}.weight and 1 unexpected key, first surplus" in message
 
 
+@pytest.mark.parametrize("prefix", ["model.", "pipe.transformer."])
+def test_a_prefix_of_somebody_s_own_module(folder: Path, prefix: str) -> None:
+    edit_weights(folder, lambda held: {prefix + name: value for name, value in held.items()})
+    message = refusal_of(folder)
+    assert f"would fit without the {prefix!r} before each name" in message
+    assert "save_pretrained(folder)" in message
+    assert "from_single_file" not in message
+
+
 def test_names_as_outside_diffusers(folder: Path) -> None:
-    edit_weights(folder, lambda held: {f"model.diffusion_model.{name}": value for name, value in held.items()})
+    edit_weights(folder, lambda held: {f"model.diffusion_model.x_{name}": value for name, value in held.items()})
     message = refusal_of(folder)
     assert "first model.diffusion_model." in message
     assert "from_single_file" in message
