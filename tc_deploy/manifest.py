@@ -488,7 +488,7 @@ def _bundle_names(folder: Path) -> Iterator[str]:
     yield MANIFEST
 
 
-TARGET_FOLDER: Final = FolderKind(name="a target", marker=MANIFEST, names=_target_names)
+TARGET_FOLDER: Final = FolderKind(name="a target", marker=MANIFEST, names=_target_names, is_inner=True)
 BUNDLE_FOLDER: Final = FolderKind(name="a bundle", marker=MANIFEST, names=_bundle_names, inner=TARGET_FOLDER)
 
 

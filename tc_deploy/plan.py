@@ -27,6 +27,7 @@ from tc_deploy.bounds import (
     Steps,
 )
 from tc_deploy.bundle import (
+    PLAN_DOCUMENT,
     Document,
     Earlier,
     FileRecord,
@@ -49,7 +50,7 @@ from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
 FORMAT_VERSION: Final = 2
-PLAN = "plan.json"
+PLAN: Final = PLAN_DOCUMENT
 TABLES = "tables.safetensors"
 VARIANT: Final = r"^[A-Za-z0-9_-]+$"
 """What the name of a copy of the weights looks like: it becomes a part of file names."""

@@ -3,6 +3,7 @@
 from tc_deploy.bundle.documents import (
     LARGEST_DOCUMENT_BYTES,
     MANIFEST,
+    PLAN_DOCUMENT,
     Document,
     DocumentT,
     FileRecord,
@@ -33,6 +34,7 @@ from tc_deploy.bundle.storage import portable_path
 __all__ = [
     "LARGEST_DOCUMENT_BYTES",
     "MANIFEST",
+    "PLAN_DOCUMENT",
     "Claim",
     "Document",
     "DocumentT",

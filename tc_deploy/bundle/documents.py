@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from tc_deploy.errors import UNPRINTABLE, BundleError, printable
 
 MANIFEST = "manifest.json"
+PLAN_DOCUMENT = "plan.json"
 LARGEST_DOCUMENT_BYTES: Final = 64 * 2**20
 """More than any plan, manifest or search needs; read whole, so it bounds memory."""
 

@@ -29,13 +29,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tc_deploy import __version__
 from tc_deploy.bundle import locks
+from tc_deploy.bundle.apart import check_apart
 from tc_deploy.bundle.documents import Document, canonical_json
 from tc_deploy.bundle.kinds import (
     HOLDER_SUFFIX,
@@ -123,20 +124,23 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(destination: Path, kind: FolderKind) -> Iterator[Claim]:
+def claimed(destination: Path, kind: FolderKind, *, reads: Iterable[Path] = ()) -> Iterator[Claim]:
     """Claim an output folder for as long as the block runs: whatever can be refused, is refused before it begins.
 
     Args:
         destination: the folder to make; a symbolic link is followed. One that exists is replaced only if it is empty,
             or of that kind with nothing else in it.
         kind: what it is to be.
+        reads: files and folders that the same command reads, and so what it may not lie in.
 
     Raises:
-        StorageError: the place cannot be written, holds something else, or another process is writing it.
+        StorageError: the place cannot be written, holds something else, lies in a folder that is read or is ours, or
+            another process is writing it.
     """
     given, destination = destination, Path(os.path.realpath(destination))
     with contextlib.ExitStack() as stack:
         with storage_errors(given):
+            check_apart(given, destination, reads, is_inner=kind.is_inner)
             stack.enter_context(made_folder(destination.parent))
             claim = _claim(given, destination, kind, stack)
         yield claim
@@ -176,13 +180,13 @@ def new_folder(destination: Path, kind: FolderKind) -> Iterator[Path]:
         yield folder
 
 
-def check_replaceable(destination: Path, kind: FolderKind) -> None:
-    """Check that a folder may be made there, without keeping the claim.
+def check_replaceable(destination: Path, kind: FolderKind, *, reads: Iterable[Path] = ()) -> None:
+    """Check that a folder may be made there, as :func:`claimed` does, without keeping the claim.
 
     Raises:
         StorageError: it may not.
     """
-    with claimed(destination, kind):
+    with claimed(destination, kind, reads=reads):
         pass
 
 

@@ -48,6 +48,8 @@ class FolderKind:
     of its own the document last. Raises :class:`NotOursError`."""
     inner: FolderKind | None = None
     """The kind of the folders that other commands make inside."""
+    is_inner: bool = False
+    """Such folders are made inside one of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)

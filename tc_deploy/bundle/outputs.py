@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tc_deploy.bundle import locks
+from tc_deploy.bundle.apart import check_apart
 from tc_deploy.bundle.kinds import HOLDER_SUFFIX, left_overs
 from tc_deploy.bundle.storage import like, made_folder, storage_errors
 from tc_deploy.errors import StorageError
@@ -51,8 +52,7 @@ def check_output(path: Path, kind: FileKind, *, reads: Iterable[Path] = (), forc
         if _is_stream(path):
             return
         real = Path(os.path.realpath(path))
-        for place in reads:
-            _check_apart(path, real, place)
+        check_apart(path, real, reads)
         with made_folder(real.parent):
             temporary = _temporary(real)
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
@@ -158,38 +158,3 @@ def _own_descriptor(path: Path) -> int | None:
             return None
         place = os.path.join(folder, os.readlink(place))  # noqa: PTH115, PTH118
     return None
-
-
-def _check_apart(path: Path, real: Path, place: Path) -> None:
-    """Check that an output is not an input, nor in a folder of inputs, under whatever name.
-
-    Raises:
-        StorageError: it is.
-    """
-    files, folders = _identities(place)
-    above = {_identity(parent) for parent in real.parents if parent.exists()}
-    if (real.exists() and _identity(real) in files) or above & folders:
-        what = "is" if not place.is_dir() else "lies in"
-        raise StorageError(f"{path} {what} {place}, which this command reads; choose another output")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _identities(place: Path) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """All files and all folders of an input, links followed."""
-    files: set[tuple[int, int]] = set()
-    folders: set[tuple[int, int]] = set()
-    waiting = [place]
-    while waiting:
-        path = waiting.pop()
-        with contextlib.suppress(OSError):
-            found = _identity(path)
-            if not path.is_dir():
-                files.add(found)
-            elif found not in folders:
-                folders.add(found)
-                waiting += path.iterdir()
-    return files, folders

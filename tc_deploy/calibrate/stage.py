@@ -91,7 +91,7 @@ def calibrate(
     """
     # What can be refused at once comes first: loading takes long.
     check_device(device)
-    with claimed(destination, PLAN_FOLDER) as claim:
+    with claimed(destination, PLAN_FOLDER, reads=[Path(recipe.model)]) as claim:
         if (destination / PLAN).is_file():
             report(f"{destination} holds a plan, which will be replaced", 0, 1)
         state = _State(claim)

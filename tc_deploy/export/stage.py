@@ -62,6 +62,7 @@ from tc_deploy.plan import (
     PromptsRecord,
     content_sha256,
     load_plan,
+    places_read,
     token_index_name,
     write_plan_files,
 )
@@ -134,8 +135,9 @@ def export_bundle(
         raise UsageError(
             "--pipeline names where decoder and text encoders are; give --with-decoder or --with-text-encoder with it"
         )
-    check_replaceable(destination, BUNDLE_FOLDER)
+    reads = [*places_read(plan_folder), *(path for path in (model_path, pipeline_path) if path is not None)]
     plan, tables = load_plan(plan_folder)
+    check_replaceable(destination, BUNDLE_FOLDER, reads=reads)
     if batch_size is not None:
         # One value of a token in each block, of which a step makes several.
         rows = batch_size * (1 if plan.sampling.guidance_scale is None else 2)

@@ -114,7 +114,7 @@ def search_plan(
             f"search: expected {MIN_STEPS} steps or more, two phases of a full and a cached one, found"
             f" {recipe.sampling.steps}; raise --steps"
         )
-    with claimed(destination, PLAN_FOLDER) as claim:
+    with claimed(destination, PLAN_FOLDER, reads=[Path(recipe.model)]) as claim:
         report("loading the checkpoint", 0, 1)
         model = model_from_recipe(recipe, device)
         if judge is not None:

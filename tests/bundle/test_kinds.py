@@ -107,11 +107,12 @@ def test_a_plan_of_an_older_version_is_ours(plan: Path) -> None:
     refused(plan, PLAN_FOLDER, "has not the keys of format version 1")
 
 
-def test_a_kind_is_not_taken_for_another(bundle: Path, plan: Path) -> None:
+def test_a_kind_is_not_taken_for_another(bundle: Path, plan: Path, tmp_path: Path) -> None:
     refused(bundle, PLAN_FOLDER, "mixed holds .*, which tc-deploy did not write there")
     refused(plan, BUNDLE_FOLDER, "holds no manifest.json")
     refused(bundle, TARGET_FOLDER, "its kind is 'bundle'")
-    refused(bundle / "onnxruntime", BUNDLE_FOLDER, "its kind is 'target'")
+    alone = Path(shutil.copytree(bundle / "onnxruntime", tmp_path / "alone" / "target"))
+    refused(alone, BUNDLE_FOLDER, "its kind is 'target'")
 
 
 @pytest.mark.parametrize(
