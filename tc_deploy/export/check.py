@@ -102,9 +102,9 @@ def step_inputs(
         example |= {history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()}
     if rows is not None:
         example[TOKEN_INDEX] = rows.contiguous()
-    row = None if rows is None else rows.reshape(-1, rows.shape[-1])[0].numpy()
+    row = None if rows is None else rows.reshape(-1, rows.shape[-1])[0].cpu().numpy()
     for name, values in group_inputs(groups, steps.cache, steps.model.geometry.tokens, variant, row).items():
-        given = torch.from_numpy(values.copy())
+        given = torch.from_numpy(values.copy()).to(steps.weights.device)
         shared = values.ndim > 0 and steps.model.family.shares_index
         example[name] = given if shared else given.expand(batch, *given.shape).contiguous()
     return example
@@ -159,7 +159,7 @@ def snr_to_fp32_db(graph: NamedGraph, example: Mapping[str, Tensor], sample: Ten
     with torch.no_grad():
         feed = (example[name] for name in graph.input_names)
         expected = graph(*(given.float() if given.is_floating_point() else given for given in feed))
-    error, signal = (float(values.double().square().mean()) for values in (sample - expected[0], expected[0]))
+    error, signal = (float(values.double().square().mean()) for values in (sample - expected[0].cpu(), expected[0]))
     return 10 * math.log10(signal / error) if error and signal else None
 
 
@@ -214,7 +214,7 @@ def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tup
 
 
 def _run_in_onnxruntime(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-    found = _session(path).run(list(outputs), {name: given.numpy() for name, given in feed.items()})
+    found = _session(path).run(list(outputs), {name: given.cpu().numpy() for name, given in feed.items()})
     return [torch.from_numpy(array) for array in found]
 
 
@@ -227,7 +227,7 @@ def _run_in_openvino(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[s
         for name, given in feed.items():
             kind = request.get_tensor(name).element_type
             tensor = openvino.Tensor(kind, openvino.Shape(given.shape))
-            tensor.data[...] = _bits(given).numpy()
+            tensor.data[...] = _bits(given.cpu()).numpy()
             request.set_tensor(name, tensor)
         request.infer()
     except RuntimeError as error:
@@ -263,7 +263,7 @@ def _worst_error(
     worst = 0.0
     for name, theirs in expected.items():
         where = f"{path.name}: output {name}"
-        worst = max(worst, _checked_error(found[name].float().numpy(), theirs.float().numpy(), where, precision))
+        worst = max(worst, _checked_error(found[name].float().numpy(), theirs.float().cpu().numpy(), where, precision))
     return worst
 
 

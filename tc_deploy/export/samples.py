@@ -245,4 +245,4 @@ def _bytes_per_row(record: GraphRecord) -> int:
 
 
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().numpy().copy()
+    return tensor.detach().cpu().numpy().copy()

@@ -46,7 +46,9 @@ def by_moments(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
         values: Any = config.get(key)
         if not isinstance(values, list | tuple) or len(values) != latents.shape[1] or not all(map(_is_number, values)):
             raise ModelError(f"{key}: expected {latents.shape[1]} finite numbers, found {values}")
-        moments.append(torch.tensor(values, dtype=torch.float32).reshape(1, -1, *[1] * (latents.ndim - 2)))
+        moments.append(
+            torch.tensor(values, dtype=torch.float32, device=latents.device).reshape(1, -1, *[1] * (latents.ndim - 2))
+        )
     mean, deviation = moments
     return latents * deviation + mean
 
