@@ -12,6 +12,7 @@ import base64
 import binascii
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -21,14 +22,16 @@ from tc_deploy.bundle import (
     Document,
     canonical_json,
     check_files,
+    foreign_names,
     kept_from_writers,
     read_document,
+    reading,
     sha256_of_file,
     write_bytes,
 )
 from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.libraries import imported
-from tc_deploy.manifest import SIGNATURE, TargetManifest, read_manifest, read_target
+from tc_deploy.manifest import BUNDLE_FOLDER, SIGNATURE, TargetManifest, read_manifest, read_target
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -66,23 +69,35 @@ def sign_bundle(path: Path, private_key: Path) -> SignatureRecord:
         StorageError: the signature cannot be written.
     """
     key = _private_key(private_key)
-    # Of a bundle that is replaced meanwhile it would be a signature over two.
+    with reading(path, BUNDLE_FOLDER):  # which puts right what a process left that died while it replaced the bundle
+        pass
+    # Of a bundle that is replaced meanwhile it would be a signature over two, or in another.
     with kept_from_writers(path):
-        targets = _check_whole(path, _targets(path))
+        targets = _targets(path)
+        _check_whole(path, targets)
         signs = _manifests(path, targets)
-    record = SignatureRecord(
-        kind="signature",
-        format_version=1,
-        made_by=f"tc-deploy {__version__}",
-        signs=signs,
-        signature=base64.b64encode(key.sign(_message(signs))).decode(),
-    )
-    write_bytes(path / SIGNATURE, canonical_json(record.model_dump(mode="json")).encode())
+        record = SignatureRecord(
+            kind="signature",
+            format_version=1,
+            made_by=f"tc-deploy {__version__}",
+            signs=signs,
+            signature=base64.b64encode(key.sign(_message(signs))).decode(),
+        )
+        write_bytes(path / SIGNATURE, canonical_json(record.model_dump(mode="json")).encode())
     return record
 
 
-def verify_bundle(path: Path, public_key: Path) -> SignatureRecord:
-    """Check the signature of a bundle and every file that it covers.
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A bundle's signature, verified."""
+
+    record: SignatureRecord
+    uncovered: tuple[str, ...]
+    """What else lies in the bundle, by path inside it: nobody signed it."""
+
+
+def verify_bundle(path: Path, public_key: Path) -> Verification:
+    """Check the signature of a bundle and every file that it covers, and look for what it does not cover.
 
     Args:
         path: ``engines/NAME``.
@@ -94,13 +109,18 @@ def verify_bundle(path: Path, public_key: Path) -> SignatureRecord:
         UsageError: the key cannot be read, or is of another kind.
         BackendError: ``cryptography`` is not installed.
     """
-    targets = _targets(path)
-    record = check_signature(path, public_key, targets)
-    gone = sorted(record.signs.keys() - _manifests(path, targets).keys())
-    if gone:
-        raise BundleError(f"{path / gone[0]}: was removed after the bundle was signed; build it again, then sign")
-    _check_whole(path, targets)
-    return record
+    with reading(path, BUNDLE_FOLDER):
+        targets = _targets(path)
+        record = check_signature(path, public_key, targets)
+        gone = sorted(record.signs.keys() - _manifests(path, targets).keys())
+        if gone:
+            raise BundleError(f"{path / gone[0]}: was removed after the bundle was signed; build it again, then sign")
+        covered = {*record.signs, SIGNATURE, *_check_whole(path, targets)}
+        try:
+            uncovered = tuple(foreign_names(path, covered))
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error}; what lies in it must be known to be covered") from None
+    return Verification(record=record, uncovered=uncovered)
 
 
 def check_signature(path: Path, public_key: Path, targets: Iterable[str]) -> SignatureRecord:
@@ -148,12 +168,15 @@ def _manifests(path: Path, targets: Iterable[str]) -> dict[str, str]:
 
 
 def _check_whole(path: Path, targets: list[str]) -> list[str]:
-    """Check every file that the manifests name, and give the targets back."""
-    check_files(path, read_manifest(path).files)
+    """Check every file that the manifests name, and give their paths inside the bundle."""
+    files = read_manifest(path).files
+    check_files(path, files)
+    names = list(files)
     for target in targets:
         record: TargetManifest = read_target(path, target)
         check_files(path / target, record.files)
-    return targets
+        names += [f"{target}/{name}" for name in record.files]
+    return names
 
 
 def _message(signs: dict[str, str]) -> bytes:

@@ -207,3 +207,32 @@ def test_a_signed_bundle_is_exported_again_and_its_signature_goes(
     assert not (signed / SIGNATURE).exists()
     with pytest.raises(BundleError, match="holds no signature"):
         verify_bundle(signed, keys[1])
+
+
+def test_what_nobody_signed_is_named(signed: Path, keys: tuple[Path, Path]) -> None:
+    assert "not covered" not in run_cli("verify", signed, "--key", keys[1]).out
+    (signed / "notes" / "deep").mkdir(parents=True)
+    (signed / "notes" / "deep" / "a.txt").write_text("mine")
+    (signed / "onnx" / "\x1b[2Jmore.onnx").write_bytes(b"")
+    (signed / "empty").mkdir()
+    answer = run_cli("verify", signed, "--key", keys[1])
+    assert answer.code == 0, answer.err
+    last = answer.out.splitlines()[-1]
+    assert last == "not covered by the signature: empty/, notes/deep/a.txt, onnx/\\x1b[2Jmore.onnx"
+    for index in range(5):
+        (signed / f"zz{index}").touch()
+    assert run_cli("verify", signed, "--key", keys[1]).out.splitlines()[-1].endswith(", zz0, zz1 and 3 more")
+
+
+def test_a_bundle_that_was_half_replaced_is_put_right_before_it_is_signed_and_verified(
+    signed: Path, keys: tuple[Path, Path]
+) -> None:
+    holder = signed.with_name(f".{signed.name}.tc-deploy")
+    for use in (lambda: sign_bundle(signed, keys[0]), lambda: verify_bundle(signed, keys[1])):
+        # What a process leaves that dies between its two renames.
+        holder.mkdir()
+        (holder / "owner.json").write_text('{"kind": "holder", "format_version": 1, "made_by": "tc-deploy 0"}')
+        signed.rename(holder / "old")
+        use()
+        assert signed.is_dir()
+        assert not holder.exists()

@@ -25,7 +25,7 @@ from tc_deploy.bundle.folders import (
     remove_folder,
     remove_folders,
 )
-from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, known_document
+from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, foreign_names, known_document
 from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
 from tc_deploy.bundle.paths import absolute_path, relative_path
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
@@ -53,6 +53,7 @@ __all__ = [
     "file_names",
     "file_records",
     "first_problem",
+    "foreign_names",
     "kept_from_writers",
     "known_document",
     "new_folder",

@@ -158,7 +158,7 @@ def check_ours(folder: Path, kind: FolderKind) -> None:
         if folder.exists() or folder.is_symlink():
             raise StorageError(f"{folder} is no folder, so it is not replaced; {cure}")
         return
-    found = next(_foreign(folder, frozenset()), None)
+    found = next(foreign_names(folder, ()), None)
     if found is None:
         return
     marker = folder / kind.marker
@@ -174,7 +174,7 @@ def check_ours(folder: Path, kind: FolderKind) -> None:
             f"{folder} is not {kind.name} that this command may replace: {kind.marker} is not one of tc-deploy's:"
             f" {error}; {cure}"
         ) from None
-    found = next(_foreign(folder, frozenset(names)), None)
+    found = next(foreign_names(folder, names), None)
     if found is not None:
         raise StorageError(f"{folder} holds {_shown(found)}, which tc-deploy did not write there; {cure}")
 
@@ -183,8 +183,13 @@ def _shown(name: str) -> str:
     return ascii(name)[1:-1]
 
 
-def _foreign(folder: Path, names: frozenset[str]) -> Iterator[str]:
-    """What lies in a folder and is no plain file of these names, nor a folder of theirs, in order."""
+def foreign_names(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """What lies in a folder and is no plain file of these names, nor a folder of theirs, in order.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
+    names = frozenset(names)
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     for path, entry in _walk(folder, ""):
         if entry.is_dir(follow_symlinks=False):

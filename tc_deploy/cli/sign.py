@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from tc_deploy.cli.options import PATH
-from tc_deploy.errors import counted
+from tc_deploy.errors import counted, printable
 from tc_deploy.manifest import SIGNATURE
 from tc_deploy.signing import SignatureRecord, sign_bundle, verify_bundle
+
+MOST_NAMED = 5
+"""Of what a signature does not cover."""
 
 
 @click.command()
@@ -39,9 +42,17 @@ def sign(bundle: Path, key: Path) -> None:
     help="The signer's public key in PEM: openssl pkey -in key.pem -pubout -out key.pub.pem",
 )
 def verify(bundle: Path, key: Path) -> None:
-    """Check who signed BUNDLE (engines/NAME), and that every file is as it was signed."""
-    record = verify_bundle(bundle, key)
-    click.echo(f"{bundle}: signed by {key}, every file is as it was signed: the bundle{_with_engines(record)}")
+    """Check who signed BUNDLE (engines/NAME), and that every file is as it was signed.
+
+    What lies in it and was never signed is named, and is no failure: no command reads it, but for the kernels that
+    TensorRT-RTX keeps beside its engines.
+    """
+    found = verify_bundle(bundle, key)
+    click.echo(f"{bundle}: signed by {key}, every file is as it was signed: the bundle{_with_engines(found.record)}")
+    if found.uncovered:
+        names = ", ".join(map(printable, found.uncovered[:MOST_NAMED]))
+        more = len(found.uncovered) - MOST_NAMED
+        click.echo(f"not covered by the signature: {names}{f' and {more} more' if more > 0 else ''}")
 
 
 def _with_engines(record: SignatureRecord) -> str:
