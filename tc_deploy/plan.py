@@ -45,6 +45,7 @@ from tc_deploy.bundle import (
     sha256_of_bytes,
 )
 from tc_deploy.errors import BundleError, PlanError
+from tc_deploy.figures import contradiction_of_cost, contradiction_of_model
 from tc_deploy.schedule import FULL, PHASES, Schedule
 from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
@@ -260,8 +261,8 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
     """Check all that the JSON schema cannot say.
 
     Raises:
-        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule, or what was measured
-            is of another plan.
+        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule, figures contradict each
+            other, or what was measured is of another plan.
     """
     schedule = plan.tprr()
     if len(plan.sampling.timesteps) != schedule.steps:
@@ -296,6 +297,12 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
                     f"{where}: table {name}: block {block} must name ascending tokens in 0..{plan.model.tokens - 1};"
                     " calibrate again"
                 )
+    model, cost = plan.model, plan.cost
+    wrong = contradiction_of_model(model.config, model.latent_size, model.tokens, model.width) or contradiction_of_cost(
+        cost.full_flops, cost.cached_flops, plan.cache.keep_counts, model.tokens
+    )
+    if wrong is not None:
+        raise PlanError(f"{where}: {wrong}; calibrate again")
     if plan.measured is not None and plan.measured.plan_sha256 != content_sha256(plan):
         raise PlanError(
             f"{where}: what it says under measured is of another plan, so {PLAN} was edited since; calibrate again, or"

@@ -6,11 +6,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tc_deploy.errors import PlanError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import CacheRecord, CostRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord, CostRecord, Plan, pruned_blocks
 from tc_deploy.schedule import PHASES
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.tokencache.sampler import device_of
+
+COUNT_DEPARTS = 0.01
+"""By how much of a full step two counts of the same step may differ: other versions of PyTorch know other operators."""
 
 
 @torch.no_grad()
@@ -46,3 +50,21 @@ def count_flops(model: DiffusionTransformer, cache: CacheRecord) -> CostRecord:
                 )
             cached.append(counter.get_total_flops())
     return CostRecord(full_flops=full, cached_flops=(cached[0], cached[1]))
+
+
+def check_cost(plan: Plan, model: DiffusionTransformer, where: str) -> None:
+    """Check what a plan says that its steps cost, by counting again.
+
+    Raises:
+        PlanError: they cost something else.
+    """
+    found = count_flops(model, plan.cache)
+    names = ("full_flops", "cached_flops of phase 1", "cached_flops of phase 2")
+    said = (plan.cost.full_flops, *plan.cost.cached_flops)
+    counted = (found.full_flops, *found.cached_flops)
+    for name, value, right in zip(names, said, counted, strict=True):
+        if abs(value - right) > COUNT_DEPARTS * found.full_flops:
+            raise PlanError(
+                f"{where}: cost.{name}: expected {right}, counted on the checkpoint, found {value}, so the plan was"
+                " edited; calibrate again"
+            )

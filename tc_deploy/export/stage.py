@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tc_deploy import __version__
 from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading, relative_path
+from tc_deploy.calibrate.cost import check_cost
 from tc_deploy.calibrate.prompts import prompts_of_plan, sampled_on
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
@@ -151,6 +152,7 @@ def export_bundle(
     warn_of_plan(plan, plan_folder)
     progress("loading the checkpoint")
     model = model_of_plan(plan, str(plan_folder), model_path, variant)
+    check_cost(plan, model, str(plan_folder))
     family, geometry = model.family, model.geometry
     parts = PipelineParts(
         pipeline_path or model_path or Path(plan.model.source),
