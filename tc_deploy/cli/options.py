@@ -127,7 +127,7 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where PyTorch runs the model.",
+    help="Where PyTorch runs the model; cuda is the first GPU that CUDA_VISIBLE_DEVICES shows.",
 )
 guidance_option = click.option(
     "--guidance-scale",

@@ -17,14 +17,17 @@ import onnxruntime
 import pytest
 import torch
 from bundles import MULTISTEP, Made, MadeByCommands, SaveDit, make_plan, snapshot
+from elsewhere import elsewhere, moved
 from tolerances import tolerance
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tc_deploy
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph
+from tc_deploy.export.samples import samples_of
 from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.manifest import (
@@ -41,7 +44,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan, pruned_blocks
-from tc_deploy.samples import POLYGRAPHY, SCRIPT
+from tc_deploy.samples import POLYGRAPHY, SCRIPT, GraphSamples, Trajectory
 from tc_deploy.schedule import FULL
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
@@ -118,6 +121,32 @@ def test_a_variant_computes_what_pytorch_does_at_its_fixed_batch(pixel: MadeByCo
 @pytest.mark.parametrize("variant", [0, 1])
 def test_a_variant_without_forecast_computes_what_pytorch_does(multistep: Made, variant: int) -> None:
     assert_same_as_pytorch(multistep, variant, rows=2)
+
+
+def test_a_model_on_another_device_is_sampled_and_compared_as_on_the_cpu(mixed: Made) -> None:
+    model, (plan, tables) = load_model(mixed.model), load_plan(mixed.plan)
+    index, sampling = token_index_tables(plan, tables), sampling_from_plan(plan)
+    solver = read_solver(sampling.scheduler, plan.schedule.steps, sampling.set_timesteps_kwargs)
+    records = read_manifest(mixed.bundle).graphs
+
+    def made(model: DiffusionTransformer) -> tuple[dict[str, GraphSamples], Trajectory]:
+        graphs = {variant: step_graph(model, plan, variant) for variant in (FULL, 1, 2)}
+        return samples_of(graphs, records, plan, index, sampling, solver, 2)
+
+    # One kernel for both: which one attention takes depends on the device.
+    with sdpa_kernel(SDPBackend.MATH):
+        samples, trajectory = made(model)
+        with elsewhere():
+            there = moved(model)
+            found, run = made(there)
+            example = example_inputs(there, plan, index, sampling, 2)[1]
+            check_graph(step_graph(there, plan, 1), example, graph_path(mixed, variant_name(1)))
+    np.testing.assert_array_equal(run.full, trajectory.full)
+    np.testing.assert_array_equal(run.cached, trajectory.cached)
+    for name, expected in samples.items():
+        for mine, theirs in zip(found[name].outputs, expected.outputs, strict=True):
+            for output in theirs:
+                np.testing.assert_array_equal(mine[output], theirs[output], err_msg=f"{name} {output}")
 
 
 def test_a_fixed_batch_is_fixed(pixel: MadeByCommands) -> None:
