@@ -1,9 +1,10 @@
 """PyTorch: for a machine with a GPU and none of the other engines, or to compare them with.
 
-Its engines are the bundle's steps, traced anew by ``torch.export`` from the checkpoint for the batch that they run with
-(a saved program would be read with pickle), and on a GPU captured as CUDA graphs, one per binding. So a target holds
-only settings, and the checkpoint must be where the plan says, or where the option ``model`` does. The one backend that
-needs torch and the compile side; both are imported when it is opened, and not before. Not run on a GPU yet.
+Its engines are the bundle's steps, made anew from the checkpoint in the bundle's precision: on a CPU traced by
+``torch.export`` for the batch that they run with (a saved program would be read with pickle), on a GPU captured as CUDA
+graphs, one per binding. So a target holds only settings, and the checkpoint must be where the plan says, or where the
+option ``model`` does. The one backend that needs torch and the compile side; both are imported when it is opened, and
+not before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tc_deploy.errors import BackendError, first_line
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest
 from tc_deploy.plan import load_plan
-from tc_deploy.types import Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +40,18 @@ def _torch() -> Any:
 
 
 class TorchBuffer:
-    """A tensor on the device, with an address that never changes."""
+    """A tensor on the device, with an address that never changes.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    Args:
+        tensor: the tensor.
+        dtype: its type, as an array has it.
+    """
+
+    def __init__(self, tensor: Tensor, dtype: np.dtype[Any]) -> None:
+        self.tensor, self.dtype = tensor, dtype
+        # PyTorch and numpy do not exchange bfloat16, whose bits go as integers.
+        torch = _torch()
+        self._bits = (torch.int16, np.dtype(np.int16)) if tensor.dtype == torch.bfloat16 else (tensor.dtype, dtype)
 
     def write(self, array: NDArray[Any]) -> None:
         """Copy ``array`` in.
@@ -51,12 +59,13 @@ class TorchBuffer:
         Raises:
             ValueError: it has another dtype or shape; nothing is converted or broadcast.
         """
-        check_array(array, np.dtype(str(self.tensor.dtype).removeprefix("torch.")), tuple(self.tensor.shape))
-        self.tensor.copy_(_torch().from_numpy(np.array(array)))
+        check_array(array, self.dtype, tuple(self.tensor.shape))
+        self.tensor.copy_(_torch().from_numpy(np.array(array).view(self._bits[1])).view(self.tensor.dtype))
 
     def read(self) -> NDArray[Any]:
         """A copy, once the device is done with what it was told before."""
-        return self.tensor.cpu().numpy().copy()
+        bits: NDArray[Any] = self.tensor.cpu().view(self._bits[0]).numpy()
+        return bits.view(self.dtype).copy()
 
 
 class TorchBoundGraph:
@@ -97,7 +106,8 @@ class TorchBoundGraph:
         torch.cuda.current_stream().wait_stream(side)
         self._captured = torch.cuda.CUDAGraph()
         # Graphs run one after another and leave nothing in the pool, so all of them can have the same.
-        with torch.cuda.graph(self._captured, pool=self._device.pool):
+        # Other threads may go on allocating: other pipelines are loaded and freed there.
+        with torch.cuda.graph(self._captured, pool=self._device.pool, capture_error_mode="thread_local"):
             self._compute()
 
 
@@ -109,7 +119,7 @@ class TorchGraph:
         path: stands for the graph in messages.
         step: computes it.
         names: of its inputs and outputs, in order.
-        traced: whether the step is to be exported, and compiled if the device says so.
+        traced: whether the step is to be exported where the device wants that.
     """
 
     def __init__(
@@ -129,7 +139,7 @@ class TorchGraph:
         taken = [cast("TorchBuffer", outputs[name]).tensor for name in self._output_names]
         shapes = tuple(tensor.shape for tensor in given)
         if shapes not in self._programs:
-            self._programs[shapes] = self._program(given) if self._traced else self._step
+            self._programs[shapes] = self._program(given) if self._traced and self._device.traces else self._step
         return TorchBoundGraph(self._programs[shapes], given, taken, self._device)
 
     def _program(self, example: Sequence[Tensor]) -> _Step:
@@ -156,6 +166,8 @@ class TorchDevice:
         torch = _torch()
         self.compiled = compiled
         self.place: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # What is captured as a CUDA graph leaves nothing of Python in a run; to trace it, too, would take minutes.
+        self.traces = compiled or self.place.type != "cuda"
         self.pool: Any = torch.cuda.graph_pool_handle() if self.place.type == "cuda" else None
         self._source, self._models = model, dict[Path, "DiffusionTransformer"]()
 
@@ -169,7 +181,7 @@ class TorchDevice:
             check_fits(specs)
         torch = _torch()
         tensors = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype.name), device=self.place) for spec in specs]
-        return [TorchBuffer(tensor) for tensor in tensors]
+        return [TorchBuffer(tensor, spec.dtype) for tensor, spec in zip(tensors, specs, strict=True)]
 
     def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
         """Run them in turn; on a GPU every binding has a CUDA graph of its own."""
@@ -184,8 +196,6 @@ class TorchDevice:
         """
         bundle, name = path.parents[1], path.stem
         manifest = read_manifest(bundle)
-        if manifest.precision is not Precision.FP32:
-            raise BackendError(f"{bundle}: torch runs fp32 bundles only, found {manifest.precision}; export again")
         record = next(record for record in manifest.graphs.values() if Path(record.file).name == path.name)
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
@@ -193,16 +203,19 @@ class TorchDevice:
         from tc_deploy.export.graphs import step_graphs
 
         plan, _ = load_plan(bundle)
-        steps = step_graphs(self._model(bundle), plan.cache, plan.phases_used(), one_graph=manifest.one_graph)
+        steps = step_graphs(self._model(bundle, manifest), plan.cache, plan.phases_used(), one_graph=manifest.one_graph)
         step = next(graph for graph in steps.values() if graph.stem == name)
         return TorchGraph(self, path, step.eval(), names, traced=True)
 
-    def _model(self, bundle: Path) -> DiffusionTransformer:
+    def _model(self, bundle: Path, manifest: Manifest) -> DiffusionTransformer:
         if bundle not in self._models:
+            from tc_deploy.export.precision import cast_products
             from tc_deploy.export.stage import model_of_plan
 
             plan, _ = load_plan(bundle)
             model = model_of_plan(plan, str(bundle), Path(self._source) if self._source else None)
+            # Before it moves: the fp32 weights need no place on the device.
+            cast_products(model, manifest.precision, manifest.fp32_blocks)
             model.module.to(self.place)
             self._models[bundle] = model
         return self._models[bundle]

@@ -19,7 +19,7 @@ Never: changes the module for longer than it is asked to, names a parameter anew
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -80,9 +80,24 @@ class _HalfProducts(TorchFunctionMode):
 def half_products(
     model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str] = (), *, stored: bool = True
 ) -> Iterator[None]:
-    """While open, ``model`` computes its matrix products in ``precision``; fp32 changes nothing.
+    """While open, ``model`` computes its matrix products in ``precision``, as :func:`cast_products` makes it.
 
     The cast weights lie beside the fp32 ones, which come back in the end. Not for two threads on one model at once.
+
+    Raises:
+        UsageError: the model has no block of a name.
+    """
+    restore = cast_products(model, precision, fp32_blocks, stored=stored)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def cast_products(
+    model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str] = (), *, stored: bool = True
+) -> Callable[[], None]:
+    """Let ``model`` compute its matrix products in ``precision`` from now on; fp32 changes nothing.
 
     Args:
         model: the model.
@@ -91,6 +106,9 @@ def half_products(
         stored: hold the weights in half, as a graph does. Otherwise they are rounded and stay in fp32, and operands and
             results of each product are rounded: the same numbers but for the order of summation, where a CPU has no
             fp16 arithmetic four times as fast, and so for whole sampling runs.
+
+    Returns:
+        What gives the model its fp32 weights back; whoever drops it drops them.
 
     Raises:
         UsageError: the model has no block of a name.
@@ -101,8 +119,7 @@ def half_products(
             f"the model has no block {unknown[0]}; its blocks are {model.block_names[0]} to {model.block_names[-1]}"
         )
     if precision is Precision.FP32:
-        yield
-        return
+        return lambda: None
     half = _HALVES[precision]
     rounded: set[int] = set()
     mode = _HalfProducts(half, rounded)
@@ -138,7 +155,7 @@ def half_products(
             for branch in block.branches:
                 stack.callback(replace_forward(module.get_submodule(branch.exit), leave))
         stack.callback(replace_forward(model.module, whole))
-        yield
+        return stack.pop_all().close
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, ModelError, PlanError
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.types import FloatArray
 
 LABELS = [3, 9]
@@ -55,6 +57,37 @@ def test_a_trajectory_is_onnx_runtime_s(built: dict[str, Path], bundle: str) -> 
         assert np.abs(found - expected).max() <= allowed * np.abs(expected).max()
         # The comparison can tell a cached run from a full one.
         assert np.abs(found - other).max() > 100 * allowed * np.abs(other).max()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_half_bundle_runs_in_its_precision(request: pytest.FixtureRequest, tmp_path: Path, precision: str) -> None:
+    """Half a unit in the last place apart from the fp32 run, and no further: products are rounded, the rest is not."""
+    made: Made = request.getfixturevalue(precision)
+    runs = {}
+    for name, bundle in (("half", made.copy(tmp_path / "half")), ("fp32", as_fp32(made, tmp_path))):
+        target = build_target(bundle, "torch")
+        assert target.computes_in == (precision if name == "half" else "fp32")
+        runs[name] = {full: latents(bundle, "torch", full=full) for full in (False, True)}
+    for full in (False, True):
+        half, exact = runs["half"][full], runs["fp32"][full]
+        error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
+        assert 1e-6 < error <= tolerance("torch", precision, "drift_rel_l2")
+
+
+def as_fp32(made: Made, folder: Path) -> Path:
+    export_bundle(made.plan, folder / "fp32", check=False, samples=False)
+    return folder / "fp32"
+
+
+def test_a_bfloat16_buffer_keeps_every_bit() -> None:
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    buffer = buffer_of(registry.backend("torch").open({}), bfloat16, (2, 2))
+    values = np.array([[1.0, -2.5], [3.140625, np.inf]], bfloat16)
+    buffer.write(values)
+    assert buffer.read().dtype == bfloat16
+    assert buffer.read().tobytes() == values.tobytes()
+    with pytest.raises(ValueError, match=r"expected bfloat16 \(2, 2\), found float32 \(2, 2\)"):
+        buffer.write(np.zeros((2, 2), np.float32))
 
 
 def test_a_buffer_keeps_a_copy_of_what_is_written() -> None:
