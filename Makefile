@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful browser lint format clean
+.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -55,6 +55,12 @@ fuzz: $(INSTALLED) ## Feed every parser documents at random, a minute each
 SEQUENCES ?= 2000
 stateful: $(INSTALLED) ## Let runs stop, start and take turns at random, in SEQUENCES sequences
 	RELIABILITY_RECORD=1 TC_DEPLOY_SEQUENCES=$(SEQUENCES) $(BIN)/pytest -s tests/test_diffusers_state.py
+
+gpu-kit: $(INSTALLED) ## Pack what a bare machine with a GPU needs to measure there, into .gpu-kit
+	PYTHONPATH=. $(BIN)/python tests/gpu/kit.py .gpu-kit
+
+gpu: $(INSTALLED) ## Run the tests that need an NVIDIA GPU
+	$(BIN)/pytest -m gpu tests/gpu
 
 # The system's own Chromium is taken where there is one; CONTRIBUTING.md says how to get it.
 browser: $(INSTALLED) ## Run the tests that open the report in a browser

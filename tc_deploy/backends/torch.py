@@ -85,7 +85,7 @@ class TorchBoundGraph:
         try:
             with torch.inference_mode():
                 if self._device.place.type != "cuda":
-                    self._compute()
+                    self.compute()
                     return
                 if self._captured is None:
                     self._capture(torch)
@@ -93,7 +93,22 @@ class TorchBoundGraph:
         except (RuntimeError, IndexError) as error:
             raise BackendError(f"PyTorch fails: {first_line(error)}") from error
 
-    def _compute(self) -> None:
+    def compute(self) -> None:
+        """Queue the step's kernels one by one."""
+        torch = _torch()
+        if self._device.place.type != "cuda":
+            self._copy_results()
+            return
+        # fp32 is what a bundle's graphs say: cuDNN would take its convolutions for TF32 otherwise.
+        with torch.backends.cudnn.flags(
+            enabled=True,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            self._copy_results()
+
+    def _copy_results(self) -> None:
         for output, made in zip(self._outputs, self._step(*self._inputs), strict=True):
             output.copy_(made)
 
@@ -102,13 +117,13 @@ class TorchBoundGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._compute()
+            self.compute()
         torch.cuda.current_stream().wait_stream(side)
         self._captured = torch.cuda.CUDAGraph()
         # Graphs run one after another and leave nothing in the pool, so all of them can have the same.
         # Other threads may go on allocating: other pipelines are loaded and freed there.
         with torch.cuda.graph(self._captured, pool=self._device.pool, capture_error_mode="thread_local"):
-            self._compute()
+            self.compute()
 
 
 class TorchGraph:
@@ -199,7 +214,7 @@ class TorchDevice:
         record = next(record for record in manifest.graphs.values() if Path(record.file).name == path.name)
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
-            return TorchGraph(self, path, _solver_step(manifest, *names), names, traced=False)
+            return TorchGraph(self, path, solver_step(manifest, *names), names, traced=False)
         from tc_deploy.export.graphs import step_graphs
 
         plan, _ = load_plan(bundle)
@@ -221,7 +236,7 @@ class TorchDevice:
         return self._models[bundle]
 
 
-def _solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
+def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
     """The solver's graph in PyTorch; ``export/solver_graph.py`` says what it computes."""
     torch, history, latent_shape = _torch(), manifest.solver.history, manifest.latent_shape
 

@@ -15,7 +15,7 @@ from backends.buffers import buffer_of
 from backends.gpu_stand_in import StandInCudaRuntime
 from backends.tensorrt_stand_in import NAME, SCRATCH_BYTES, SOLVER_SCRATCH_BYTES, USER_MANAGED, StandInRuntime, stand_in
 from bundles import Made
-from gpu.measure import captured_and_launched
+from gpu.captures import captured_and_launched
 from tolerances import tolerance
 
 import tc_deploy

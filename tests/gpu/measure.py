@@ -1,229 +1,154 @@
-"""Every installed engine on this machine: numbers against PyTorch, time of full and cached steps, as JSON.
+"""Measures what tc-deploy does on a GPU, part by part, and writes one JSON file for each: ``run.sh`` calls this.
 
-For TensorRT also whether captured runs compute what launched ones do, bit for bit, and what that is worth.
-
-An engine that refuses (a GPU that TensorRT-RTX does not know, say) is not passed over: its refusal is the result.
-``run.sh`` calls this; it runs on a machine without a GPU too, with the backends that need none.
+A part runs in a process of its own, so that what kills it kills no other, and its file is written anew after every
+measurement. A file that is there is gone on with: what it holds is not measured again. No measurement begins when the
+time is up, and one that is running then is ended.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import functools
+import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
+from gpu.parts import ROOT, Kit, Measurements
 
 import tc_deploy
-from tc_deploy.backends.base import BoundGraph
-from tc_deploy.backends.build import build_target
-from tc_deploy.backends.load import load_target
-from tc_deploy.backends.onnxruntime import CPU, PROVIDERS
-from tc_deploy.backends.registry import BACKENDS
-from tc_deploy.bench.clock import Clock, step_by_step
-from tc_deploy.bench.interleave import interleaved
-from tc_deploy.bench.spread import latency_of, ratio_of
-from tc_deploy.bundle import MANIFEST, canonical_json, write_bytes
-from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
-from tc_deploy.errors import BackendError, TcDeployError
-from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
+from tc_deploy.bundle import canonical_json, write_bytes
+from tc_deploy.errors import first_line
 from tc_deploy.hardware import hardware_line, nvidia_gpus
-from tc_deploy.manifest import read_manifest
-from tc_deploy.models.loading import load_model
-from tc_deploy.plan import load_plan
-from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
+from tc_deploy.libraries import imported
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "make_random_dit.py"
-STEPS = {"steps": 8}
-SCHEDULE = {"boundary": 4, "k1": 4, "k2": 2}
-"""F c1 c1 c1 | F c2 F c2: short, since PyTorch samples beside it on the CPU."""
-LABEL, SEED = 7, 0
-BUNDLE, ONE_GRAPH = "bundle", "one-graph"
-"""Folders: with a graph for each variant, and with one for all."""
-ENGINES: dict[str, tuple[str, dict[str, Any], str]] = {
-    **{name: (name, {}, BUNDLE) for name in BACKENDS},
-    **{f"{name}:one-graph": (name, {}, ONE_GRAPH) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime")},
-    **{f"onnxruntime:{name}": ("onnxruntime", {"provider": name}, BUNDLE) for name in PROVIDERS if name != CPU},
-    **{
-        f"onnxruntime:{name}:one-graph": ("onnxruntime", {"provider": name}, ONE_GRAPH)
-        for name in PROVIDERS
-        if name != CPU
-    },
-    "torch:compiled": ("torch", {"compile": True}, BUNDLE),
+PARTS = {
+    "runtime": "gpu.runtime_part",
+    "large": "gpu.large_part",
+    "calibrate": "gpu.calibrate_part",
+    "engines": "gpu.engines_part",
 }
-"""What is measured: a backend with options, on one of the two."""
-MEMORY = """
-import sys
-from cuda.bindings import runtime
-import tc_deploy
-runtime.cudaFree(0)
-_, before, _ = runtime.cudaMemGetInfo()
-pipeline = tc_deploy.load(sys.argv[1], sys.argv[2], batch_size=1)
-pipeline.warmup()
-_, after, _ = runtime.cudaMemGetInfo()
-print(before - after)
-"""
+"""By name, the most valuable first."""
+LIBRARIES = ("torch", "diffusers", "onnxruntime", "cuda.bindings", "triton", "tensorrt", "tensorrt_rtx", "numpy")
+GRACE_S = 5.0
+"""What a part has beyond its time before it is ended."""
+NO_GPU = "needs an NVIDIA GPU, and PyTorch sees none"
 
 
-def make_bundle(size: str, sample_size: int, folder: Path) -> None:
-    """A random DiT, its plan (half of the tokens kept, then a quarter) and its two bundles, for any batch."""
-    words = [size, "-o", str(folder / "model"), "--sample-size", str(sample_size)]
-    subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
-    tokens = load_model(folder / "model").geometry.tokens
-    keep = ((tokens // 2,), (tokens // 4,))
-    settings = {"sampling": STEPS, "schedule": SCHEDULE, "cache": {"keep_counts": keep}, "measure": {"samples": 0}}
-    calibrate(Recipe.model_validate({"model": str(folder / "model"), **settings}), folder / "plan")
-    for name in (BUNDLE, ONE_GRAPH):
-        export_bundle(folder / "plan", folder / name, one_graph=name == ONE_GRAPH, progress=click.echo)
-
-
-def pytorch_latents(folder: Path, noise: np.ndarray) -> dict[str, torch.Tensor]:
-    """The same picture by the model itself, fp32 on the CPU: with every step full, and with the plan."""
-    model = load_model(folder / "model")
-    plan, tables = load_plan(folder / "plan")
-    sampling, conditions = sampling_from_plan(plan), {"class_labels": torch.tensor([LABEL], dtype=torch.int32)}
-    planned = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
-    runs = {"full": lambda _, inputs: model.forward(inputs), "cached": planned}
-    return {name: denoise(model, sampling, torch.from_numpy(noise), conditions, run) for name, run in runs.items()}
-
-
-def errors_to_pytorch(bundle: Path, backend: str, reference: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    errors = {}
-    with tc_deploy.load(bundle, backend) as pipeline:
-        for name, expected in reference.items():
-            found = torch.from_numpy(pipeline(class_labels=[LABEL], seed=SEED, full=name == "full").latents)
-            difference, span = found - expected, expected.max() - expected.min()
-            errors[name] = {
-                "max_relative_error": float(difference.abs().max() / expected.abs().max()),
-                "psnr_db": float(-10 * torch.log10((difference / span).square().mean())),
-            }
-    return errors
-
-
-def bench(bundle: Path, backend: str, batch: int, rounds: int) -> Any:
-    """What ``tc-deploy bench`` says, in a process of its own: the GPU's memory is free again afterwards.
-
-    One graph is timed in turn with separate ones, where the same kind of engine was built of them.
-    """
-    options = ["--backend", backend, "--batch-size", str(batch), "--rounds", str(rounds), "--json"]
-    separate = bundle.with_name(BUNDLE)
-    if bundle != separate and (separate / backend / MANIFEST).is_file():
-        options += ["--against", f"{separate}:{backend}"]
-    words = [sys.executable, "-m", "tc_deploy", "-q", "bench", str(bundle), *options]
-    answer = subprocess.run(words, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise BackendError(answer.stderr.strip().splitlines()[-1])
-    return json.loads(answer.stdout)
-
-
-def device_memory_bytes(bundle: Path, backend: str) -> int:
-    """What a pipeline takes of a GPU: engines with their weights, scratch memory, buffers, captured graphs."""
-    words = [sys.executable, "-c", MEMORY, str(bundle), backend]
-    answer = subprocess.run(words, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise BackendError(answer.stderr.strip().splitlines()[-1])
-    return int(answer.stdout)
-
-
-class Launched:
-    """A bound graph that a device does not take for its own, so it is launched by itself and never captured."""
-
-    def __init__(self, graph: BoundGraph) -> None:
-        self.run = graph.run
-
-
-def captured_and_launched(bundle: Path, backend: str, batch: int, rounds: int) -> dict[str, Any]:
-    """The plan's run on the same engines: as one CUDA graph, as one per step, and every engine launched by itself."""
-    engines = load_target(bundle, read_manifest(bundle), backend)
-    captured = Pipeline(bundle, backend, batch_size=batch, engines=engines)
-    launched = Pipeline(
-        bundle, backend, batch_size=batch, engines=engines, watch=lambda name, graph, output: Launched(graph)
-    )
-    request = {**captured.placeholders(batch), "seed": SEED}
-    ways = {
-        "launched": functools.partial(launched, **request, on_step=step_by_step),
-        "graph_per_step": functools.partial(captured, **request, on_step=step_by_step),
-        "one_graph": functools.partial(captured, **request),
-    }
-    # The first run of each captures, and is launched for it; the second is what later ones are.
-    latents = {way: [run().latents for _ in range(2)][-1] for way, run in ways.items()}
-    clock = Clock()
-    timed = {way: functools.partial(clock.timed, run, graphs=False) for way, run in ways.items()}
-    times_ms = {way: [run.wall_ms for run in runs] for way, runs in interleaved(timed, rounds).items()}
-    return {
-        "batch_size": batch,
-        "equal_to_launched": {way: bool(np.array_equal(made, latents["launched"])) for way, made in latents.items()},
-        "latency": {way: latency_of(times) for way, times in times_ms.items()},
-        "ratio_to_launched": {way: ratio_of(times, times_ms["launched"]) for way, times in times_ms.items()},
+def document_of(file: Path, part: str) -> dict[str, Any]:
+    """What a part's file holds so far, with the machine that it is gone on with on."""
+    found: dict[str, Any] = {"part": part, "results": {}}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    gpus, reason = nvidia_gpus()
+    return found | {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "hardware": hardware_line(),
+        "gpu": [{"name": gpu.name, "driver": gpu.driver, "memory_mib": gpu.memory_mib} for gpu in gpus] or reason,
+        "python": sys.version.split()[0],
+        "versions": {"tc_deploy": tc_deploy.__version__, **{name: version_of(name) for name in LIBRARIES}},
     }
 
 
-def say_once(what: str, done: int, total: int) -> None:
-    if done == total:
-        click.echo(what)
-
-
-def result_of(folder: Path, engine: str, batches: tuple[int, ...], rounds: int, reference: Any) -> dict[str, Any]:
-    """What one engine makes of a bundle, as far as it gets."""
-    backend, options, name = ENGINES[engine]
-    bundle = folder / name
-    result: dict[str, Any] = {"backend": backend, "options": options, "graphs": name}
+def version_of(library: str) -> str | None:
+    """A library's version; None where it is not installed."""
     try:
-        profile = {"batch_profile": (1, min(batches), max(batches))} if backend.startswith("tensorrt") else {}
-        target = build_target(bundle, backend, {**options, **profile}, say_once)
-        result["version"] = target.backend_version
-        result["errors_to_pytorch"] = errors_to_pytorch(bundle, backend, reference)
-        result["bench"] = [bench(bundle, backend, batch, rounds) for batch in batches]
-        if backend.startswith("tensorrt"):
-            result["device_memory_bytes"] = device_memory_bytes(bundle, backend)
-            result["cuda_graphs"] = [captured_and_launched(bundle, backend, batch, rounds) for batch in batches]
-    except TcDeployError as error:
-        result["refused"] = str(error)
-        click.echo(f"{engine}: {error}")
-    return result
+        return str(getattr(importlib.import_module(library), "__version__", "unknown"))
+    except ImportError:
+        return None
+
+
+def answer_of(measurement: Any) -> dict[str, Any]:
+    """What a measurement found or why it found nothing, and how long that took."""
+    start = time.perf_counter()
+    try:
+        answer = {"found": measurement()}
+    except Exception as error:  # noqa: BLE001 - whatever stopped it, that is the result
+        answer = {"refused": f"{type(error).__name__}: {first_line(error)}"}
+    return answer | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_part(part: str, file: Path, kit: Kit, end: float) -> None:
+    """Run what of a part is not in its file yet, until the time is up."""
+    torch = imported("torch")
+    module = importlib.import_module(PARTS[part])
+    measurements: Measurements = module.measurements(kit)
+    without_gpu = getattr(module, "WITHOUT_GPU", ())
+    document = document_of(file, part)
+    gpu = torch.cuda.is_available()
+    for name, measurement in measurements.items():
+        if name in document["results"]:
+            continue
+        if time.time() >= end:
+            click.echo(f"{part}: the time is up before: {name}")
+            return
+        answer = answer_of(measurement) if gpu or name in without_gpu else {"refused": NO_GPU, "seconds": 0.0}
+        document["results"][name] = answer
+        write_bytes(file, canonical_json(document).encode())
+        click.echo(f"{part}: {name}: {answer.get('refused', 'measured')} ({answer['seconds']} s)")
 
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--size", default="XL/2", show_default=True)
-@click.option("--sample-size", "sample_sizes", type=int, multiple=True, default=(32, 64), show_default=True)
-@click.option("--batch-size", "batches", type=int, multiple=True, default=(1, 2, 8), show_default=True)
-@click.option("--rounds", default=20, show_default=True)
-@click.option("--engine", "engines", type=click.Choice(tuple(ENGINES)), multiple=True, default=tuple(ENGINES))
+@click.option("--kit", "kit_folder", type=click.Path(path_type=Path, exists=True), help="What `make gpu-kit` packed.")
+@click.option("--minutes", default=8.0, show_default=True, help="When to stop.")
+@click.option("--part", "parts", type=click.Choice(tuple(PARTS)), multiple=True, default=tuple(PARTS))
+@click.option("--size", default="XL/2", show_default=True, help="Of the large model.")
+@click.option("--rounds", default=20, show_default=True, help="How often everything is timed.")
+@click.option("--within", is_flag=True, hidden=True)
+@click.option("--end", type=float, hidden=True)
 def main(
     output: Path,
+    kit_folder: Path | None,
+    minutes: float,
+    parts: tuple[str, ...],
     size: str,
-    sample_sizes: tuple[int, ...],
-    batches: tuple[int, ...],
     rounds: int,
-    engines: tuple[str, ...],
+    within: bool,
+    end: float | None,
 ) -> None:
-    """Measure every engine that is installed here, and write OUTPUT."""
-    results = []
-    for sample_size in sample_sizes:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            make_bundle(size, sample_size, folder)
-            shape = read_manifest(folder / BUNDLE).latent_shape
-            noise = np.random.Generator(np.random.Philox(key=SEED)).standard_normal(shape, dtype=np.float32)[None]
-            reference = pytorch_latents(folder, noise)
-            for engine in engines:
-                made = result_of(folder, engine, batches, rounds, reference)
-                results.append({"model": f"DiT-{size}", "sample_size": sample_size, **made})
-    gpus = [{"name": gpu.name, "driver": gpu.driver} for gpu in nvidia_gpus()[0]]
-    today = dt.datetime.now(dt.UTC).date().isoformat()
-    document = {"date": today, "hardware": hardware_line(), "gpus": gpus, "rounds": rounds, "results": results}
-    write_bytes(output, canonical_json(document).encode())
-    click.echo(f"{output}: {len(results)} results")
+    """Measure on this machine's GPU, and write OUTPUT/PART.json for each part."""
+    started = time.time()
+    end = started + 60 * minutes if end is None else end
+    output.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.gettempdir()) / f"tc-deploy-gpu-{os.getuid()}"
+    work.mkdir(exist_ok=True)
+    bundle = work / "digits" if kit_folder is None or not (kit_folder / "digits").is_dir() else kit_folder / "digits"
+    if within:
+        kit = Kit(bundle=bundle.resolve(), work=work, size=size, rounds=rounds)
+        run_part(parts[0], output / f"{parts[0]}.json", kit, end)
+        return
+    if not bundle.is_dir():
+        make_demo(bundle)
+    for part in parts:
+        left = end - time.time()
+        if left <= 0:
+            click.echo(f"{part}: the time is up")
+            continue
+        words = [sys.executable, __file__, str(output), "--part", part, "--size", size, "--rounds", str(rounds)]
+        words += ["--within", "--end", str(end), *(["--kit", str(kit_folder)] if kit_folder else [])]
+        try:
+            code = subprocess.run(words, check=False, timeout=left + GRACE_S).returncode
+        except subprocess.TimeoutExpired:
+            click.echo(f"{part}: ended, the time is up")
+            continue
+        if code:
+            click.echo(f"{part}: ended with exit code {code}")
+    click.echo(f"{output}: {time.time() - started:.0f} s")
+
+
+def make_demo(bundle: Path) -> None:
+    """The demo's bundle, where no kit brings it."""
+    from tc_deploy.backends.build import build_target
+    from tc_deploy.export.stage import export_bundle
+
+    export_bundle(ROOT / "calibration" / "digits", bundle, samples=False)
+    build_target(bundle, "onnxruntime")
 
 
 if __name__ == "__main__":

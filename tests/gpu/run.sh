@@ -1,11 +1,24 @@
 #!/usr/bin/env bash
-# Builds and runs every engine that is installed on a machine with an NVIDIA GPU (TensorRT, TensorRT-RTX, PyTorch with
-# CUDA graphs, ONNX Runtime with its CUDA, TensorRT and TensorRT-RTX providers), compares what it makes with PyTorch,
-# times full against cached steps at DiT-XL/2 size, one graph for all variants against separate ones, and TensorRT's
-# captured runs against launched ones, and writes JSON.
-# Not run on a GPU yet.
+# Measures tc-deploy on a machine with an NVIDIA GPU, the most valuable part first, and writes a JSON file per part: the
+# device runtime, PyTorch's backend on a DiT-XL/2, calibration, every engine that is installed. Run it again with the same
+# folder for what is missing.
 #
-#     tests/gpu/run.sh gpu.json          # options: PYTHON=... tests/gpu/run.sh --help
+#     tests/gpu/run.sh results                                            # in the project's own environment
+#     PYTHON=python3 tests/gpu/run.sh results --kit .gpu-kit --minutes 8   # on a bare machine, with what `make gpu-kit` packed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec env PYTHONPATH="$PWD" "${PYTHON:-.venv/bin/python}" tests/gpu/measure.py "$@"
+python="${PYTHON:-.venv/bin/python}"
+path="$PWD:$PWD/tests"
+words=("$@")
+for ((place = 0; place < ${#words[@]} - 1; place++)); do
+    if [[ ${words[place]} == --kit ]]; then
+        site="${TMPDIR:-/tmp}/tc-deploy-gpu-site-$(id -u)"
+        if [[ ! -e $site/.done ]]; then
+            "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --upgrade \
+                --target "$site" "${words[place + 1]}"/wheels/*.whl
+            touch "$site/.done"
+        fi
+        path="$site:$path"
+    fi
+done
+exec env PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" "$python" tests/gpu/measure.py "$@"
