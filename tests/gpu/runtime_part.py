@@ -1,6 +1,6 @@
 """The device runtime on real CUDA: memory, captured runs, a thousand requests, two threads; and PyTorch's backend.
 
-Engines are PyTorch's kernels (``kernels.py``), the model is the demo's, and what it makes is compared with ONNX Runtime
+Engines are PyTorch's kernels (``kernel_engines.py``), the model is the demo's, and what it makes is compared with ONNX Runtime
 on the CPU.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu.captures import captured_and_launched
-from gpu.kernels import kernel_engines, model_on_gpu, tensor_at
+from gpu.kernel_engines import kernel_engines, model_on_gpu, tensor_at
 from gpu.parts import DEMO_MODEL, Kit, Measurements
 
 import tc_deploy
