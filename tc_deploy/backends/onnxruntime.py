@@ -6,7 +6,9 @@ machine it runs on, so a target of this backend holds no copy of them, only the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ class Provider:
 CPU = "cpu"
 PROVIDERS = {
     CPU: Provider(name="CPUExecutionProvider", options={}, extra="cpu"),
-    "cuda": Provider(name="CUDAExecutionProvider", options={"enable_cuda_graph": "1"}, extra="cuda"),
+    "cuda": Provider(name="CUDAExecutionProvider", options={"enable_cuda_graph": "1", "use_tf32": "0"}, extra="cuda"),
     "tensorrt": Provider(
         name="TensorrtExecutionProvider",
         options={"trt_cuda_graph_enable": "1"},
@@ -69,7 +71,7 @@ PROVIDERS = {
         extra=None,
     ),
 }
-"""By the name that the option ``provider`` takes. A CUDA graph is captured of every binding."""
+"""By the name that the option ``provider`` takes. A CUDA graph is captured of every binding, and fp32 is not TF32."""
 
 
 def _onnxruntime() -> Any:
@@ -80,6 +82,13 @@ def _onnxruntime() -> Any:
             " each other; uninstall both, then install one (tc-deploy doctor shows it)"
         )
     return onnxruntime
+
+
+@functools.cache
+def _load_cuda() -> None:
+    """Load CUDA and cuDNN from where pip puts them, where no loader looks; what is missing, a session says."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _onnxruntime().preload_dlls()
 
 
 @functools.cache
@@ -311,4 +320,6 @@ class OnnxRuntime(CompiledAtLoad):
                 f"this ONNX Runtime has no {provider.name}, only {', '.join(available)};"
                 f" {provider.cure()}; or build again for another --provider"
             )
+        if name != CPU:
+            _load_cuda()
         return OrtDevice(threads=threads, provider=provider, weights=settings["weights"], unfused=settings["unfused"])

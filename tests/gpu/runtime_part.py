@@ -1,7 +1,7 @@
 """The device runtime on real CUDA: memory, captured runs, a thousand requests, two threads; and PyTorch's backend.
 
-Engines are PyTorch's kernels (``kernel_engines.py``), the model is the demo's, and what it makes is compared with ONNX Runtime
-on the CPU.
+Engines are PyTorch's kernels (``kernel_engines.py``), the model is the demo's, and what it makes is compared with ONNX
+Runtime on the CPU.
 """
 
 from __future__ import annotations
