@@ -156,7 +156,7 @@ def _build(job: EngineJob) -> None:
     config = builder.create_builder_config()
     monitor = _monitor(trt)
     config.progress_monitor = monitor
-    _configure(trt, config, job)
+    configure(trt, config, job)
     if job.identity.axes or len(job.identity.profiles) > 1:
         for profile in job.identity.profiles:
             config.add_optimization_profile(_profile(builder, profile, job.identity.axes))
@@ -178,7 +178,8 @@ def _build(job: EngineJob) -> None:
     _say(PERCENT, 100)
 
 
-def _configure(trt: Any, config: Any, job: EngineJob) -> None:
+def configure(trt: Any, config: Any, job: EngineJob) -> None:
+    """Set a builder's configuration as a job says."""
     if job.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mib * 2**20)
     if job.optimization_level is not None:
@@ -186,6 +187,8 @@ def _configure(trt: Any, config: Any, job: EngineJob) -> None:
     if job.hardware_compatibility is not None:
         level = job.hardware_compatibility.upper().replace("-", "_")
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    # TensorRT takes fp32 products for TF32 if nobody says otherwise, and a bundle says fp32.
+    config.clear_flag(trt.BuilderFlag.TF32)
     for flag in job.flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     if job.compute_capabilities:

@@ -113,7 +113,8 @@ def checked_options(backend: str, options: Mapping[str, Any], *, ahead_of_time: 
 
 def engine_options(options: TensorRtOptions, *, ahead_of_time: bool) -> dict[str, Any]:
     """The options that make engines differ; those of TensorRT are the same whether runs are captured or not."""
-    return options.model_dump(mode="json", exclude=None if ahead_of_time else {"use_cuda_graph"})
+    # Engines of before had TF32 in fp32's place, and are built again.
+    return options.model_dump(mode="json", exclude=None if ahead_of_time else {"use_cuda_graph"}) | {"tf32": False}
 
 
 def check_turing(backend: str, options: TensorRtOptions, manifest: Manifest) -> None:

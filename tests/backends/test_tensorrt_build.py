@@ -12,7 +12,7 @@ import tensorrt_rtx
 from bundles import Made, MadeByCommands, reseal, run_cli, snapshot
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.backends.tensorrt_build import EngineJob, PhaseTree, build_engine
+from tc_deploy.backends.tensorrt_build import EngineJob, PhaseTree, build_engine, configure
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, TcDeployError, UsageError
 from tc_deploy.manifest import (
@@ -219,6 +219,13 @@ def test_flags_reach_the_builder(mixed: Made, tmp_path: Path) -> None:
     build_engine(job(tmp_path, mixed.bundle, flags=flags, hardware_compatibility="ampere-plus"), ignore)
     with pytest.raises(BackendError, match="libnvinfer_lean"):
         build_engine(job(tmp_path, mixed.bundle, flags=flags[:1]), ignore)
+
+
+def test_fp32_products_are_not_tf32(mixed: Made, tmp_path: Path) -> None:
+    config = tensorrt_rtx.Builder(tensorrt_rtx.Logger()).create_builder_config()
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.TF32), "what TensorRT does by itself"
+    configure(tensorrt_rtx, config, job(tmp_path, mixed.bundle))
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
 
 
 def test_a_graph_that_does_not_parse_is_refused(mixed: Made, tmp_path: Path) -> None:
