@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +396,27 @@ def test_a_bundle_that_a_process_left_half_replaced_is_put_right(bundle: Path, t
     (old.parent / "owner.json").write_text(json.dumps(owner))
     assert EngineTransformer(tmp_path / "half").path == tmp_path / "half"
     assert not old.exists()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, ForkingPickler.dumps], ids=["deepcopy", "pickle"])
+def test_engines_are_not_copied(engine: EngineTransformer, way: Callable[[Any], Any]) -> None:
+    with pytest.raises(UsageError) as raised:
+        way({"transformer": engine})
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "can be neither copied nor pickled" in message
+    assert f"EngineTransformer('{engine.path}')" in message
+
+
+def test_a_pipeline_that_is_saved_says_that_the_engines_are_not(
+    folder: Path, engine: EngineTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = diffusers.DiTPipeline.from_pretrained(folder)
+    pipe.transformer = engine
+    pipe.save_pretrained(tmp_path / "saved")
+    (said,) = [record.getMessage() for record in caplog.records if "transformer" in record.getMessage()]
+    assert "\n" not in said
+    assert f"EngineTransformer('{engine.path}'), whose weights stay in that bundle" in said
+    assert "cannot be saved" in said
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["transformer"] == [None, None]
+    assert not (tmp_path / "saved" / "transformer").exists()

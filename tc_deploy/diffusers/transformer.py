@@ -149,6 +149,21 @@ class EngineTransformer(nn.Module):
                 " adapters into the checkpoint, then: tc-deploy calibrate, export, build"
             ) from None
 
+    def __repr__(self) -> str:
+        """In one line: diffusers shows it where it saves a pipeline, and leaves out what is not its own."""
+        return f"EngineTransformer({str(self.path)!r}), whose weights stay in that bundle"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: engines and their buffers are of this process and this object.
+
+        Raises:
+            UsageError: always; says how to have another.
+        """
+        raise UsageError(
+            f"{self!r}, can be neither copied nor pickled: engines are of the process that opened them; for another"
+            f" call EngineTransformer({str(self.path)!r}) where it is needed"
+        )
+
     def _save_to_state_dict(self, *_: Any) -> None:
         """Give nothing: the weights are in the bundle."""
 
