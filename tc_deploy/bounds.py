@@ -16,6 +16,9 @@ MAX_STEPS: Final = 10_000
 """Ten times what models are trained with."""
 MAX_BLOCKS: Final = 10_000
 MAX_AXES: Final = 8
+MAX_GUIDANCE: Final = 1000.0
+"""Of a guidance scale, which is rarely above 20. It multiplies the difference of two outputs, which half precision
+knows to one part in 2048 of their size: beyond this a picture is made of rounding errors."""
 MAX_SIZE: Final = 2**31 - 1
 """Of an axis: what engines count in."""
 MAX_COUNT: Final = 2**63 - 1
@@ -28,5 +31,5 @@ Count: TypeAlias = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount: TypeAlias = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Float32: TypeAlias = Annotated[float, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]
 """Finite in the precision in which it is used."""
-NonNegativeFloat32: TypeAlias = Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)]
+Guidance: TypeAlias = Annotated[float, Field(ge=0, le=MAX_GUIDANCE)]
 PositiveFloat32: TypeAlias = Annotated[float, Field(gt=0, le=LARGEST_FLOAT32)]

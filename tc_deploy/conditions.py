@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.errors import UsageError, first_line
+from tc_deploy.errors import UsageError, first_line, no_file
 from tc_deploy.tensors import read_tensors
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
@@ -172,7 +172,7 @@ def read_conditions(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDAr
         UsageError: there is no such file, or it is not safetensors of numpy's types.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: no such file of conditions; {HOW_TO_ENCODE}")
+        raise UsageError(f"{path}: {no_file(path)} of conditions; {HOW_TO_ENCODE}")
     try:
         arrays = read_tensors(path)
     except ValueError as error:

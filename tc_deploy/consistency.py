@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.bundle import MANIFEST, check_files
 from tc_deploy.errors import BundleError
+from tc_deploy.figures import other_timesteps
 from tc_deploy.groups import TokenGroup, token_groups
 from tc_deploy.manifest import (
     BATCH,
@@ -164,8 +165,9 @@ def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, N
         wrong = what_is_wrong(tables[name], np.float32, shape)
         if wrong is not None:
             raise BundleError(f"{where}: {name}: {wrong}; export again")
-    if tuple(tables["timesteps"].tolist()) != plan.sampling.timesteps:
-        raise BundleError(f"{where}: timesteps: others than the plan's; export again")
+    found = tuple(tables["timesteps"].tolist())
+    if found != plan.sampling.timesteps:
+        raise BundleError(f"{where}: {other_timesteps(plan.sampling.timesteps, found)} in the tables; export again")
     sigma = np.float32(manifest.solver.init_noise_sigma)
     if tables["init_noise_sigma"][0] != sigma:
         _refuse(where, "init_noise_sigma", f"{sigma}, as the manifest has it", tables["init_noise_sigma"][0])

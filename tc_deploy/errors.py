@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar, Final
 
 UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -127,6 +128,13 @@ def causes(error: BaseException, *, contexts: bool = True) -> Iterator[BaseExcep
 def counted(count: int, noun: str) -> str:
     """``1 picture``, ``8 pictures``: a number in a message."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def no_file(path: Path) -> str:
+    """What is wrong with a path that is to be a file, in words; to open a pipe, say, would be to wait without end."""
+    kinds = ((Path.is_dir, "a folder"), (Path.is_fifo, "a pipe"), (Path.is_socket, "a socket"))
+    there = next((name for is_kind, name in kinds if is_kind(path)), "a device" if path.exists() else None)
+    return "no such file" if there is None else f"{there}, and no file"
 
 
 def first_line(error: BaseException | str) -> str:

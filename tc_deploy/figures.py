@@ -59,6 +59,14 @@ def contradiction_of_cost(
     return None
 
 
+def other_timesteps(planned: Sequence[float], found: Sequence[float]) -> str:
+    """Where timesteps are not the planned ones, in words."""
+    if len(planned) != len(found):
+        return f"timesteps: expected {len(planned)}, as the plan has them, found {len(found)}"
+    step = next(step for step, (one, other) in enumerate(zip(planned, found, strict=True)) if one != other)
+    return f"timesteps: expected {planned[step]:.9g} at step {step}, as the plan has it, found {found[step]:.9g}"
+
+
 def _patch(size: Any) -> int:
     """Latents in a patch."""
     sides = (size, size) if isinstance(size, int) else size

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from tc_deploy.bounds import MAX_AXES, Float32, NonNegativeFloat32, PositiveFloat32, Size, Step
+from tc_deploy.bounds import MAX_AXES, Float32, Guidance, PositiveFloat32, Size, Step
 from tc_deploy.bundle import (
     MANIFEST,
     Document,
@@ -191,12 +191,12 @@ class SolverRecord(Document):
     history: Step
     """Earlier latents and guided outputs that one update reads."""
     init_noise_sigma: PositiveFloat32
-    guidance_scale: NonNegativeFloat32 | None
+    guidance_scale: Guidance | None
     """Classifier-free guidance by default; None where the model's batch has no unconditional half."""
     true_cfg: bool = False
     """Whether the family's pipeline calls that ``true_cfg_scale``: its ``guidance_scale`` is then the strength of a
     guidance that was distilled into the model, one of its conditions where it was."""
-    embedded_guidance: NonNegativeFloat32 | None = None
+    embedded_guidance: Guidance | None = None
     """That strength where a request gives none."""
 
 

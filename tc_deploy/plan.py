@@ -20,7 +20,7 @@ from tc_deploy.bounds import (
     MAX_BLOCKS,
     Count,
     Float32,
-    NonNegativeFloat32,
+    Guidance,
     PositiveCount,
     Size,
     Step,
@@ -104,9 +104,9 @@ class SamplingRecord(Document):
     scheduler_config: dict[str, Any]
     set_timesteps_kwargs: dict[str, Any]
     timesteps: tuple[Float32, ...]
-    guidance_scale: NonNegativeFloat32 | None
+    guidance_scale: Guidance | None
     """Classifier-free guidance with this scale by default; None means one model call per sample, without guidance."""
-    embedded_guidance: NonNegativeFloat32 | None = None
+    embedded_guidance: Guidance | None = None
     """Strength that a model whose guidance is distilled is told by default, where it was chosen."""
     true_cfg: bool = False
     """Whether the family's pipeline calls classifier-free guidance ``true_cfg_scale``, and ``guidance_scale`` that

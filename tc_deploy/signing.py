@@ -29,7 +29,7 @@ from tc_deploy.bundle import (
     sha256_of_file,
     write_bytes,
 )
-from tc_deploy.errors import BundleError, UsageError
+from tc_deploy.errors import BundleError, UsageError, no_file
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import BUNDLE_FOLDER, SIGNATURE, TargetManifest, read_manifest, read_target
 
@@ -214,6 +214,8 @@ def _check_ed25519(path: Path, key: Any, kind: str) -> None:
 
 def _key(path: Path, load: Callable[[bytes], Any], what: str, maker: str) -> Any:
     unsupported = imported("cryptography.exceptions").UnsupportedAlgorithm
+    if not path.is_file():
+        raise UsageError(f"{path}: {no_file(path)}; expected {what} key in PEM, as is made with: {maker}")
     try:
         return load(path.read_bytes())
     except OSError as error:

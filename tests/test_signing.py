@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -169,11 +170,13 @@ def test_a_file_that_is_no_such_key_is_a_usage_error(mixed: Made, tmp_path: Path
     key = generate_private_key(SECP256R1())
     other.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "text.pem").write_text("no key", encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
     for path, says in (
         (other, "expected an ed25519 key"),
         (tmp_path / "text.pem", "not a private key"),
         (keys[1], "not a private key"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "a folder, and no file"),
+        (tmp_path / "pipe", "a pipe, and no file"),
         (tmp_path / "missing", "openssl genpkey"),
     ):
         answer = run_cli("sign", mixed.bundle, "--key", path)

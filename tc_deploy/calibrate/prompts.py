@@ -6,6 +6,7 @@ against the model; None where conditions are drawn. Never: encodes a prompt.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import LABELS, RANDOM, Plan, PromptsRecord
 from tc_deploy.tokencache.sampler import Prompts, Sampling
+
+_LOG = logging.getLogger(__name__)
 
 
 def takes_prompts(model: DiffusionTransformer) -> bool:
@@ -51,6 +54,8 @@ def prompts_for(
             f"{model.source}: the model is conditioned on {names}, and a plan is only as good as the prompts that it is"
             f" made with; name a file with --conditions ({HOW_TO_ENCODE}), or say --conditions {RANDOM} for a trial"
         )
+    if conditions == RANDOM and not takes_prompts(model):
+        _LOG.warning("%s takes no prompts: --conditions %s changes nothing, labels are drawn", model.source, RANDOM)
     if conditions in (None, RANDOM):
         return None
     path = Path(str(conditions))

@@ -34,7 +34,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from tc_deploy.bounds import MAX_AXES, Count, NonNegativeFloat32, Size, Step, Steps
+from tc_deploy.bounds import MAX_AXES, Count, Guidance, Size, Step, Steps
 from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
 from tc_deploy.plan import RANDOM, VARIANT
@@ -58,10 +58,10 @@ class SamplingRecipe(Document):
     """The sampling run that the plan is for."""
 
     steps: Steps = 50
-    guidance_scale: NonNegativeFloat32 | None = None
+    guidance_scale: Guidance | None = None
     """As the family's pipeline of diffusers means it: classifier-free guidance, where 1 and less are none (one model
     call per sample); for FLUX the strength of the distilled guidance."""
-    true_cfg_scale: NonNegativeFloat32 | None = None
+    true_cfg_scale: Guidance | None = None
     """Classifier-free guidance of FLUX, by its pipeline's name; 1 and less are none."""
     set_timesteps_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the scheduler's set_timesteps on top of what the family's pipeline passes."""

@@ -24,7 +24,7 @@ from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.conditions import NO_GUIDANCE
-from tc_deploy.errors import ExportError, UsageError
+from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
@@ -81,9 +81,9 @@ def calibrate(
         device: where PyTorch runs the model, ``cpu`` or ``cuda``.
 
     Raises:
-        UsageError: there is no such device, or the model needs prompts and the recipe names none that fit.
+        UsageError: there is no such device, the model needs prompts and the recipe names none that fit, or the recipe
+            does not fit the model (keep counts) or itself (boundary).
         ModelError: the checkpoint or its scheduler cannot be loaded.
-        PlanError: the recipe does not fit the model (keep counts) or itself (boundary).
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         KeyboardInterrupt: it was interrupted; says where its state is.
         ExportError: the scheduler's steps are not a deterministic linear update.
@@ -131,6 +131,11 @@ def _calibrated(
 ) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     """The plan, measured, and its tables; see :func:`calibrate`."""
     boundary, steps = recipe.schedule.boundary, recipe.sampling.steps
+    if boundary is not None and boundary > steps:
+        raise UsageError(
+            f"schedule.boundary (--boundary): must lie in 0..{steps} (sampling.steps), found {boundary}; where phase 2"
+            " is to be empty, give the step count"
+        )
     schedule = Schedule(
         steps=steps,
         boundary=round(PHASE_2_STARTS_AT * steps) if boundary is None else boundary,
@@ -156,10 +161,6 @@ def _calibrated(
     model.family.convention.check_noise(pipeline_of(folder).entries, sampling.scheduler, unit=solver.unit_noise)
     importance, manual = importance_of(recipe, model, sampling, schedule, state.open, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
-    for phase in PHASES:
-        check_keep_counts(
-            keep_counts[phase - 1], len(model.blocks), model.geometry.tokens, f"{recipe.model}: phase {phase}"
-        )
     cache = _cache_record(recipe, keep_counts)
     token_index = token_index_from_importance(importance, keep_counts, schedule)
     origin = OriginRecord(
@@ -392,6 +393,11 @@ def _keep_counts(
     if given is None:
         return phase_keep_counts(importance, recipe.cache.keep_ratio, recipe.cache.multiple, schedule)
     first, second = (counts * len(model.blocks) if len(counts) == 1 else counts for counts in given)
+    for phase, counts in zip(PHASES, (first, second), strict=True):
+        try:
+            check_keep_counts(counts, len(model.blocks), model.geometry.tokens, f"phase {phase}")
+        except PlanError as error:
+            raise UsageError(f"cache.keep_counts (--keep-counts): {error}") from None
     return first, second
 
 

@@ -15,6 +15,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from tc_deploy import __version__
+from tc_deploy.bounds import MAX_GUIDANCE
 from tc_deploy.bundle import check_output, reading, write_output
 from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
 from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option
@@ -59,10 +60,14 @@ MOST_PICTURES = 1_000_000
 )
 @click.option(
     "--guidance-scale",
-    type=Number(),
+    type=Number(0, MAX_GUIDANCE),
     help="Instead of the plan's; 1 and less are none. For FLUX the strength of the distilled guidance.",
 )
-@click.option("--true-cfg-scale", type=Number(), help="For FLUX: classifier-free guidance, instead of the plan's.")
+@click.option(
+    "--true-cfg-scale",
+    type=Number(0, MAX_GUIDANCE),
+    help="For FLUX: classifier-free guidance, instead of the plan's.",
+)
 @click.option(
     "-o",
     "--output",

@@ -65,8 +65,8 @@ class Number(click.FloatRange):
 
     name = "number"
 
-    def __init__(self, least: float = -LARGEST_FLOAT32) -> None:
-        super().__init__(min=least, max=LARGEST_FLOAT32)
+    def __init__(self, least: float = -LARGEST_FLOAT32, most: float = LARGEST_FLOAT32) -> None:
+        super().__init__(min=least, max=most)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click does for a number."""
@@ -76,6 +76,8 @@ class Number(click.FloatRange):
         return found
 
     def _describe_range(self) -> str:
+        if self.max is not None and self.max < LARGEST_FLOAT32:
+            return f"{self.min:g}<=x<={self.max:g}"
         return f"{self.min:g}<=x" if self.min is not None and self.min > -LARGEST_FLOAT32 else "finite in fp32"
 
 

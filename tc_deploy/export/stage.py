@@ -33,6 +33,7 @@ from tc_deploy.export.samples import samples_of
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
+from tc_deploy.figures import other_timesteps
 from tc_deploy.groups import token_groups
 from tc_deploy.hardware import check_fits_memory
 from tc_deploy.manifest import (
@@ -276,10 +277,11 @@ def _exported_steps(
     conditioned = sampled_on(model, prompts)
     progress("reading the solver's coefficients off the scheduler")
     solver = read_solver(sampling.scheduler, plan.schedule.steps, plan.sampling.set_timesteps_kwargs)
-    if tuple(solver.timesteps.tolist()) != plan.sampling.timesteps:
+    found = tuple(solver.timesteps.tolist())
+    if found != plan.sampling.timesteps:
         raise PlanError(
-            f"{where}: the plan was made for other timesteps than {plan.sampling.scheduler_class} gives with the"
-            " installed diffusers; install the version that it was made with, or calibrate again"
+            f"{where}: {other_timesteps(plan.sampling.timesteps, found)}, which {plan.sampling.scheduler_class} gives"
+            " with the installed diffusers; install the version that it was made with, or calibrate again"
         )
     batch = batch_size or EXAMPLE_BATCH
     token_index = token_index_tables(plan, tables)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tc_deploy.errors import ModelError, first_line
+from tc_deploy.errors import ModelError, first_line, no_file
 from tc_deploy.libraries import imported
 
 IMAGES, FEATURES, LOGITS = "images", "features", "logits"
@@ -100,7 +100,7 @@ class Classifier:
 def _session(path: Path) -> Any:
     onnxruntime = imported("onnxruntime", purpose="a classifier needs ONNX Runtime: ")
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; a classifier is one ONNX file")
+        raise ModelError(f"{path}: {no_file(path)}; a classifier is one ONNX file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # Between two calls the threads must not spin: PyTorch wants the cores.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.bounds import LARGEST_FLOAT32
+from tc_deploy.bounds import MAX_GUIDANCE
 from tc_deploy.conditions import (
     GUIDANCE,
     NO_GUIDANCE,
@@ -280,17 +280,17 @@ def _checked_guidance(
         whose guidance is distilled.
 
     Raises:
-        UsageError: a scale is no finite number from 0 on, or the bundle has no such guidance.
+        UsageError: a scale is no number in its range, or the bundle has no such guidance.
     """
     scales = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
     for name, scale in scales.items():
-        # Comparisons that NaN fails, and what float32 has no room for.
+        # Comparisons that NaN fails.
         if scale is not None and not (
             isinstance(scale, (int, float, np.integer, np.floating))
             and not isinstance(scale, bool)
-            and 0 <= scale <= LARGEST_FLOAT32
+            and 0 <= scale <= MAX_GUIDANCE
         ):
-            raise UsageError(f"{name}: guidance scale must be a finite number from 0 on, found {scale!r}")
+            raise UsageError(f"{name}: guidance scale must be a number from 0 to {MAX_GUIDANCE:g}, found {scale!r}")
     solver, embedded = manifest.solver, None
     name = TRUE_CFG_SCALE if solver.true_cfg else GUIDANCE_SCALE
     asked = scales[name]

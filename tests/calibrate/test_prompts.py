@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 import zoo
-from bundles import run_cli
+from bundles import Made, run_cli
 from tolerances import tolerance
 
 import tc_deploy
@@ -279,3 +280,27 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(model_folder: Path, tmp
     assert answer.code == UsageError.exit_code
     assert "sees no GPU; run on --device cpu" in answer.error
     assert not list(tmp_path.iterdir())
+
+
+def test_random_conditions_where_there_are_no_prompts_are_said_to_change_nothing(
+    tiny_dit: DiffusionTransformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prompts_for(tiny_dit, None, guided=True) is None
+    assert not caplog.text
+    assert prompts_for(tiny_dit, "random", guided=True) is None
+    assert "takes no prompts: --conditions random changes nothing, labels are drawn" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["calibrate", "export", "generate", "plan"])
+def test_a_pipe_is_not_waited_for(mixed: Made, model_folder: Path, tmp_path: Path, command: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "recipe.toml")
+    words = {
+        "calibrate": (model_folder, "-o", tmp_path / "x", "--conditions", tmp_path / "pipe", "--steps", 4),
+        "export": (mixed.plan, "-o", tmp_path / "x", "--conditions", tmp_path / "pipe"),
+        "generate": (mixed.bundle, "-o", tmp_path / "x.npy", "--conditions", tmp_path / "pipe"),
+        "plan": (tmp_path / "recipe.toml", "-o", tmp_path / "x"),
+    }[command]
+    answer = run_cli(command, *words)
+    assert answer.code == 2, answer.err
+    assert ("recipe.toml: " if command == "plan" else "pipe: a pipe, and no file of conditions") in answer.error

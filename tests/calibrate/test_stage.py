@@ -13,7 +13,7 @@ import pytest
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.calibrate.training import SAVE_EVERY
-from tc_deploy.errors import ExportError, ModelError, PlanError, StorageError, TcDeployError, UsageError
+from tc_deploy.errors import ExportError, ModelError, StorageError, TcDeployError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN, TABLES, load_plan
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB
@@ -291,11 +291,15 @@ def test_any_sampler_without_noise_of_its_own_will_do(
 @pytest.mark.parametrize(
     ("change", "kind", "parts"),
     [
-        ({"schedule": {"boundary": STEPS + 1}}, PlanError, ["boundary must lie in 0..7", "found 8"]),
-        ({"cache": {"keep_counts": [[0, 0], [0]]}}, PlanError, ["phase 1", "3 blocks", "found 2"]),
-        ({"cache": {"keep_counts": [[0], [0, 0, 0, 0]]}}, PlanError, ["phase 2", "3 blocks", "found 4"]),
-        ({"cache": {"keep_counts": [[0], [17]]}}, PlanError, ["phase 2", "block 0", "0..16", "found 17"]),
-        ({"cache": {"keep_counts": [[], [0]]}}, PlanError, ["phase 1", "found 0"]),
+        ({"schedule": {"boundary": STEPS + 1}}, UsageError, ["schedule.boundary", "must lie in 0..7", "found 8"]),
+        (
+            {"cache": {"keep_counts": [[0, 0], [0]]}},
+            UsageError,
+            ["cache.keep_counts", "phase 1", "found 2"],
+        ),
+        ({"cache": {"keep_counts": [[0], [0, 0, 0, 0]]}}, UsageError, ["phase 2", "3 blocks", "found 4"]),
+        ({"cache": {"keep_counts": [[0], [17]]}}, UsageError, ["phase 2", "block 0", "0..16", "found 17"]),
+        ({"cache": {"keep_counts": [[], [0]]}}, UsageError, ["phase 1", "found 0"]),
         ({"sampling": {"steps": 1001}}, UsageError, ["DDIMScheduler takes at most 1000 steps", "found 1001"]),
         ({"sampling": {"set_timesteps_kwargs": {"mu": 1.0}}}, ExportError, ["DDIMScheduler", "mu"]),
         ({"model": "nowhere"}, ModelError, ["nowhere", "no such folder"]),

@@ -295,15 +295,19 @@ def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--keep-counts", "0,17,0", "0"), BAD_PLAN, "phase 1, block 1: keep count must lie in 0..16, found 17"),
+        (
+            ("--keep-counts", "0,17,0", "0"),
+            BAD_USE,
+            "--keep-counts): phase 1, block 1: keep count must lie in 0..16, found",
+        ),
         (
             ("--keep-counts", "0,-1,0", "0"),
             BAD_USE,
             "error: --keep-counts: must be greater than or equal to 0, found -1",
         ),
-        (("--keep-counts", "0", "8,8"), BAD_PLAN, "phase 2: expected one keep count for each of the 3 blocks, found 2"),
+        (("--keep-counts", "0", "8,8"), BAD_USE, "phase 2: expected one keep count for each of the 3 blocks, found 2"),
         (("--keep-counts", "many", "0"), BAD_USE, "expected numbers with commas between them"),
-        (("--boundary", 5), BAD_PLAN, "boundary must lie in 0..4 (the step count), found 5"),
+        (("--boundary", 5), BAD_USE, "schedule.boundary (--boundary): must lie in 0..4 (sampling.steps), found 5"),
         (("--boundary", -1), BAD_USE, "error: --boundary: must be greater than or equal to 0, found -1"),
         (("--k1", 0), BAD_USE, "error: --k1: must be greater than 0, found 0"),
         (("--steps", 0), BAD_USE, "error: --steps: must be greater than 0, found 0"),

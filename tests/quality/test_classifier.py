@@ -147,7 +147,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> N
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
     error_of(tmp_path / "none.onnx", "no such file; a classifier is one ONNX file")
-    error_of(tmp_path, "no such file")
+    error_of(tmp_path, "a folder, and no file")
 
 
 def test_images_that_onnx_runtime_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
