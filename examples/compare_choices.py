@@ -22,6 +22,7 @@ from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
 from tc_deploy.types import Attention, Reuse, Skip
@@ -117,7 +118,8 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
         spread = np.stack([spread_importance(blocks, tokens, step) for step in range(steps)])
         index = token_index_from_importance(spread, cache.keep_counts, schedule)
         cost = count_flops(model, cache).in_full_steps(schedule)
-        latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, index))
+        tables = StepTables.polynomial(schedule, cache.forecast_order, index)
+        latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, tables))
         name = (
             f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"
             f" order {choice.order}, attention {choice.attention}, reuse {choice.reuse}"

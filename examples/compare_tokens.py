@@ -28,6 +28,7 @@ from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
 from tc_deploy.search.baselines import evenly
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_importance
 from tc_deploy.types import Attention, FloatArray, Reuse, Skip
@@ -97,7 +98,8 @@ def main(
 
     def cached(cache: CacheRecord, schedule: Schedule, importance: FloatArray) -> tuple[float, float]:
         index = token_index_from_importance(importance, cache.keep_counts, schedule)
-        latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, index))
+        tables = StepTables.polynomial(schedule, cache.forecast_order, index)
+        latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, tables))
         return count_flops(model, cache).in_full_steps(schedule), psnr_db(latents)
 
     random = np.random.default_rng(0).random((steps, blocks, tokens), dtype=np.float32)

@@ -45,10 +45,11 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.onnx_files import check_graph_file
-from tc_deploy.plan import Plan, content_sha256, load_plan, pruned_blocks
+from tc_deploy.plan import Plan, content_sha256, load_plan
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import StepTables, pruned_blocks
 from tc_deploy.tensors import read_tensors, what_is_wrong
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.types import FloatArray
 
 Shape: TypeAlias = tuple[int | str, ...]
 _Tensors: TypeAlias = Mapping[str, tuple[str, Shape]]
@@ -62,7 +63,7 @@ class Documents:
 
     manifest: Manifest
     plan: Plan
-    index_tables: Mapping[str, FloatArray | IntArray]
+    step_tables: StepTables
     """The plan's."""
     runtime_tables: Mapping[str, FloatArray]
     """``timesteps`` (T,), ``input_scale`` (T,), ``coefficients`` (T, 2(h+1)), ``init_noise_sigma`` (1,)."""
@@ -82,7 +83,7 @@ def read_documents(bundle: Path) -> Documents:
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files)
     _check_places(manifest, bundle)
-    plan, index_tables = load_plan(bundle)
+    plan, tables = load_plan(bundle)
     where = bundle / RUNTIME_TABLES
     largest_bytes = 4 * plan.schedule.steps * (4 + 2 * manifest.solver.history) + _LARGEST_HEADER_BYTES
     try:
@@ -92,7 +93,7 @@ def read_documents(bundle: Path) -> Documents:
     check_documents(manifest, plan, runtime_tables, bundle)
     for file, graphs in manifest.graphs_by_file().items():
         check_graph_file(bundle / file, list(graphs.values()))
-    return Documents(manifest=manifest, plan=plan, index_tables=index_tables, runtime_tables=runtime_tables)
+    return Documents(manifest=manifest, plan=plan, step_tables=plan.step_tables(tables), runtime_tables=runtime_tables)
 
 
 def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str, NDArray[Any]], bundle: Path) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tc_deploy.manifest import COMPUTED, TOKEN_INDEX
-from tc_deploy.plan import CacheRecord, Plan, pruned_blocks
+from tc_deploy.plan import CacheRecord, Plan
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.types import IntArray
 
 

@@ -1,7 +1,7 @@
 """The plan: what calibration decided, as a folder of reviewable JSON and one file of tables.
 
 In: a folder ``calibration/NAME`` with ``plan.json`` and ``tables.safetensors``. Out: a checked :class:`Plan` and its
-index tables. The JSON is canonical: the same calibration gives the same bytes. Never: imports torch.
+tables. The JSON is canonical: the same calibration gives the same bytes. Never: imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-import safetensors.numpy
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from tc_deploy.bounds import (
@@ -46,8 +45,9 @@ from tc_deploy.bundle import (
 )
 from tc_deploy.errors import BundleError, PlanError
 from tc_deploy.figures import contradiction_of_cost, contradiction_of_model
-from tc_deploy.schedule import FULL, PHASES, Schedule
-from tc_deploy.tensors import read_tensors, what_is_wrong
+from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, check_tables, tables_bytes, token_index_name
+from tc_deploy.tensors import read_tensors
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
 FORMAT_VERSION: Final = 2
@@ -183,6 +183,16 @@ class PromptsRecord(Document):
     prompts: PositiveCount
 
 
+class ForecastRecord(Document):
+    """What forecast weights were fitted on; see :mod:`tc_deploy.calibrate.fitting`."""
+
+    fitted_for: str
+    """Of what they are for (:func:`fitted_for_sha256`): for another sampler, say, they are no better than any."""
+    first_seed: Count
+    samples: PositiveCount
+    """One for each seed from the first on."""
+
+
 class OriginRecord(Document):
     """How the plan came to be."""
 
@@ -212,6 +222,14 @@ class Plan(Document):
     origin: OriginRecord
     measured: MeasuredRecord | None
     tables: FileRecord
+    forecast: ForecastRecord | None = None
+    """None: cached steps forecast by polynomials."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the fit out where there is none, so that such a plan has the bytes that it always had."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "forecast" or value is not None}
 
     def tprr(self) -> Schedule:
         """The schedule, checked.
@@ -220,6 +238,23 @@ class Plan(Document):
             PlanError: a number is outside its range.
         """
         return Schedule(**self.schedule.model_dump())
+
+    def step_tables(self, tables: Mapping[str, FloatArray | IntArray]) -> StepTables:
+        """Its tables, checked before, as whatever runs its steps takes them; without a fit the weights are polynomials.
+
+        Raises:
+            PlanError: as for :meth:`tprr`.
+        """
+        schedule, names = self.tprr(), {phase: token_index_name(phase) for phase in self.phases_used()}
+        weights = tables.get(FORECAST_WEIGHTS)
+        return StepTables(
+            forecast_weights=(
+                schedule.polynomial_weights(self.cache.forecast_order)
+                if weights is None
+                else weights.astype(np.float32)
+            ),
+            token_index={phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables},
+        )
 
     def phases_used(self) -> tuple[int, ...]:
         """The phases that have a cached step, so the cached variants that exist."""
@@ -238,76 +273,48 @@ class Plan(Document):
         return self.cost_in_full_steps() / self.schedule.steps
 
 
-def pruned_blocks(keep_counts: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """Blocks that compute some tokens and not others, so the blocks that have a row in the index table."""
-    return tuple(block for block, keep in enumerate(keep_counts) if 0 < keep < tokens)
-
-
-def token_index_name(phase: int) -> str:
-    """Name of the index table of a phase: ``(cached steps of the phase, sum of M over pruned blocks)`` int32.
-
-    Row r is for the r-th cached step of the phase. The blocks stand side by side, in order; inside a block the
-    indices ascend.
-    """
-    return f"token_index_{phase}"
-
-
-def importance_name(phase: int) -> str:
-    """Name of the table with the predictor's scores: ``(L, N)`` float32, mean over the phase's cached steps."""
-    return f"importance_{phase}"
-
-
 def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: str) -> None:
     """Check all that the JSON schema cannot say.
 
     Raises:
-        PlanError: keep counts, timesteps or index tables do not fit the model and the schedule, figures contradict each
-            other, or what was measured is of another plan.
+        PlanError: keep counts, timesteps or tables do not fit the model and the schedule, figures contradict each
+            other, or what was measured or fitted is of another plan.
     """
     schedule = plan.tprr()
     if len(plan.sampling.timesteps) != schedule.steps:
         raise PlanError(f"{where}: {len(plan.sampling.timesteps)} timesteps for {schedule.steps} steps")
-    known = {name(phase) for phase in PHASES for name in (token_index_name, importance_name)}
-    unknown = sorted(tables.keys() - known)
-    if unknown:
-        raise PlanError(f"{where}: table {unknown[0]} is unknown; calibrate again")
     for phase in PHASES:
-        name = importance_name(phase)
-        wrong = what_is_wrong(tables.get(name), np.float32, (plan.model.blocks, plan.model.tokens))
-        if name in tables and wrong is not None:
-            raise PlanError(f"{where}: table {name}: {wrong}; calibrate again")
-        keep_counts = plan.keep_counts(phase)
-        check_keep_counts(keep_counts, plan.model.blocks, plan.model.tokens, f"{where}: phase {phase}")
-        pruned = pruned_blocks(keep_counts, plan.model.tokens)
-        steps = schedule.cached_steps(phase)
-        if not pruned or not steps:
-            continue
-        name = token_index_name(phase)
-        expected = (len(steps), sum(keep_counts[block] for block in pruned))
-        table = tables.get(name)
-        if table is None or table.shape != expected or table.dtype != np.int32:
-            found = "nothing" if table is None else f"{table.shape} {table.dtype}"
-            raise PlanError(f"{where}: table {name}: expected {expected} int32, found {found}; calibrate again")
-        start = 0
-        for block in pruned:
-            rows = table[:, start : start + keep_counts[block]]
-            start += keep_counts[block]
-            if rows.min() < 0 or rows.max() >= plan.model.tokens or (np.diff(rows, axis=1) <= 0).any():
-                raise PlanError(
-                    f"{where}: table {name}: block {block} must name ascending tokens in 0..{plan.model.tokens - 1};"
-                    " calibrate again"
-                )
+        check_keep_counts(plan.keep_counts(phase), plan.model.blocks, plan.model.tokens, f"{where}: phase {phase}")
     model, cost = plan.model, plan.cost
     wrong = contradiction_of_model(model.config, model.latent_size, model.tokens, model.width) or contradiction_of_cost(
         cost.full_flops, cost.cached_flops, plan.cache.keep_counts, model.tokens
     )
     if wrong is not None:
         raise PlanError(f"{where}: {wrong}; calibrate again")
+    _check_forecast(plan, tables, where)
+    check_tables(tables, schedule, plan.cache.keep_counts, plan.cache.forecast_order, plan.model.tokens, where)
     if plan.measured is not None and plan.measured.plan_sha256 != content_sha256(plan):
         raise PlanError(
             f"{where}: what it says under measured is of another plan, so {PLAN} was edited since; calibrate again, or"
             ' set "measured" to null'
         )
+
+
+def _check_forecast(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: str) -> None:
+    fit = plan.forecast
+    if (fit is None) != (FORECAST_WEIGHTS not in tables):
+        said, found = ("nothing", "a table") if fit is None else ("a fit", "no table")
+        raise PlanError(f"{where}: it says {said} under forecast, and has {found} {FORECAST_WEIGHTS}; calibrate again")
+    if fit is None:
+        return
+    if fit.fitted_for != fitted_for_sha256(plan.model, plan.sampling, plan.schedule, plan.cache):
+        raise PlanError(
+            f"{where}: its forecast weights were fitted for another model, sampler, schedule or cache than {PLAN} has,"
+            " which was edited since; calibrate again"
+        )
+    seeds = () if plan.measured is None else plan.measured.seeds
+    if any(fit.first_seed <= seed < fit.first_seed + fit.samples for seed in seeds):
+        raise PlanError(f"{where}: it was measured on seeds that its forecast weights were fitted on; calibrate again")
 
 
 def check_keep_counts(keep_counts: tuple[int, ...], blocks: int, tokens: int, where: str) -> None:
@@ -336,20 +343,22 @@ def content_sha256(plan: Plan) -> str:
     return sha256_of_bytes(canonical_json(content).encode("utf-8"))
 
 
+def fitted_for_sha256(
+    model: ModelRecord, sampling: SamplingRecord, schedule: ScheduleRecord, cache: CacheRecord
+) -> str:
+    """What fitted forecast weights are for, as one number: another model, sampler or schedule has others."""
+    parts = {
+        "weights": model.weights_sha256,
+        "sampling": sampling.model_dump(mode="json"),
+        "schedule": schedule.model_dump(mode="json"),
+        "cache": cache.model_dump(mode="json"),
+    }
+    return sha256_of_bytes(canonical_json(parts).encode("utf-8"))
+
+
 def plan_bytes(plan: Plan) -> bytes:
     """The canonical bytes of ``plan.json``."""
     return canonical_json(plan.model_dump(mode="json")).encode("utf-8")
-
-
-def tables_bytes(tables: Mapping[str, FloatArray | IntArray]) -> bytes:
-    """The bytes of ``tables.safetensors``; the same tables give the same bytes."""
-    return safetensors.numpy.save({name: np.ascontiguousarray(tables[name]) for name in sorted(tables)})
-
-
-def tables_record(tables: Mapping[str, FloatArray | IntArray]) -> FileRecord:
-    """Size and SHA-256 of the tables file."""
-    data = tables_bytes(tables)
-    return FileRecord(size_bytes=len(data), sha256=sha256_of_bytes(data))
 
 
 def save_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], folder: Path) -> None:
@@ -486,15 +495,3 @@ def places_read(folder: Path) -> list[Path]:
         sources = [absolute_path(path, folder) for path in said]
         return [folder, *(Path(source) for source in sources if Path(source).exists())]
     return [folder]
-
-
-def index_row(schedule: Schedule, step: int) -> int:
-    """The row of the phase's index table that belongs to a cached step.
-
-    Raises:
-        PlanError: ``step`` is a full step.
-    """
-    variant = schedule.variants[step]
-    if variant == FULL:
-        raise PlanError(f"step {step} is a full step and has no row in an index table")
-    return schedule.variants[:step].count(variant)

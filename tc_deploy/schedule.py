@@ -1,6 +1,6 @@
 """Two-Phase Round-Robin (TPRR): which denoising steps run in full, as a pure function of four integers.
 
-In: the number of steps T, the boundary, the intervals K_1 and K_2. Out: the variant of every step and the weights
+In: the number of steps T, the boundary, the intervals K_1 and K_2. Out: the variant of every step and the polynomial
 with which a cached step extrapolates from the last full steps. Never: looks at a tensor, a model or a clock.
 Source: TokenCache (arXiv 2409.18523) for the two phases with an interval each; the rest is defined here.
 """
@@ -71,8 +71,8 @@ class Schedule:
         bar = ["|"] if 0 < self.boundary < self.steps else []
         return " ".join(marks[: self.boundary] + bar + marks[self.boundary :])
 
-    def forecast_weights(self, order: int) -> FloatArray:
-        """How a cached step combines what the last full steps cached.
+    def polynomial_weights(self, order: int) -> FloatArray:
+        """How a cached step combines what the last full steps cached, unless its weights were fitted.
 
         The polynomial of degree ``order`` through the last ``order + 1`` full steps, evaluated at the present step
         (Lagrange's form; the same value as Newton's finite differences, which TaylorSeer, arXiv 2503.06923, writes

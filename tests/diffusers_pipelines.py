@@ -15,7 +15,7 @@ from bundles import make_plan
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.export.stage import export_bundle, token_index_tables
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
@@ -36,7 +36,7 @@ class CachedTransformer(nn.Module):
         self.plan, tables = load_plan(plan)
         self.model = load_model(model, ModelOptions.of(self.plan.model))
         self.config, self.dtype, self.device = self.model.module.config, torch.float32, torch.device("cpu")
-        self.index = token_index_tables(self.plan, tables)
+        self.tables = self.plan.step_tables(tables)
         self.runs: dict[str, tuple[int, TokenCachedSteps]] = {}
         self.half = ""
 
@@ -49,7 +49,7 @@ class CachedTransformer(nn.Module):
     def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **given: Any) -> Any:
         step, steps = self.runs.get(self.half, (0, None))
         if step == 0 or steps is None:
-            step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self.index)
+            step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self.tables)
         timestep = torch.tensor(self.plan.sampling.timesteps[step]).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep}
         for condition in self.model.geometry.conditions:

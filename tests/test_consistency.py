@@ -212,7 +212,9 @@ def what_runs(documents: Documents) -> tuple[Any, ...]:
     """All of the documents that a picture depends on, but for values that one document alone has."""
     manifest, plan = documents.manifest, documents.plan
     graphs = {name: (graph.file, graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()}
-    tables = {name: array.tobytes() for name, array in {**documents.index_tables, **documents.runtime_tables}.items()}
+    steps = documents.step_tables
+    tables = [array.tobytes() for array in (steps.forecast_weights, *steps.token_index.values())]
+    tables += [documents.runtime_tables[name].tobytes() for name in sorted(documents.runtime_tables)]
     return (
         pipeline_programs(manifest, plan),
         manifest.solver,

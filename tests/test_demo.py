@@ -9,7 +9,7 @@ from bundles import run_cli
 from tolerances import tolerance
 
 import tc_deploy
-from tc_deploy.export.stage import sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, load_plan, load_plan_as_written, plan_bytes
 from tc_deploy.quality.classifier import Classifier
@@ -59,7 +59,7 @@ def test_trajectory_equals_pytorch(bundle: Path, full: bool) -> None:
         found = pipeline(class_labels=labels, seed=40, full=full).latents
     plan, tables = load_plan(PLAN_FOLDER)
     model = load_model(MODEL_FOLDER)
-    cached = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
+    cached = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
     expected = denoise(
         model,
         sampling_from_plan(plan),

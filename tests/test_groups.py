@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tc_deploy.groups import group_inputs, running_variants, token_groups
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.types import Attention, Reuse, Skip
 
 TOKENS = 6

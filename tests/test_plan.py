@@ -19,28 +19,27 @@ from tc_deploy.plan import (
     TABLES,
     CacheRecord,
     CostRecord,
+    ForecastRecord,
     MeasuredRecord,
     ModelRecord,
     OriginRecord,
     Plan,
     SamplingRecord,
     ScheduleRecord,
+    check_plan,
     content_sha256,
-    index_row,
+    fitted_for_sha256,
     load_plan,
     plan_bytes,
     plan_sha256,
-    pruned_blocks,
     save_plan,
-    tables_bytes,
-    tables_record,
-    token_index_name,
 )
-from tc_deploy.types import Attention, IntArray, Reuse
+from tc_deploy.tables import FORECAST_WEIGHTS, index_row, pruned_blocks, tables_bytes, tables_record, token_index_name
+from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
 TOKENS = 8
 KEEP_COUNTS = ((0, 3, TOKENS, 2), (0, 0, 0, 0))
-Tables = dict[str, IntArray]
+Tables = dict[str, FloatArray | IntArray]
 
 
 def make_tables() -> Tables:
@@ -329,3 +328,125 @@ def test_a_plan_does_not_replace_another_kind_of_folder(tmp_path: Path) -> None:
     tables = make_tables()
     with pytest.raises(StorageError, match=f"holds no {PLAN}"):
         save_plan(make_plan(tables), tables, tmp_path / "bundle")
+
+
+# ------------------------------------------------------------------------------------------------------ fitted weights
+SKIPS = CacheRecord(
+    reuse=Reuse.BRANCH,
+    attention=Attention.ALL,
+    forecast_order=1,
+    keep_counts=((0, 0, 0, 0), (0, 0, 0, 0)),
+    skip=Skip.MODEL,
+)
+SKIPPED = CostRecord(full_flops=1000, cached_flops=(50, 50))
+# F c1 F c1 | F c2 c2 F c2 c2
+WEIGHTS = np.array(
+    [[1, 0], [0.9, 0], [1, 0], [1.6, -0.7], [1, 0], [1.4, -0.5], [1.9, -0.8], [1, 0], [1.3, -0.3], [1.7, -0.6]],
+    np.float32,
+)
+
+
+def make_fitted(table: FloatArray = WEIGHTS, **changes: Any) -> tuple[Plan, Tables]:
+    tables: Tables = {FORECAST_WEIGHTS: table}
+    bare = make_plan({}, cache=SKIPS, measured=None)
+    fitted_for = fitted_for_sha256(bare.model, bare.sampling, bare.schedule, bare.cache)
+    forecast = ForecastRecord(fitted_for=fitted_for, first_seed=10, samples=8)
+    return make_plan(tables, **{"cache": SKIPS, "cost": SKIPPED, "forecast": forecast} | changes), tables
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> Path:
+    """A plan with fitted weights on disk."""
+    save_plan(*make_fitted(), tmp_path / "fitted")
+    return tmp_path / "fitted"
+
+
+def test_fitted_weights_come_back_bit_for_bit(fitted: Path, tmp_path: Path) -> None:
+    plan, tables = load_plan(fitted)
+    np.testing.assert_array_equal(plan.step_tables(tables).forecast_weights, WEIGHTS)
+    save_plan(plan, tables, tmp_path / "again")
+    for name in (PLAN, TABLES):
+        assert (tmp_path / "again" / name).read_bytes() == (fitted / name).read_bytes()
+
+
+def test_a_plan_without_a_fit_forecasts_by_polynomials_and_says_nothing_of_it(folder: Path) -> None:
+    plan, tables = load_plan(folder)
+    assert "forecast" not in json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    steps = plan.step_tables(tables)
+    np.testing.assert_array_equal(steps.forecast_weights[3], [1.5, -0.5])
+    np.testing.assert_array_equal(steps.token_index[1], tables["token_index_1"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["sampling"].update(guidance_scale=2.5),
+        lambda d: d["sampling"].update(guidance_scale=None),
+        lambda d: d["sampling"].update(scheduler_class="EulerDiscreteScheduler"),
+        lambda d: d["sampling"]["timesteps"].__setitem__(3, 601.0),
+        lambda d: d["schedule"].update(k2=2),
+        lambda d: d["cache"].update(forecast_order=2),
+        lambda d: d["model"].update(weights_sha256="1" * 64),
+        lambda d: d["forecast"].update(fitted_for="0" * 64),
+    ],
+)
+def test_weights_that_were_fitted_for_something_else_are_refused(
+    fitted: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    rewrite(fitted, lambda document: document.update(measured=None))
+    load_plan(fitted)
+    rewrite(fitted, change)
+    with pytest.raises(PlanError, match=r"fitted for another model, sampler, schedule or cache .*calibrate again"):
+        load_plan(fitted)
+
+
+def test_a_plan_that_was_measured_on_what_it_was_fitted_on_is_refused() -> None:
+    plan, tables = make_fitted(measured=MEASURED.model_copy(update={"seeds": (17, 18)}))
+    with pytest.raises(PlanError, match="measured on seeds that its forecast weights were fitted on"):
+        check_plan(plan, tables, "plan")
+
+
+def test_a_fit_and_its_table_come_together(fitted: Path, folder: Path) -> None:
+    rewrite(fitted, lambda document: document.update(measured=None, forecast=None))
+    with pytest.raises(PlanError, match="says nothing under forecast, and has a table forecast_weights"):
+        load_plan(fitted)
+    plan, _ = make_fitted()
+    with pytest.raises(PlanError, match="says a fit under forecast, and has no table forecast_weights"):
+        check_plan(plan, {}, "plan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[:-1], r"expected finite float32 \(10, 2\), found float32 \(9, 2\)"),
+        (lambda table: table[:, :1], r"expected finite float32 \(10, 2\)"),
+        (lambda table: table.astype(np.float64), r"found float64"),
+        (lambda table: put(table, 3, 0, np.nan), "found values that are not"),
+        (lambda table: put(table, 3, 0, np.inf), "found values that are not"),
+        (
+            lambda table: put(table, 2, 1, 0.5),
+            r"step 2: expected 1 and then 0, as it is a full step, found \[1.0, 0.5\]",
+        ),
+        (lambda table: put(table, 4, 0, 0.0), "step 4: expected 1 and then 0"),
+        (lambda table: put(table, 1, 1, 0.5), "step 1: expected 0 from column 1 on, as no more full steps have run"),
+    ],
+)
+def test_a_bad_table_of_weights(change: Callable[[FloatArray], FloatArray], message: str) -> None:
+    plan, tables = make_fitted(change(WEIGHTS.copy()))
+    with pytest.raises(PlanError, match=f"plan: table forecast_weights: .*{message}.*; calibrate again"):
+        check_plan(plan, tables, "plan")
+
+
+def put(table: FloatArray, step: int, column: int, value: float) -> FloatArray:
+    table[step, column] = value
+    return table
+
+
+def test_what_reuses_has_no_weights() -> None:
+    reuses = SKIPS.model_copy(update={"forecast_order": 0})
+    bare = make_plan({}, cache=reuses, measured=None)
+    fitted_for = fitted_for_sha256(bare.model, bare.sampling, bare.schedule, bare.cache)
+    forecast = ForecastRecord(fitted_for=fitted_for, first_seed=10, samples=8)
+    plan, tables = make_fitted(WEIGHTS[:, :1], cache=reuses, forecast=forecast)
+    with pytest.raises(PlanError, match="expected none, as forecast order 0 reuses"):
+        check_plan(plan, tables, "plan")

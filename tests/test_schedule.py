@@ -103,7 +103,7 @@ def test_it_is_a_pure_function(schedule: Schedule) -> None:
 
 @given(schedules(), ORDERS)
 def test_forecast_weights_sum_to_one(schedule: Schedule, order: int) -> None:
-    weights = schedule.forecast_weights(order).astype(np.float64)
+    weights = schedule.polynomial_weights(order).astype(np.float64)
     assert weights.shape == (schedule.steps, order + 1)
     rounding = FLOAT32_EPS * np.abs(weights).sum(axis=1)
     assert (np.abs(weights.sum(axis=1) - 1) <= rounding).all()
@@ -111,7 +111,7 @@ def test_forecast_weights_sum_to_one(schedule: Schedule, order: int) -> None:
 
 @given(schedules(), ORDERS, st.lists(st.integers(-9, 9), min_size=1, max_size=MAX_FORECAST_ORDER + 1))
 def test_forecast_continues_polynomials_exactly(schedule: Schedule, order: int, coefficients: list[int]) -> None:
-    weights = schedule.forecast_weights(order)
+    weights = schedule.polynomial_weights(order)
     for step in cached_steps(schedule):
         nodes = history(schedule, step, order)
         polynomial = np.polynomial.Polynomial(coefficients[: len(nodes)])
@@ -122,18 +122,18 @@ def test_forecast_continues_polynomials_exactly(schedule: Schedule, order: int, 
 
 @given(schedules(), ORDERS)
 def test_forecast_takes_nothing_from_steps_that_did_not_run(schedule: Schedule, order: int) -> None:
-    weights = schedule.forecast_weights(order)
+    weights = schedule.polynomial_weights(order)
     for step in cached_steps(schedule):
         assert (weights[step, len(history(schedule, step, order)) :] == 0).all()
 
 
 @given(schedules())
 def test_order_zero_reuses(schedule: Schedule) -> None:
-    assert (schedule.forecast_weights(0) == 1).all()
+    assert (schedule.polynomial_weights(0) == 1).all()
 
 
 def test_linear_forecast_by_hand() -> None:
-    weights: FloatArray = Schedule(steps=6, boundary=0, k1=1, k2=3).forecast_weights(1)
+    weights: FloatArray = Schedule(steps=6, boundary=0, k1=1, k2=3).polynomial_weights(1)
     thirds = [[1, 0], [1, 0], [1, 0], [1, 0], [4 / 3, -1 / 3], [5 / 3, -2 / 3]]
     np.testing.assert_array_equal(weights, np.array(thirds, dtype=np.float32))
 
@@ -151,7 +151,7 @@ def test_bad_numbers_are_named(field: str, value: int) -> None:
 @pytest.mark.parametrize("order", [-1, MAX_FORECAST_ORDER + 1])
 def test_bad_forecast_order_is_named(order: int) -> None:
     with pytest.raises(PlanError, match=f"forecast order.*found {order}"):
-        full_schedule(4).forecast_weights(order)
+        full_schedule(4).polynomial_weights(order)
 
 
 def test_full_schedule_needs_a_step() -> None:

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tc_deploy.errors import PlanError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import CacheRecord, CostRecord, Plan, pruned_blocks
+from tc_deploy.plan import CacheRecord, CostRecord, Plan
 from tc_deploy.schedule import PHASES
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.tokencache.sampler import device_of
 

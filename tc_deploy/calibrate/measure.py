@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
-from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
-from tc_deploy.types import IntArray
+from tc_deploy.tables import StepTables
+from tc_deploy.tokencache.sampler import OWN_REMEDY, PLAN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
 
 FIRST_SEED = 1_000_000
 """Measurement draws its noise from here on; training draws from the recipe's seed, which lies far below."""
 BATCH = 16
-_PLAN_REMEDY = "choose shorter intervals or a lower forecast_order"
 LISTS = {"sigmas", "timesteps"}
 """Arguments of ``set_timesteps`` that hold a value for each step."""
 
@@ -30,7 +28,7 @@ def measure(
     sampling: Sampling,
     cache: CacheRecord,
     schedule: Schedule,
-    token_index: Mapping[int, IntArray],
+    tables: StepTables,
     cost_in_full_steps: float,
     samples: int,
     plan_sha256: str,
@@ -42,7 +40,7 @@ def measure(
         sampling: the sampler with all its steps.
         cache: the plan's cache settings.
         schedule: the plan's schedule.
-        token_index: the plan's index tables by phase.
+        tables: the plan's.
         cost_in_full_steps: the plan's cost; fewer steps get it rounded up.
         samples: how many pictures to compare.
         plan_sha256: :func:`tc_deploy.plan.content_sha256` of the plan.
@@ -62,12 +60,12 @@ def measure(
             function = steps or (lambda _, inputs: model.forward(inputs))
             whose = "the model's own run" if steps is None else "the plan's run"
             check = finite_steps(
-                f"{model.source}: {whose}", sampling.steps, OWN_REMEDY if steps is None else _PLAN_REMEDY
+                f"{model.source}: {whose}", sampling.steps, OWN_REMEDY if steps is None else PLAN_REMEDY
             )
             return denoise(model, sampling, noise, conditions, function, check)  # noqa: B023 - called in this turn only
 
         full.append(run(sampling, None))
-        planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, token_index)))
+        planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, tables)))
         shortened.append(run(fewer, None))
     reference, found, pixels = torch.cat(full), torch.cat(planned), model.geometry.pixels
     return MeasuredRecord(

@@ -42,7 +42,7 @@ from tc_deploy.types import Attention, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 500_000
-"""Training draws one sample per seed from the recipe's on, measurement from a million on; the two must not meet."""
+"""Training and fits draw a sample per seed from the recipe's on, measurement from a million on; they must not meet."""
 
 
 MAX_CANDIDATES = 1_000_000
@@ -96,6 +96,13 @@ class CacheRecipe(Document):
         if self.keep_counts is not None and "keep_ratio" in self.model_fields_set:
             raise ValueError("keep_counts and keep_ratio exclude each other; give one")
         return self
+
+
+class ForecastRecipe(Document):
+    """Where the weights of cached steps that skip the model come from."""
+
+    fit_samples: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Sampling runs of the model itself that the weights are fitted on; 0 takes polynomials."""
 
 
 class PredictorRecipe(Document):
@@ -182,6 +189,7 @@ class Recipe(Document):
     sampling: SamplingRecipe = SamplingRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     cache: CacheRecipe = CacheRecipe()
+    forecast: ForecastRecipe = ForecastRecipe()
     predictor: PredictorRecipe = PredictorRecipe()
     measure: MeasureRecipe = MeasureRecipe()
     search: SearchRecipe = SearchRecipe()

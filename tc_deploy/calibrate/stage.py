@@ -6,8 +6,9 @@ where it stood: its state lies in ``calibration/.NAME.tc-deploy`` until the plan
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from tc_deploy.bundle import Claim, canonical_json, claimed, clear_state, sha256_of_bytes, state_folder, write_state
 from tc_deploy.calibrate.cost import count_flops
+from tc_deploy.calibrate.fitting import fit_forecast
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
@@ -37,6 +39,7 @@ from tc_deploy.plan import (
     PLAN_FOLDER,
     RANDOM,
     CacheRecord,
+    ForecastRecord,
     OriginRecord,
     Plan,
     SamplingRecord,
@@ -44,12 +47,11 @@ from tc_deploy.plan import (
     check_keep_counts,
     check_plan,
     content_sha256,
-    importance_name,
-    tables_record,
-    token_index_name,
+    fitted_for_sha256,
     write_plan_files,
 )
 from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, importance_name, tables_record, token_index_name
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.tokencache.selection import phase_keep_counts, spread_importance, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray
@@ -81,13 +83,15 @@ def calibrate(
         device: where PyTorch runs the model, ``cpu`` or ``cuda``.
 
     Raises:
-        UsageError: there is no such device, the model needs prompts and the recipe names none that fit, or the recipe
-            does not fit the model (keep counts) or itself (boundary).
+        UsageError: there is no such device, the model needs prompts and the recipe names none that fit, the recipe does
+            not fit the model (keep counts) or itself (boundary), or forecasts are to be fitted and there is nothing to
+            fit, or too few samples.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         KeyboardInterrupt: it was interrupted; says where its state is.
         ExportError: the scheduler's steps are not a deterministic linear update.
         UsageError: there are more steps than the scheduler takes.
+        NotFiniteError: the model's own run, a fit or training comes to values that are not finite.
     """
     # What can be refused at once comes first: loading takes long.
     check_device(device)
@@ -162,12 +166,34 @@ def _calibrated(
     importance, manual = importance_of(recipe, model, sampling, schedule, state.open, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     cache = _cache_record(recipe, keep_counts)
-    token_index = token_index_from_importance(importance, keep_counts, schedule)
+    step_tables = StepTables.polynomial(
+        schedule, cache.forecast_order, token_index_from_importance(importance, keep_counts, schedule)
+    )
+    fit_seeds = range(recipe.seed, recipe.seed + recipe.forecast.fit_samples)
+    if fit_seeds:
+        weights = fit_forecast(
+            model,
+            sampling,
+            cache,
+            schedule,
+            step_tables,
+            solver,
+            fit_seeds,
+            lambda done: report("fitting the forecasts", done, 2 * schedule.steps),
+        )
+        step_tables = dataclasses.replace(step_tables, forecast_weights=weights)
     origin = OriginRecord(
         method="manual" if manual else "predictor", seed=recipe.seed, settings=_settings(recipe, manual=manual)
     )
     plan, tables = assemble_plan(
-        model, sampling, schedule, cache, token_index, importance=None if manual else importance, origin=origin
+        model,
+        sampling,
+        schedule,
+        cache,
+        step_tables,
+        importance=None if manual else importance,
+        origin=origin,
+        fit_seeds=fit_seeds,
     )
     if recipe.measure.samples:
         report("measuring against the full run", 0, 1)
@@ -176,7 +202,7 @@ def _calibrated(
             sampling,
             cache,
             schedule,
-            token_index,
+            step_tables,
             plan.cost_in_full_steps(),
             recipe.measure.samples,
             content_sha256(plan),
@@ -271,10 +297,11 @@ def assemble_plan(
     sampling: Sampling,
     schedule: Schedule,
     cache: CacheRecord,
-    token_index: Mapping[int, IntArray],
+    step_tables: StepTables,
     *,
     importance: FloatArray | None,
     origin: OriginRecord,
+    fit_seeds: range = range(0),
 ) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     """Put a plan together; it is not measured.
 
@@ -283,9 +310,10 @@ def assemble_plan(
         sampling: the sampler.
         schedule: which steps are full.
         cache: keep counts, reuse, attention, forecast order.
-        token_index: per phase that prunes a block, the tokens of each of its cached steps.
+        step_tables: the tokens and the weights of its cached steps.
         importance: (T, L, N) scores that chose them, whose means the plan keeps; None where nothing scored them.
         origin: how the plan came to be, but for what the samples were conditioned on.
+        fit_seeds: of the samples that the weights were fitted on; none: the weights are the polynomials'.
 
     Returns:
         The plan and its tables.
@@ -293,32 +321,46 @@ def assemble_plan(
     Raises:
         ExportError: the scheduler's steps are not a deterministic linear update, or it refuses the step count.
     """
-    tables: dict[str, FloatArray | IntArray] = {token_index_name(phase): table for phase, table in token_index.items()}
+    tables: dict[str, FloatArray | IntArray] = {
+        token_index_name(phase): table for phase, table in step_tables.token_index.items()
+    }
+    if fit_seeds:
+        tables[FORECAST_WEIGHTS] = step_tables.forecast_weights
     if importance is not None:
-        for phase in token_index:
+        for phase in step_tables.token_index:
             tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
     solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
     drawn = RANDOM if takes_prompts(model) else None
     conditions = drawn if sampling.prompts is None else sampling.prompts.record
+    sampling_record = SamplingRecord(
+        scheduler_class=type(sampling.scheduler).__name__,
+        scheduler_config=plain_config(sampling.scheduler),
+        set_timesteps_kwargs=dict(sampling.set_timesteps_kwargs),
+        timesteps=tuple(solver.timesteps.tolist()),
+        guidance_scale=sampling.guidance_scale,
+        embedded_guidance=sampling.embedded_guidance,
+        true_cfg=model.family.convention.true_cfg,
+    )
+    schedule_record = ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2)
+    forecast = None
+    if fit_seeds:
+        forecast = ForecastRecord(
+            fitted_for=fitted_for_sha256(model.record(), sampling_record, schedule_record, cache),
+            first_seed=fit_seeds.start,
+            samples=len(fit_seeds),
+        )
     plan = Plan(
         kind="plan",
         format_version=FORMAT_VERSION,
         model=model.record(),
-        sampling=SamplingRecord(
-            scheduler_class=type(sampling.scheduler).__name__,
-            scheduler_config=plain_config(sampling.scheduler),
-            set_timesteps_kwargs=dict(sampling.set_timesteps_kwargs),
-            timesteps=tuple(solver.timesteps.tolist()),
-            guidance_scale=sampling.guidance_scale,
-            embedded_guidance=sampling.embedded_guidance,
-            true_cfg=model.family.convention.true_cfg,
-        ),
-        schedule=ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2),
+        sampling=sampling_record,
+        schedule=schedule_record,
         cache=cache,
         cost=count_flops(model, cache),
         origin=origin.model_copy(update={"conditions": conditions}),
         measured=None,
         tables=tables_record(tables),
+        forecast=forecast,
     )
     return plan, tables
 
@@ -349,7 +391,7 @@ def importance_of(
         return np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)]), True
     identity = canonical_json(
         {
-            "recipe": recipe.model_dump(mode="json", exclude={"measure", "search", "quality"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"forecast", "measure", "search", "quality"}),
             "model": model.record().model_dump(mode="json"),
             "scheduler": [type(sampling.scheduler).__name__, plain_config(sampling.scheduler)],
             "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,

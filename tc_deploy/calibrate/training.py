@@ -105,7 +105,8 @@ def train_predictor(
         torch.manual_seed(seed)
         predictor = CachePredictor(blocks, tokens, float(timesteps.max()), sum(keep_ratio) / 2).to(device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=recipe.learning_rate)
-    weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order)).to(device)
+    # Not a plan's own: what is forecast here are branches, which no fit is made for, and a fit wants the tokens first.
+    weights = torch.from_numpy(schedule.polynomial_weights(cache.forecast_order)).to(device)
     cached_steps = [step for step, variant in enumerate(schedule.variants) if variant != FULL]
     done = _load(state, predictor, optimizer)
     on_iteration(done, float("nan"))

@@ -80,6 +80,12 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     help="What a cached step that keeps nothing leaves out: the whole model, or its blocks.",
 )
 @click.option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
+@click.option(
+    "--fit-samples",
+    "forecast__fit_samples",
+    type=int,
+    help="Fit the forecasts of cached steps that skip the model on so many samples, at least 8; 0 takes polynomials.",
+)
 @click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")
 @click.option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
 @click.option("--seed", "seed", type=int)

@@ -27,9 +27,10 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL, PHASES
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.types import IntArray, Precision
+from tc_deploy.types import Precision
 
 RELATIVE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 2e-2, Precision.BF16: 2e-1}
 """Largest error allowed, in units of the output's standard deviation. fp32 graphs reach 1e-6 to 2e-5 (rounding in
@@ -44,7 +45,7 @@ class _Enough(Exception):  # noqa: N818 - ends the sampling run, no error
 def example_inputs(
     model: DiffusionTransformer,
     plan: Plan,
-    token_index: Mapping[int, IntArray],
+    step_tables: StepTables,
     sampling: Sampling,
     batch: int,
     groups: Sequence[TokenGroup] = (),
@@ -56,7 +57,7 @@ def example_inputs(
     """
     noise, conditions = draw_batch(model, sampling, range(batch))
     schedule = plan.tprr()
-    steps = TokenCachedSteps(model, plan.cache, schedule, token_index)
+    steps = TokenCachedSteps(model, plan.cache, schedule, step_tables)
     wanted = {FULL, *plan.phases_used()}
     examples: dict[int, dict[str, Tensor]] = {}
 

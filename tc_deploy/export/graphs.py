@@ -35,8 +35,9 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_open
 from tc_deploy.types import Precision
 

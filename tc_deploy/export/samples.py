@@ -39,12 +39,13 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
-from tc_deploy.plan import Plan, token_index_name
+from tc_deploy.plan import Plan
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, chosen_steps
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import StepTables, token_index_name
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.sampler import Sampling, StepFunction, TokenCachedSteps, denoise
-from tc_deploy.types import FloatArray, IntArray, Precision
+from tc_deploy.types import FloatArray, Precision
 
 LIMIT_BYTES = 128 * 2**20
 """Of one graph's samples; caches of large models would fill gigabytes."""
@@ -88,7 +89,7 @@ def samples_of(
     graphs: Mapping[int, ModelGraph],
     records: Mapping[str, GraphRecord],
     plan: Plan,
-    token_index: Mapping[int, IntArray],
+    step_tables: StepTables,
     sampling: Sampling,
     solver: SolverTable,
     batch: int,
@@ -101,7 +102,7 @@ def samples_of(
         graphs: of each variant, as it was exported.
         records: how the manifest names the graphs.
         plan: the plan.
-        token_index: its index tables by phase.
+        step_tables: its tables.
         sampling: its sampler.
         solver: the sampler as a table.
         batch: samples in a batch.
@@ -127,12 +128,12 @@ def samples_of(
         rows = batch * (1 if sampling.guidance_scale is None else 2)
         chosen[variant] = chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES)
     wanted = {step: graphs[variant] for variant, steps_of in chosen.items() for step in steps_of}
-    run = _Run(TokenCachedSteps(model, plan.cache, schedule, token_index), wanted)
+    run = _Run(TokenCachedSteps(model, plan.cache, schedule, step_tables), wanted)
     with half_products(model, precision, fp32_blocks, stored=False), overflow_refused(model, precision, fp32_blocks):
         denoise(model, sampling, noise, conditions, run.step, run.note)
     cached = exact = np.stack(run.latents)
     if precision is not Precision.FP32:
-        steps_of_plan = TokenCachedSteps(model, plan.cache, schedule, token_index)
+        steps_of_plan = TokenCachedSteps(model, plan.cache, schedule, step_tables)
         exact = latents_of(model, sampling, noise, conditions, steps_of_plan)
     samples = {}
     for variant, steps_of in chosen.items():
@@ -147,8 +148,8 @@ def samples_of(
         "timestep": solver.timesteps,
         COEFFICIENTS: solver.coefficients,
         INPUT_SCALE: solver.input_scale,
-        FORECAST_WEIGHTS: schedule.forecast_weights(plan.cache.forecast_order),
-        **{token_index_name(phase): table for phase, table in token_index.items()},
+        FORECAST_WEIGHTS: step_tables.forecast_weights,
+        **{token_index_name(phase): table for phase, table in step_tables.token_index.items()},
     }
     return samples, Trajectory(
         noise=_array(noise),

@@ -65,7 +65,6 @@ from tc_deploy.plan import (
     content_sha256,
     load_plan,
     places_read,
-    token_index_name,
     write_plan_files,
 )
 from tc_deploy.remarks import warn_of_plan
@@ -284,7 +283,7 @@ def _exported_steps(
             " with the installed diffusers; install the version that it was made with, or calibrate again"
         )
     batch = batch_size or EXAMPLE_BATCH
-    token_index = token_index_tables(plan, tables)
+    step_tables = plan.step_tables(tables)
     graphs: dict[int, ModelGraph] = {}
     onnx = folder / ONNX_FOLDER
     if graphs_from is None:
@@ -294,7 +293,7 @@ def _exported_steps(
             overflow_refused(model, precision, fp32_blocks),
         ):
             graphs = step_graphs(model, plan.cache, plan.phases_used(), one_graph=one_graph)
-            examples = example_inputs(model, plan, token_index, sampling, batch, graphs[FULL].groups)
+            examples = example_inputs(model, plan, step_tables, sampling, batch, graphs[FULL].groups)
         dynamic = batch_size is None
         records = _exported(
             model, graphs, examples, onnx, precision, fp32_blocks, dynamic=dynamic, check=check, progress=progress
@@ -315,7 +314,7 @@ def _exported_steps(
         return _Steps(records=records, solver=solver, samples={}, trajectory=None, sampled_on=conditioned)
     progress("sampling with the plan and in full, to validate engines by")
     made, trajectory = samples_of(
-        graphs, records, plan, token_index, sampling, solver, batch_size or 1, precision, fp32_blocks
+        graphs, records, plan, step_tables, sampling, solver, batch_size or 1, precision, fp32_blocks
     )
     return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory, sampled_on=conditioned)
 
@@ -390,12 +389,6 @@ def sampling_from_plan(plan: Plan) -> Sampling:
         embedded_guidance=plan.sampling.embedded_guidance,
         set_timesteps_kwargs=plan.sampling.set_timesteps_kwargs,
     )
-
-
-def token_index_tables(plan: Plan, tables: Mapping[str, FloatArray | IntArray]) -> dict[int, IntArray]:
-    """The index tables of the phases that have one."""
-    names = {phase: token_index_name(phase) for phase in plan.phases_used()}
-    return {phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables}
 
 
 def _exported(

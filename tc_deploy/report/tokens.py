@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tc_deploy.plan import Plan, pruned_blocks, token_index_name
+from tc_deploy.plan import Plan
 from tc_deploy.report.pictures import png_uri
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks, token_index_name
 from tc_deploy.types import FloatArray, IntArray
 
 HEAT_WIDTH = 620

@@ -28,12 +28,13 @@ from tc_deploy.manifest import (
     history_of,
     read_manifest,
 )
-from tc_deploy.plan import Plan, index_row, token_index_name
+from tc_deploy.plan import Plan
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of
 from tc_deploy.schedule import FULL
 from tc_deploy.signing import check_signature
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.tables import index_row
+from tc_deploy.types import IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,8 +46,8 @@ class Bundle:
     """The target that is meant."""
     manifest: Manifest
     plan: Plan
-    index_tables: Mapping[str, FloatArray | IntArray]
-    """The plan's."""
+    token_index: Mapping[int, IntArray]
+    """Per phase, the plan's."""
     step_tables: Mapping[str, NDArray[Any]]
     """By input name, (T, ...): what every step of a kind takes, whatever its phase."""
     first_scale: np.float32
@@ -58,7 +59,7 @@ class Bundle:
             return np.asarray(self.step_tables[table][step])
         schedule = self.plan.tprr()
         variant = FULL if step == EVERY_FULL_STEP else schedule.variants[step]
-        index = None if variant == FULL else self.index_tables.get(token_index_name(variant))
+        index = None if variant == FULL else self.token_index.get(variant)
         row = None if index is None else np.asarray(index[index_row(schedule, step)], np.int32)
         if table == TOKEN_INDEX:
             assert row is not None, "check_plan sees to it that a phase that prunes has an index table"
@@ -91,13 +92,13 @@ def read_bundle(path: Path, backend: str | None, require_signature: Path | None 
         backend=backend,
         manifest=documents.manifest,
         plan=plan,
-        index_tables=documents.index_tables,
+        token_index=documents.step_tables.token_index,
         step_tables={
             "timestep": solver["timesteps"],
             "coefficients": solver["coefficients"],
             # The solver prepares the next step's input; after the last step nobody reads it.
             "input_scale": np.append(solver["input_scale"][1:], np.float32(1)),
-            FORECAST_WEIGHTS: plan.tprr().forecast_weights(plan.cache.forecast_order),
+            FORECAST_WEIGHTS: documents.step_tables.forecast_weights,
         },
         first_scale=solver["input_scale"][0],
     )

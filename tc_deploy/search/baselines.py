@@ -22,6 +22,7 @@ from tc_deploy.plan import CacheRecord, OriginRecord, Plan
 from tc_deploy.schedule import Schedule, full_schedule
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import Kind
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
 from tc_deploy.types import Attention, FloatArray, Reuse, Skip
@@ -151,7 +152,8 @@ class Baselines:
             importance = np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)])
         index = token_index_from_importance(importance, cache.keep_counts, schedule)
         origin = OriginRecord(method="baseline", seed=self.seed, settings={"kind": kind.value, "name": name})
-        plan, tables = assemble_plan(self.model, sampling, schedule, cache, index, importance=None, origin=origin)
+        steps = StepTables.polynomial(schedule, cache.forecast_order, index)
+        plan, tables = assemble_plan(self.model, sampling, schedule, cache, steps, importance=None, origin=origin)
         return PlannedPoint(name=name, kind=kind, plan=plan, tables=tables)
 
 

@@ -17,9 +17,10 @@ from tc_deploy.plan import CacheRecord
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
 from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_importance
-from tc_deploy.types import FloatArray, IntArray
+from tc_deploy.types import FloatArray
 
 FIRST_SEED = 600_000
 """Above the seeds of training, below those of measurement."""
@@ -89,10 +90,11 @@ class Screen:
             skip=candidate.skip,
         )
 
-    def token_index(self, candidate: Candidate) -> dict[int, IntArray]:
-        """The tokens of each cached step, per phase."""
-        cache = self.cache(candidate)
-        return token_index_from_importance(self.importance, cache.keep_counts, candidate.schedule(self.sampling.steps))
+    def tables(self, candidate: Candidate) -> StepTables:
+        """The tokens and the weights of each cached step."""
+        cache, schedule = self.cache(candidate), candidate.schedule(self.sampling.steps)
+        index = token_index_from_importance(self.importance, cache.keep_counts, schedule)
+        return StepTables.polynomial(schedule, cache.forecast_order, index)
 
     def _psnr_db(self, candidate: Candidate, cache: CacheRecord) -> float:
         schedule = candidate.schedule(self.sampling.steps)
@@ -102,7 +104,7 @@ class Screen:
             return float(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             pass
-        steps = TokenCachedSteps(self.model, cache, schedule, self.token_index(candidate))
+        steps = TokenCachedSteps(self.model, cache, schedule, self.tables(candidate))
         found = denoise(self.model, self.sampling, self.noise, self.conditions, steps)
         pixels = self.model.geometry.pixels
         psnr_db = picture_psnr_db(found, self.reference, pixels=pixels) if found.isfinite().all() else NOT_FINITE_DB

@@ -242,7 +242,7 @@ class _Search:
                 self.sampling,
                 item.candidate.schedule(steps),
                 screen.cache(item.candidate),
-                screen.token_index(item.candidate),
+                screen.tables(item.candidate),
                 importance=importance if item.candidate.keeps_tokens else None,
                 origin=OriginRecord(
                     method="search",

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tc_deploy.groups import TokenGroup
 from tc_deploy.models.family import Block, DiffusionTransformer
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.passes import (
     KEY,
     VALUE,
@@ -107,7 +108,7 @@ def run_cached(
         phase: 1 or 2, whose keep counts hold.
         inputs: the model's inputs by name; not read by a step that skips the model.
         history: caches of the last ``forecast_order + 1`` full steps, latest first.
-        weights: (B, forecast_order + 1) float32, how the history is combined (``Schedule.forecast_weights``).
+        weights: (B, forecast_order + 1) float32, how the history is combined: a row of ``StepTables``.
         token_index: (B, sum of M over pruned blocks) int, the tokens each block computes, blocks side by side, or one
             row (sum of M,) for all samples, as a family that ``shares_index`` needs; None where no block is pruned.
             A row's order does not matter; a token must not stand twice.

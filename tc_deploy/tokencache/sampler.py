@@ -16,15 +16,17 @@ from tc_deploy.conditions import UNCONDITIONAL, Conditions
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import started_scheduler
-from tc_deploy.plan import CacheRecord, PromptsRecord, index_row
+from tc_deploy.plan import CacheRecord, PromptsRecord
 from tc_deploy.schedule import FULL, Schedule
+from tc_deploy.tables import StepTables, index_row
 from tc_deploy.tokencache.forward import run_cached, run_full
-from tc_deploy.types import IntArray
 
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
 OWN_REMEDY = "use another checkpoint or scheduler, or a lower guidance scale"
 """For a run of the model itself."""
+PLAN_REMEDY = "choose shorter intervals or a lower forecast_order"
+"""For a run under a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class TokenCachedSteps:
         model: the model.
         cache: keep counts, reuse, attention, forecast order.
         schedule: which steps are full.
-        token_index: per phase the ``(cached steps of the phase, sum of M)`` table; empty where no block is pruned.
+        tables: the weights of every cached step, and the tokens of those that prune.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class TokenCachedSteps:
         model: DiffusionTransformer,
         cache: CacheRecord,
         schedule: Schedule,
-        token_index: Mapping[int, IntArray],
+        tables: StepTables,
     ) -> None:
         self.model, self.cache, self.schedule = model, cache, schedule
         device = device_of(model)
-        self.token_index = {phase: torch.from_numpy(table).to(device) for phase, table in token_index.items()}
-        self.weights = torch.from_numpy(schedule.forecast_weights(cache.forecast_order)).to(device)
+        self.token_index = {phase: torch.from_numpy(table).to(device) for phase, table in tables.token_index.items()}
+        self.weights = torch.tensor(tables.forecast_weights, device=device)
         self.history: list[dict[str, Tensor]] = []
 
     def __call__(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -157,14 +159,19 @@ def denoise(
         hidden_states = torch.cat([scaled, scaled]) if guided else scaled
         timestep = t.to(device, torch.float32).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep, **given}
-        output = step_function(step, inputs)[:, :channels]
-        if sampling.guidance_scale is not None:
-            conditional, unconditional = output.chunk(2)
-            output = unconditional + sampling.guidance_scale * (conditional - unconditional)
+        output = guided_output(step_function(step, inputs)[:, :channels], sampling.guidance_scale)
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(step, inputs, latents)
     return latents.cpu()
+
+
+def guided_output(output: Tensor, guidance_scale: float | None) -> Tensor:
+    """What the scheduler is given of a model's output: both halves mixed, (2B, ...) to (B, ...), where it is guided."""
+    if guidance_scale is None:
+        return output
+    conditional, unconditional = output.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def _model_batch(model: DiffusionTransformer, conditions: Mapping[str, Tensor], *, guided: bool) -> dict[str, Tensor]:

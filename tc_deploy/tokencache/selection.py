@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from tc_deploy.errors import PlanError
-from tc_deploy.plan import pruned_blocks
 from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.types import FloatArray, IntArray
 
 

@@ -22,13 +22,14 @@ from tc_deploy.conditions import Conditions
 from tc_deploy.export.graphs import ModelGraph, step_graphs
 from tc_deploy.export.precision import half_products
 from tc_deploy.export.samples import full_latents, latents_of
-from tc_deploy.export.stage import model_of_plan, sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import model_of_plan, sampling_from_plan
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.samples import Feed, Trajectory
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps
-from tc_deploy.types import IntArray, Precision
+from tc_deploy.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Checkpoint:
         self.plan, tables = load_plan(bundle)
         self.model: DiffusionTransformer = model_of_plan(self.plan, str(bundle), model_path)
         self._one_graph = read_manifest(bundle).one_graph
-        self._token_index: dict[int, IntArray] = token_index_tables(self.plan, tables)
+        self._step_tables: StepTables = self.plan.step_tables(tables)
 
     @cached_property
     def _sampling(self) -> Sampling:
@@ -117,7 +118,7 @@ class Checkpoint:
         conditions = tensors_of(Conditions(count=len(noise), given=saved.conditions, unconditional=saved.unconditional))
         runs = {}
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
-            steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._token_index)
+            steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._step_tables)
             with half_products(self.model, precision, self.fp32_blocks, stored=False):
                 runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)

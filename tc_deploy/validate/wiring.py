@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import CACHE_PREFIX, COMPUTED, SAMPLE, TOKEN_INDEX, cached_name, history_of, variant_name
-from tc_deploy.plan import Plan, token_index_name
+from tc_deploy.plan import Plan
 from tc_deploy.runtime.program import STEP_TABLES
 from tc_deploy.samples import Trajectory
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import token_index_name
 from tc_deploy.validate.record import WiringFault
 from tc_deploy.validate.trajectory import CallNote
 

@@ -16,6 +16,7 @@ from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.schedule import Schedule, full_schedule
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, denoise
 from tc_deploy.types import Attention, Reuse
 
@@ -35,7 +36,7 @@ def run(
     cache = CacheRecord(
         reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=((keep,) * BLOCKS,) * 2
     )
-    return measure(model, sampling, cache, schedule, {}, cost, samples, "of no plan")
+    return measure(model, sampling, cache, schedule, StepTables.polynomial(schedule, 1), cost, samples, "of no plan")
 
 
 def test_full_steps_only_are_the_full_run(tiny_dit: DiffusionTransformer, sampling: Sampling) -> None:

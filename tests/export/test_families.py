@@ -22,8 +22,9 @@ from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX, histo
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions, Values
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.types import Attention, Reuse
 

@@ -28,7 +28,7 @@ from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph
 from tc_deploy.export.samples import samples_of
-from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import export_bundle, sampling_from_plan
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
@@ -43,9 +43,10 @@ from tc_deploy.manifest import (
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
-from tc_deploy.plan import Plan, load_plan, pruned_blocks
+from tc_deploy.plan import Plan, load_plan
 from tc_deploy.samples import POLYGRAPHY, SCRIPT, GraphSamples, Trajectory
 from tc_deploy.schedule import FULL
+from tc_deploy.tables import pruned_blocks
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
 CACHED_INPUTS = [*MODEL_INPUTS, FORECAST_WEIGHTS, TOKEN_INDEX]
@@ -75,7 +76,7 @@ def random_inputs(made: Made, model: DiffusionTransformer, variant: int, rows: i
     """Inputs of a variant as they never occur together: every tensor its own, every sample other tokens and weights."""
     plan, tables = load_plan(made.plan)
     sampling = dataclasses.replace(sampling_from_plan(plan), guidance_scale=None)
-    example = example_inputs(model, plan, token_index_tables(plan, tables), sampling, rows)[variant]
+    example = example_inputs(model, plan, plan.step_tables(tables), sampling, rows)[variant]
     generator = torch.Generator().manual_seed(variant)
     drawn = {}
     for name, tensor in example.items():
@@ -125,13 +126,13 @@ def test_a_variant_without_forecast_computes_what_pytorch_does(multistep: Made, 
 
 def test_a_model_on_another_device_is_sampled_and_compared_as_on_the_cpu(mixed: Made) -> None:
     model, (plan, tables) = load_model(mixed.model), load_plan(mixed.plan)
-    index, sampling = token_index_tables(plan, tables), sampling_from_plan(plan)
+    steps, sampling = plan.step_tables(tables), sampling_from_plan(plan)
     solver = read_solver(sampling.scheduler, plan.schedule.steps, sampling.set_timesteps_kwargs)
     records = read_manifest(mixed.bundle).graphs
 
     def made(model: DiffusionTransformer) -> tuple[dict[str, GraphSamples], Trajectory]:
         graphs = {variant: step_graph(model, plan, variant) for variant in (FULL, 1, 2)}
-        return samples_of(graphs, records, plan, index, sampling, solver, 2)
+        return samples_of(graphs, records, plan, steps, sampling, solver, 2)
 
     # One kernel for both: which one attention takes depends on the device.
     with sdpa_kernel(SDPBackend.MATH):
@@ -139,7 +140,7 @@ def test_a_model_on_another_device_is_sampled_and_compared_as_on_the_cpu(mixed: 
         with elsewhere():
             there = moved(model)
             found, run = made(there)
-            example = example_inputs(there, plan, index, sampling, 2)[1]
+            example = example_inputs(there, plan, steps, sampling, 2)[1]
             check_graph(step_graph(there, plan, 1), example, graph_path(mixed, variant_name(1)))
     np.testing.assert_array_equal(run.full, trajectory.full)
     np.testing.assert_array_equal(run.cached, trajectory.cached)
@@ -364,7 +365,7 @@ def test_another_process_gives_the_same_graphs(multistep: Made, tmp_path: Path) 
 def example(mixed: Made, tiny_dit: DiffusionTransformer) -> dict[int, dict[str, Tensor]]:
     """Inputs of every variant as the check after export draws them."""
     plan, tables = load_plan(mixed.plan)
-    return example_inputs(tiny_dit, plan, token_index_tables(plan, tables), sampling_from_plan(plan), 2)
+    return example_inputs(tiny_dit, plan, plan.step_tables(tables), sampling_from_plan(plan), 2)
 
 
 def altered(model: DiffusionTransformer, change: Callable[[Any], None]) -> DiffusionTransformer:

@@ -202,14 +202,14 @@ def test_with_an_autoencoder_they_are_latents(three_channels: Path, tmp_path: Pa
 
 def latents_psnr_db(plan: Path) -> float:
     """The plan's samples against its full run's, as latents: the peak is their range."""
-    from tc_deploy.export.stage import model_of_plan, sampling_from_plan, token_index_tables
+    from tc_deploy.export.stage import model_of_plan, sampling_from_plan
 
     loaded, tables = load_plan(plan)
     assert loaded.measured is not None
     model, sampling = model_of_plan(loaded, str(plan)), sampling_from_plan(loaded)
     (seed,) = loaded.measured.seeds
     noise, conditions = draw_batch(model, sampling, [seed])
-    steps = TokenCachedSteps(model, loaded.cache, loaded.tprr(), token_index_tables(loaded, tables))
+    steps = TokenCachedSteps(model, loaded.cache, loaded.tprr(), loaded.step_tables(tables))
     full = denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
     error = (denoise(model, sampling, noise, conditions, steps) - full).double().square().mean()
     return round(20 * math.log10(float(full.max() - full.min())) - 10 * math.log10(float(error)), 2)

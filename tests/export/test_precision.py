@@ -21,7 +21,7 @@ from tc_deploy.errors import BackendError, BundleError, ExportError, UsageError
 from tc_deploy.export.check import check_graph, example_inputs
 from tc_deploy.export.graphs import StepGraph
 from tc_deploy.export.precision import half_products
-from tc_deploy.export.stage import export_bundle, sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import export_bundle, sampling_from_plan
 from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
@@ -228,7 +228,7 @@ def step_graphs(made: Made, edit: Any = None) -> tuple[DiffusionTransformer, dic
 
 def examples_of(made: Made, model: DiffusionTransformer, rows: int) -> dict[int, dict[str, Tensor]]:
     plan, tables = load_plan(made.plan)
-    return example_inputs(model, plan, token_index_tables(plan, tables), sampling_from_plan(plan), rows)
+    return example_inputs(model, plan, plan.step_tables(tables), sampling_from_plan(plan), rows)
 
 
 def test_a_graph_computes_what_pytorch_does_in_the_same_precision(half: tuple[Precision, Made]) -> None:
@@ -343,7 +343,7 @@ def test_an_fp16_run_equals_pytorch_in_the_same_precision(fp16: Made, tmp_path: 
     conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
     schedule = dataclasses.replace(plan.tprr(), k1=1) if full else plan.tprr()
     with half_products(model, Precision.FP16):
-        steps = TokenCachedSteps(model, plan.cache, schedule, token_index_tables(plan, tables))
+        steps = TokenCachedSteps(model, plan.cache, schedule, plan.step_tables(tables))
         expected = denoise(model, sampling_from_plan(plan), noise, conditions, steps)
     error = float((found - expected).abs().max() / expected.abs().max())
     assert error <= tolerance("onnxruntime", "fp16", "trajectory_max_rel")

@@ -29,8 +29,9 @@ from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_na
 from tc_deploy.models.dit import FAMILY
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.plan import CacheRecord, pruned_blocks
+from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL, PHASES
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.types import Attention, Precision, Reuse, Skip
 
 SAMPLE_SIZES = {256: 32, 512: 64}

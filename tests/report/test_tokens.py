@@ -6,8 +6,9 @@ import numpy as np
 from report.folders import DIGITS
 from report.png import pixels_of
 
-from tc_deploy.plan import load_plan, token_index_name
+from tc_deploy.plan import load_plan
 from tc_deploy.report.tokens import GRID_COLOUR, heat_columns, schedule_cells, token_grids
+from tc_deploy.tables import token_index_name
 
 PLAN, TABLES = load_plan(DIGITS)
 

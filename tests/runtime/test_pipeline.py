@@ -21,7 +21,7 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy import Pipeline, Step
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.export.stage import sampling_from_plan, token_index_tables
+from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
 from tc_deploy.runtime.pixels import images_from_pixels
@@ -57,7 +57,7 @@ def sample_in_pytorch(
     sampling = sampling_from_plan(plan)
     if guidance_scale is not None:
         sampling = dataclasses.replace(sampling, guidance_scale=guidance_scale)
-    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
+    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
     conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
     run = (lambda _, inputs: model.forward(inputs)) if full else steps
     return denoise(model, sampling, torch.from_numpy(noise), conditions, run).numpy()
@@ -267,7 +267,7 @@ def test_steps_come_in_order_with_latents_of_their_own(pipeline: Pipeline, full:
 
 def test_every_step_is_pytorch_s(mixed: Made, pipeline: Pipeline) -> None:
     model, (plan, tables) = load_model(mixed.model), load_plan(mixed.plan)
-    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
+    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
     expected: list[FloatArray] = []
     denoise(
         model,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from tolerances import tolerance
 
 from tc_deploy.errors import BundleError, UsageError
-from tc_deploy.export.stage import token_index_tables
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
 from tc_deploy.runtime.binding import read_bundle
@@ -42,7 +41,7 @@ def trajectory(stepper: Stepper, batch: int = BATCH) -> list[FloatArray]:
 def test_every_step_is_pytorch_s(multistep: Made, engines: Engines) -> None:
     plan, tables = load_plan(multistep.plan)
     model = load_model(multistep.model)
-    expected = TokenCachedSteps(model, plan.cache, plan.tprr(), token_index_tables(plan, tables))
+    expected = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
     full = trajectory(engines.stepper(BATCH, full=True))
     for step, found in enumerate(trajectory(engines.stepper(BATCH))):
         given = {name: torch.from_numpy(value) for name, value in inputs(step).items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import Schedule, full_schedule
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Attention, IntArray, Reuse
 
@@ -63,6 +64,10 @@ def make_index(seed: int = 0) -> dict[int, IntArray]:
     }
 
 
+def make_tables() -> StepTables:
+    return StepTables.polynomial(SCHEDULE, 2, make_index())
+
+
 def draw(seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     noise = torch.randn((BATCH, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
     return noise, {"class_labels": torch.tensor([3, 8], dtype=torch.int32)}
@@ -107,7 +112,9 @@ def test_a_schedule_of_full_steps_is_diffusers_own_loop_bit_for_bit(
     tiny_dit: DiffusionTransformer, reuse: Reuse, attention: Attention, guidance_scale: float | None
 ) -> None:
     noise, conditions = draw()
-    steps = TokenCachedSteps(tiny_dit, make_cache(reuse, attention), full_schedule(STEPS), {})
+    steps = TokenCachedSteps(
+        tiny_dit, make_cache(reuse, attention), full_schedule(STEPS), StepTables.polynomial(full_schedule(STEPS), 1)
+    )
     latents = denoise(tiny_dit, make_sampling(guidance_scale=guidance_scale), noise, conditions, steps)
     expected = plain_loop(tiny_dit.module, SCHEDULERS["ddim"](), noise, conditions["class_labels"], guidance_scale)
     assert torch.equal(latents, expected)
@@ -127,7 +134,9 @@ def test_steps_under_a_schedule_are_the_loop_written_by_hand(
     tiny_dit: DiffusionTransformer, reuse: Reuse, attention: Attention, order: int
 ) -> None:
     index = make_index()
-    steps = TokenCachedSteps(tiny_dit, make_cache(reuse, attention, order), SCHEDULE, index)
+    steps = TokenCachedSteps(
+        tiny_dit, make_cache(reuse, attention, order), SCHEDULE, StepTables.polynomial(SCHEDULE, order, index)
+    )
     rows = {1: iter(index[1]), 2: iter(index[2])}
     noted: list[tuple[int, reference.Noted]] = []
     for step, variant in enumerate(VARIANTS):
@@ -169,21 +178,21 @@ def test_a_trajectory_does_not_remember_the_one_before(
     tiny_dit: DiffusionTransformer, guidance_scale: float | None
 ) -> None:
     sampling = make_sampling(guidance_scale=guidance_scale)
-    steps = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    steps = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_tables())
     first = denoise(tiny_dit, sampling, *draw(0), steps)
     other = denoise(tiny_dit, sampling, *draw(1), steps)
     assert torch.equal(denoise(tiny_dit, sampling, *draw(0), steps), first)
     assert not torch.equal(other, first)
-    fresh = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    fresh = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_tables())
     assert torch.equal(denoise(tiny_dit, sampling, *draw(1), fresh), other)
 
 
 def test_a_trajectory_may_have_another_batch_than_the_one_before(tiny_dit: DiffusionTransformer) -> None:
     noise, conditions = draw()
-    steps = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    steps = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_tables())
     denoise(tiny_dit, make_sampling(guidance_scale=4.0), noise, conditions, steps)
     after = denoise(tiny_dit, make_sampling(), noise, conditions, steps)
-    fresh = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_index())
+    fresh = TokenCachedSteps(tiny_dit, make_cache(order=2), SCHEDULE, make_tables())
     assert torch.equal(after, denoise(tiny_dit, make_sampling(), noise, conditions, fresh))
 
 

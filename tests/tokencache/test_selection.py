@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tc_deploy.errors import PlanError
-from tc_deploy.plan import pruned_blocks
+from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.selection import keep_counts_from_importance, select_tokens, spread_importance
 from tc_deploy.types import FloatArray
 

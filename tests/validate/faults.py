@@ -10,7 +10,8 @@ import onnx_ir as ir
 from bundles import edit_manifest, reseal
 
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS
-from tc_deploy.plan import Plan, content_sha256, load_plan, tables_record, token_index_name, write_plan_files
+from tc_deploy.plan import Plan, content_sha256, load_plan, write_plan_files
+from tc_deploy.tables import tables_record, token_index_name
 from tc_deploy.types import FloatArray, IntArray
 from tc_deploy.validate.marking import module_of
 
