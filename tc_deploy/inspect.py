@@ -105,6 +105,7 @@ def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
         "reuse": plan.cache.reuse.value,
         "attention": plan.cache.attention.value,
         "forecast_order": plan.cache.forecast_order,
+        "forecast_fitted_on": None if plan.forecast is None else plan.forecast.samples,
         "keep_counts": {f"phase {phase}": list(plan.keep_counts(phase)) for phase in PHASES},
         "cost_in_full_steps": round(plan.cost_in_full_steps(), 3),
         "cost_ratio": round(plan.cost_ratio(), 4),

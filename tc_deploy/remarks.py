@@ -50,9 +50,10 @@ def verdict_against(plan: Plan) -> str | None:
 def warn_of_plan(plan: Plan, path: Path) -> None:
     """Repeat the verdict on a plan in the log where it is used; once in a process for each folder."""
     if (verdict := verdict_against(plan)) is not None:
-        _warn_once(f"{path}: {verdict}")
+        warn_once(f"{path}: {verdict}")
 
 
 @functools.lru_cache(maxsize=256)
-def _warn_once(words: str) -> None:
+def warn_once(words: str) -> None:
+    """Say something in the log, once in a process."""
     LOG.warning("%s", words)

@@ -21,7 +21,7 @@ from tc_deploy.bundle import MANIFEST
 from tc_deploy.consistency import Documents, read_documents
 from tc_deploy.errors import BundleError, PlanError, TcDeployError
 from tc_deploy.manifest import RUNTIME_TABLES
-from tc_deploy.plan import PLAN
+from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.runtime.layout import pipeline_programs
 
 Change = Callable[[dict[str, Any]], object]
@@ -139,6 +139,14 @@ def test_a_runtime_table_that_was_edited(bundle: Path, change: Change, message: 
     (bundle / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(tables))
     seal(bundle)
     assert message in refusal(bundle)
+
+
+def test_weights_that_the_plan_knows_nothing_of(bundle: Path) -> None:
+    tables = safetensors.numpy.load_file(bundle / TABLES)
+    tables["forecast_weights"] = np.ones((10, 2), np.float32)
+    (bundle / TABLES).write_bytes(safetensors.numpy.save(tables))
+    seal(bundle)
+    assert "says nothing under forecast, and has a table forecast_weights" in refusal(bundle)
 
 
 @pytest.mark.parametrize("data", [b"", b"no tensors", (2**60).to_bytes(8, "little"), b"\xff" * 64])

@@ -117,7 +117,9 @@ def command(
     width: int | None,
 ) -> None:
     """Make pictures with the engines of BUNDLE (engines/NAME)."""
+    from tc_deploy.runtime.guidance import remarks_on_guidance
     from tc_deploy.runtime.pipeline import load
+    from tc_deploy.runtime.request import GUIDANCE_SCALE, TRUE_CFG_SCALE
 
     if output.suffix not in (PNG, *LATENTS):
         raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
@@ -165,7 +167,9 @@ def command(
             checked = checked_conditions(needed, wanted, unconditional, guided=guided, where=str(file)).rows(turns)
             request = {"conditions": checked.given, "unconditional": checked.unconditional if guided else None}
         _check_size(pipeline.manifest, count, zoom if output.suffix == PNG else None)
-        _warn_of_guidance(pipeline.manifest, guidance_scale, true_cfg_scale)
+        asked = {GUIDANCE_SCALE: guidance_scale, TRUE_CFG_SCALE: true_cfg_scale}
+        for remark in remarks_on_guidance(pipeline.manifest, pipeline.plan, asked):
+            LOG.warning("%s", remark)
         pipeline.warmup()
         with progress_bar() as report:
             start_s = time.perf_counter()
@@ -243,21 +247,6 @@ def _check_size(manifest: Manifest, count: int, zoom: int | None) -> None:
             shape = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))
         size_bytes += count * math.prod(shape) * zoom**2
     check_fits_memory(size_bytes, counted(count, "picture") + ("" if zoom in (None, 1) else f" enlarged {zoom} times"))
-
-
-def _warn_of_guidance(manifest: Manifest, guidance_scale: float | None, true_cfg_scale: float | None) -> None:
-    """Say that a plan was not measured at the guidance that is asked for."""
-    solver = manifest.solver
-    pairs = [("guidance scale", solver.guidance_scale, guidance_scale)]
-    if solver.true_cfg:
-        embedded = solver.embedded_guidance if manifest.embeds_guidance else None
-        pairs = [
-            ("guidance scale", embedded, guidance_scale),
-            ("true CFG scale", solver.guidance_scale, true_cfg_scale),
-        ]
-    for name, planned, given in pairs:
-        if planned is not None and given is not None and given != planned:
-            LOG.warning("the plan was calibrated at %s %g, and is not measured at %g", name, planned, given)
 
 
 def _default_batch(bundle: Path, count: int) -> int | None:

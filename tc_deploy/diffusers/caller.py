@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from tc_deploy.errors import UsageError
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import Plan
+from tc_deploy.runtime.request import GUIDANCE_SCALE, TRUE_CFG_SCALE
 
 TIMESTEP_TOLERANCE: Final = 1e-5
 """Relative: schedulers compute timesteps in single precision, some differently from machine to machine."""
+_GUIDANCE = (GUIDANCE_SCALE, TRUE_CFG_SCALE)
 _PIPELINES = tuple(
     getattr(diffusers, name) for name in ("DiffusionPipeline", "ModularPipeline") if hasattr(diffusers, name)
 )
@@ -37,6 +39,8 @@ class PipelineRun:
     """What the scheduler made for this run; kept, so that no other object can have its place in memory."""
     frame: int
     """Of the activation: two that are alive at once differ in it, though they share a scheduler."""
+    guidance: Mapping[str, Any]
+    """What it was told of guidance, by the argument's name."""
 
     def is_same(self, other: PipelineRun) -> bool:
         """Whether both are one run."""
@@ -54,11 +58,13 @@ def calling_run() -> PipelineRun | None:
     while frame is not None:
         # To ask a frame for its locals copies them, so only those are asked that may be a pipeline's.
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            owner = frame.f_locals["self"]
+            arguments = frame.f_locals
+            owner = arguments["self"]
             scheduler = getattr(owner, "scheduler", None) if isinstance(owner, _PIPELINES) else None
             timesteps = getattr(scheduler, "timesteps", None)
             if timesteps is not None:
-                return PipelineRun(scheduler=scheduler, timesteps=timesteps, frame=id(frame))
+                guidance = {name: arguments[name] for name in _GUIDANCE if name in arguments}
+                return PipelineRun(scheduler=scheduler, timesteps=timesteps, frame=id(frame), guidance=guidance)
         frame = frame.f_back
     return None
 

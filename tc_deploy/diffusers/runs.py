@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PipelineRun, PlannedScheduler
 from tc_deploy.diffusers.foretold import Foretelling, Past, Seen
 from tc_deploy.errors import NotFiniteError, UsageError
+from tc_deploy.remarks import warn_once
+from tc_deploy.runtime.guidance import remarks_on_guidance
 from tc_deploy.runtime.stepper import Engines, Stepper
 from tc_deploy.types import FloatArray
 
@@ -140,6 +142,9 @@ class Runs:
                 if isinstance(trajectory.run, PipelineRun) and trajectory.run.is_same(run):
                     return trajectory.run
             self._scheduler.check(run.scheduler)
+            bundle = self._engines.bundle
+            for remark in remarks_on_guidance(bundle.manifest, bundle.plan, run.guidance):
+                warn_once(f"{bundle.path}: {remark}")
             return run
         loop = self._loop
         if begins:

@@ -52,6 +52,9 @@ def _plan_facts(plan: Plan) -> list[Fact]:
         Fact(term="chosen by", text=f"{plan.origin.method}, seed {plan.origin.seed}"),
         Fact(term="settings of that", text=_on_one_line(plan.origin.settings), is_code=True),
     ]
+    if (fit := plan.forecast) is not None:
+        text = f"fitted on {fit.samples} seeds, {fit.first_seed} to {fit.first_seed + fit.samples - 1}, in PyTorch"
+        facts.append(Fact(term="forecast weights", text=text))
     seeds = () if plan.measured is None else plan.measured.seeds
     if seeds:
         text = f"{len(seeds)} seeds, {min(seeds)} to {max(seeds)}, in PyTorch"
@@ -113,6 +116,7 @@ def toml_from_plan(plan: Plan) -> str:
         "sampling": {"steps": plan.schedule.steps, **guidance},
         "schedule": plan.schedule.model_dump(exclude={"steps"}),
         "cache": cache.model_dump(mode="json", exclude={"keep_counts"}),
+        "forecast": {"fit_samples": 0 if plan.forecast is None else plan.forecast.samples},
         "measure": {"samples": 0 if plan.measured is None else len(plan.measured.seeds)},
     }
     if sampling.set_timesteps_kwargs:
