@@ -405,7 +405,7 @@ def test_engines_are_not_copied(engine: EngineTransformer, way: Callable[[Any], 
     message = str(raised.value)
     assert "\n" not in message
     assert "can be neither copied nor pickled" in message
-    assert f"EngineTransformer('{engine.path}')" in message
+    assert f"EngineTransformer('{engine.path}', 'onnxruntime')" in message
 
 
 def test_a_pipeline_that_is_saved_says_that_the_engines_are_not(
@@ -416,7 +416,7 @@ def test_a_pipeline_that_is_saved_says_that_the_engines_are_not(
     pipe.save_pretrained(tmp_path / "saved")
     (said,) = [record.getMessage() for record in caplog.records if "transformer" in record.getMessage()]
     assert "\n" not in said
-    assert f"EngineTransformer('{engine.path}'), whose weights stay in that bundle" in said
+    assert f"EngineTransformer('{engine.path}', 'onnxruntime'), whose weights stay in that bundle" in said
     assert "cannot be saved" in said
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["transformer"] == [None, None]
     assert not (tmp_path / "saved" / "transformer").exists()

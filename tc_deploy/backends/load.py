@@ -6,6 +6,7 @@ has not been checked.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import check_files, reading
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import TARGET_FOLDER, Manifest, read_target
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_target(
@@ -51,5 +54,8 @@ def _loaded(
         if file not in checked:
             raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")
     engine.check(bundle, target)
+    chosen = ", ".join(f"{name} {value}" for name, value in target.options.items()) or "no options"
+    version, where = target.backend_version, "" if target.gpu is None else f", built for {target.gpu.name}"
+    _LOG.debug("%s: %s %s, computes in %s, %s%s", bundle, backend, version, target.computes_in, chosen, where)
     device = engine.open(target.options)
     return device, loaded_graphs(device, bundle, files)

@@ -27,9 +27,8 @@ from tc_deploy.bundle.folders import (
 )
 from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, foreign_names, known_document
 from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
-from tc_deploy.bundle.paths import absolute_path, relative_path
+from tc_deploy.bundle.paths import absolute_path, path_from_here, relative_path
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
-from tc_deploy.bundle.storage import portable_path
 
 __all__ = [
     "LARGEST_DOCUMENT_BYTES",
@@ -57,7 +56,7 @@ __all__ = [
     "kept_from_writers",
     "known_document",
     "new_folder",
-    "portable_path",
+    "path_from_here",
     "read_document",
     "reading",
     "relative_path",

@@ -85,18 +85,21 @@ class Claim:
             StorageError: it cannot be written.
         """
         staged = self.holder / NEW
-        with storage_errors(self.destination, self.holder, self.destination):
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir()
-            try:
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            with storage_errors(self.destination):
+                staged.mkdir()
+            # The block does more than write: what its engines say is no word of the disk's.
+            with storage_errors(self.destination, self.holder, self.destination):
                 yield staged
-                if not (staged / self.kind.marker).is_file():
-                    raise RuntimeError(f"nothing wrote {self.kind.marker} into the new {self.destination}")
+            if not (staged / self.kind.marker).is_file():
+                raise RuntimeError(f"nothing wrote {self.kind.marker} into the new {self.destination}")
+            with storage_errors(self.destination):
                 for path in [*staged.rglob("*"), staged]:
                     sync(path)
                 (self._commit_inside if self.stays else self._commit)(staged)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _commit(self, staged: Path) -> None:
         try:

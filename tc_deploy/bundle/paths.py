@@ -1,12 +1,19 @@
-"""Paths in documents: relative to the document's folder where both belong to one project, absolute again when read.
+"""Paths as they are said: from here in messages, in documents relative to the document's folder, absolute when read.
 
-In: a path as text and the folder of the document. Out: the same path, said otherwise. Never: touches a file.
+Relative only where both belong to one project. In: a path as text and the folder of the document. Out: the same path,
+said otherwise. Never: touches a file.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def path_from_here(path: Path) -> str:
+    """A path as messages name it: below the working directory relative to it, else absolute."""
+    absolute, here = path.resolve(), Path.cwd().resolve()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
 
 
 def relative_path(path: str, folder: Path) -> str:

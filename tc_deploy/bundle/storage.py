@@ -31,7 +31,8 @@ def storage_errors(output: Path, *places: Path) -> Iterator[None]:
 
     Args:
         output: what a user called it.
-        places: where the block writes; an error that names another file is passed on, it is of no output.
+        places: where the block writes, where it does more than write: of an error of the system's it is told by the
+            file that it names, and one that names none or another is passed on.
 
     Raises:
         StorageError: the block could not write.
@@ -48,9 +49,11 @@ def _is_of_writing(error: Exception, places: tuple[Path, ...]) -> bool:
     code = _errno_of(error)
     if code in _FULL:
         return True
-    name = getattr(error, "filename", None)
-    elsewhere = places and isinstance(name, str) and not any(Path(name).is_relative_to(place) for place in places)
-    return code in _UNWRITABLE and not elsewhere
+    if code not in _UNWRITABLE:
+        return False
+    if not places or not isinstance(error, OSError):
+        return True
+    return isinstance(error.filename, str) and any(Path(error.filename).is_relative_to(place) for place in places)
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -119,9 +122,3 @@ def like(path: Path, before: os.stat_result) -> None:
         with contextlib.suppress(OSError):
             os.chown(path, before.st_uid, before.st_gid)
     path.chmod(before.st_mode & 0o7777)
-
-
-def portable_path(path: Path) -> str:
-    """A path as a document names it: below the working directory relative to it, so that it can be committed."""
-    absolute, here = path.resolve(), Path.cwd().resolve()
-    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()

@@ -35,7 +35,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tc_deploy.bounds import MAX_AXES, Count, Guidance, Size, Step, Steps
-from tc_deploy.bundle import Document, first_problem
+from tc_deploy.bundle import Document, first_problem, path_from_here
 from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
 from tc_deploy.plan import RANDOM, VARIANT
 from tc_deploy.types import Attention, Reuse, Skip
@@ -294,10 +294,10 @@ def _beside(recipe: Path, text: str) -> str:
         UsageError: no file can have that name.
     """
     try:
-        place, here = (recipe.parent / text).resolve(), Path.cwd().resolve()
+        place = (recipe.parent / text).resolve()
         missing = not place.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links before Python 3.13
         raise UsageError(f"{recipe}: {text!r} cannot be a path: {error}") from None
     if text.startswith(".") and missing:
         return str(place)  # Two names without the dot would read like a hub's id.
-    return str(place.relative_to(here) if place.is_relative_to(here) else place)
+    return path_from_here(place)

@@ -115,7 +115,9 @@ def command(
         if graph.snr_to_fp32_db is not None:
             error += f", {graph.snr_to_fp32_db:.1f} dB above its error to fp32"
         click.echo(f"{output / graph.file}: {name}, {inputs}, {outputs}, {error}")
-    click.echo(f"{output}: sampled on {sampled_on_in_words(manifest.sampled_on, manifest.batch_size or 1)}")
+    batch = "any size" if manifest.batch_size is None else str(manifest.batch_size)
+    on = sampled_on_in_words(manifest.sampled_on, manifest.batch_size or 1)
+    click.echo(f"{output}: computes in {manifest.precision}, batches of {batch}, sampled on {on}")
     for tokenizer in manifest.text.tokenizers if manifest.text else ():
         click.echo(f"{output / tokenizer.file}: prompts are padded or cut to {counted(tokenizer.tokens, 'token')}")
     if lost:

@@ -25,6 +25,7 @@ from tc_deploy.errors import (
     UsageError,
     causes,
     first_line,
+    printable,
 )
 
 _OUT_OF_MEMORY = (
@@ -136,4 +137,4 @@ def one_line(message: str) -> str:
     if len(words) > _LONGEST_WORDS:
         half = _LONGEST_WORDS // 2
         words = f"{words[:half]} [...] {words[-half:]}"
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
+    return printable(words)

@@ -97,7 +97,7 @@ class EngineTransformer(nn.Module):
     def _open(self, bundle: Bundle, *, full: bool) -> None:
         path = bundle.path
         warn_of_plan(bundle.plan, path)
-        self.path, self._plan = path, bundle.plan
+        self.path, self._backend, self._plan = path, bundle.backend, bundle.plan
         family = known_families().get(bundle.plan.model.model_class)
         if family is None:
             raise UsageError(
@@ -151,7 +151,7 @@ class EngineTransformer(nn.Module):
 
     def __repr__(self) -> str:
         """In one line: diffusers shows it where it saves a pipeline, and leaves out what is not its own."""
-        return f"EngineTransformer({str(self.path)!r}), whose weights stay in that bundle"
+        return f"EngineTransformer({str(self.path)!r}, {self._backend!r}), whose weights stay in that bundle"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copies: engines and their buffers are of this process and this object.
@@ -161,7 +161,7 @@ class EngineTransformer(nn.Module):
         """
         raise UsageError(
             f"{self!r}, can be neither copied nor pickled: engines are of the process that opened them; for another"
-            f" call EngineTransformer({str(self.path)!r}) where it is needed"
+            f" call EngineTransformer({str(self.path)!r}, {self._backend!r}) where it is needed"
         )
 
     def _save_to_state_dict(self, *_: Any) -> None:

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors.torch import load_file
 from torch import nn
 
-from tc_deploy.bundle import portable_path
+from tc_deploy.bundle import path_from_here
 from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
 from tc_deploy.models.family import DiffusionTransformer, Family
@@ -91,7 +91,7 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
             f"{folder}: text tokens: {family.model_class} takes no text, found {options.text_tokens}; leave them out"
         )
     return DiffusionTransformer(
-        source=portable_path(path),
+        source=path_from_here(path),
         module=module,
         family=family,
         geometry=geometry,

@@ -14,4 +14,4 @@ def test_a_state_whose_first_record_was_never_whole(tmp_path: Path) -> None:
         (folder / ".state.json.tc-deploy-123").write_bytes(b'{"kind"')
         assert state_folder(claim, "calibrate", "1") == folder
         write_state(folder / "data", b"kept")
-        assert sorted(path.name for path in folder.iterdir()) == ["data", "state.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["data", "state.files", "state.json"]

@@ -251,15 +251,15 @@ def test_what_the_disk_says_is_one_line_and_nothing_is_lost(
     folder = tmp_path / "bundle"
     make(folder, "first")
 
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+    def fail(*names: object) -> None:
+        raise OSError(number, os.strerror(number), *map(str, names[:1]))
 
     def fail_to_make() -> None:
         with new_folder(folder, NOTE) as staged:
             (staged / MANIFEST).write_text(MARKER)
             if step == "in the block":
-                fail()
-            monkeypatch.setattr(Claim, "_commit", fail)
+                fail(staged / "data")
+            monkeypatch.setattr(Claim, "_commit", lambda *_: fail())
 
     with pytest.raises(StorageError, match=f"{folder} cannot be written: {os.strerror(number)}") as raised:
         fail_to_make()
@@ -280,3 +280,11 @@ def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path: Path) -> Non
 def test_an_error_of_another_file_is_not_the_outputs(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), new_folder(tmp_path / "bundle", NOTE):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else")
+
+
+@pytest.mark.parametrize("name", [None, "/elsewhere/engine.so"])
+def test_an_error_of_what_the_block_runs_is_not_taken_for_one_of_writing(tmp_path: Path, name: str | None) -> None:
+    words = (errno.EIO, "the engine's device is gone", *([] if name is None else [name]))
+    with pytest.raises(OSError, match="the engine's device is gone"), new_folder(tmp_path / "out", NOTE):
+        raise OSError(*words)
+    assert names(tmp_path) == []

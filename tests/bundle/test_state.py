@@ -29,6 +29,42 @@ def test_state_stays_and_goes_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_died_while_it_noted_a_name_loses_no_other(tmp_path: Path) -> None:
+    with claimed(tmp_path / "plan", PLAN_FOLDER) as claim:
+        folder = state_folder(claim, "calibrate", "0")
+        write_state(folder / "first", b"1")
+        with (folder / "state.files").open("ab") as file:
+            file.write(b'\n"seco')
+        for content in (b"2", b"3"):
+            write_state(folder / "second\nline", content)
+        clear_state(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_thousandth_file_costs_no_more_than_the_first(tmp_path: Path) -> None:
+    with claimed(tmp_path / "plan", PLAN_FOLDER) as claim:
+        folder = state_folder(claim, "calibrate", "0")
+        record = (folder / "state.json").stat()
+        grown = []
+        for index in range(40):
+            before = sum(path.stat().st_size for path in folder.glob("state.*"))
+            write_state(folder / f"{index:04}", b"x")
+            grown.append(sum(path.stat().st_size for path in folder.glob("state.*")) - before)
+        assert set(grown) == {len(b'\n"0000"')}
+        assert (folder / "state.json").stat() == record
+        clear_state(folder)
+
+
+def test_state_of_an_earlier_version_is_removed_too(tmp_path: Path) -> None:
+    with claimed(tmp_path / "plan", PLAN_FOLDER) as claim:
+        folder = state_folder(claim, "calibrate", "0")
+        record = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(record | {"files": ["old"]}))
+        (folder / "old").touch()
+        clear_state(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_work_removes_its_own_state_and_no_other(tmp_path: Path) -> None:
     with claimed(tmp_path / "plan", PLAN_FOLDER) as claim:
         folders = [state_folder(claim, *which) for which in (("calibrate", "0"), ("calibrate", "1"), ("plan", "0"))]

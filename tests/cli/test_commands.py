@@ -67,7 +67,7 @@ def test_a_plan_is_made(pixel: MadeByCommands) -> None:
 def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
     assert pixel.exported.code == 0, pixel.exported.err
     *lines, last = pixel.exported.out.splitlines()
-    assert last == f"{pixel.bundle}: sampled on class labels"
+    assert last == f"{pixel.bundle}: computes in fp32, batches of {PIXEL_BATCH}, sampled on class labels"
     for line, name in zip(lines, ("full", "cached-1", "solver"), strict=True):
         path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
         assert path.is_file()

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from bundles import Made, run_cli
 
@@ -31,6 +32,8 @@ def test_of_several_targets_none_is_chosen_silently(mixed: Made, tmp_path: Path)
         assert pipeline.backend == "onnxruntime"
     answer = run_cli("generate", bundle, "--class-label", 1, "-o", tmp_path / "made.npy")
     assert (answer.code, answer.error) == (2, f"error: {several}")
-    only = run_cli("generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "made.npy")
+    only = run_cli("-v", "generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "made.npy")
     assert only.code == 0
     assert only.out.endswith("s with onnxruntime\n")
+    chosen = f"{mixed.bundle}: onnxruntime {onnxruntime.__version__}, computes in fp32, threads 1"
+    assert chosen in only.err
