@@ -34,10 +34,10 @@ from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
 from tc_deploy.bundle import canonical_json, check_output, write_output
 from tc_deploy.bundle.marks import JSON_FILE
-from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import places_read
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.tokencache.sampler import denoise
 

@@ -16,13 +16,13 @@ import click
 import numpy as np
 import torch
 
-from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
 from tc_deploy.tables import StepTables
+from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.tokencache.selection import spread_importance, token_index_from_importance
 from tc_deploy.types import Attention, Reuse, Skip

@@ -28,10 +28,10 @@ from rich.progress import Progress
 import tc_deploy
 from tc_deploy.bundle import check_output, write_output
 from tc_deploy.bundle.marks import JSON_FILE, SHEET_FILE, SOFTWARE
-from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import places_read
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.sheet import sheet_of
 from tc_deploy.tokencache.sampler import denoise

@@ -9,9 +9,9 @@ from bundles import run_cli
 from tolerances import tolerance
 
 import tc_deploy
-from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, load_plan, load_plan_as_written, plan_bytes
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise

@@ -12,9 +12,9 @@ import pytest
 import zoo
 from bundles import Made, edit_resealed, run_cli
 
-from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.figures import contradiction_of_cost, contradiction_of_model
 from tc_deploy.plan import CacheRecord
+from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.types import Attention, Reuse
 
 

@@ -23,9 +23,10 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.diffusers import EngineTransformer
-from tc_deploy.export.stage import export_bundle, sampling_from_plan
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, TABLES, load_plan
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 from tc_deploy.validate.stage import validate_bundle

@@ -215,7 +215,7 @@ class TorchDevice:
         names = tuple(tensor.name for tensor in record.inputs), tuple(tensor.name for tensor in record.outputs)
         if name == SOLVER:
             return TorchGraph(self, path, solver_step(manifest, *names), names, traced=False)
-        from tc_deploy.export.graphs import step_graphs
+        from tc_deploy.tokencache.graphs import step_graphs
 
         plan, _ = load_plan(bundle)
         steps = step_graphs(self._model(bundle, manifest), plan.cache, plan.phases_used(), one_graph=manifest.one_graph)
@@ -224,8 +224,8 @@ class TorchDevice:
 
     def _model(self, bundle: Path, manifest: Manifest) -> DiffusionTransformer:
         if bundle not in self._models:
-            from tc_deploy.export.precision import cast_products
-            from tc_deploy.export.stage import model_of_plan
+            from tc_deploy.planned.model import model_of_plan
+            from tc_deploy.tokencache.precision import cast_products
 
             plan, _ = load_plan(bundle)
             model = model_of_plan(plan, str(bundle), Path(self._source) if self._source else None)

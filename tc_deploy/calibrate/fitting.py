@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.forward import OUTPUT, cached_tensors

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.schedule import Schedule
 from tc_deploy.tables import StepTables

@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tc_deploy.bundle import Claim, canonical_json, claimed, clear_state, sha256_of_bytes, state_folder, write_state
-from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.calibrate.fitting import fit_forecast
 from tc_deploy.calibrate.measure import measure
-from tc_deploy.calibrate.prompts import prompts_for, takes_prompts
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.conditions import NO_GUIDANCE
@@ -50,8 +48,10 @@ from tc_deploy.plan import (
     fitted_for_sha256,
     write_plan_files,
 )
+from tc_deploy.planned.prompts import prompts_for, takes_prompts
 from tc_deploy.schedule import PHASES, Schedule
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, importance_name, tables_record, token_index_name
+from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.tokencache.selection import phase_keep_counts, spread_importance, token_index_from_importance
 from tc_deploy.types import FloatArray, IntArray

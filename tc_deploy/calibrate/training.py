@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tc_deploy.bundle import write_state
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.calibrate.recipe import PredictorRecipe
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tokencache.forward import run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor

@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ExportError, first_line
-from tc_deploy.export.graphs import NamedGraph
 from tc_deploy.groups import TokenGroup, group_inputs, running_variants
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.forward import run_full
+from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Precision
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tc_deploy.errors import ModelError
 from tc_deploy.export.check import check_outputs
-from tc_deploy.export.graphs import EXAMPLE_BATCH, NamedGraph, onnx_from_graph
+from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.saving import ExportedPart, saved_graph
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.manifest import (
@@ -33,6 +33,7 @@ from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.pipeline_index import AUTOENCODER
 from tc_deploy.samples import GraphSamples, Trajectory
+from tc_deploy.tokencache.graphs import NamedGraph
 
 
 class DecoderGraph(NamedGraph):

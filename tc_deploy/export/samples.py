@@ -13,11 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tc_deploy.calibrate.prompts import conditions_of, tensors_of
 from tc_deploy.conditions import UNCONDITIONAL, is_unconditional
 from tc_deploy.export.check import step_inputs
-from tc_deploy.export.graphs import ModelGraph
-from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.solver_graph import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
@@ -40,11 +37,14 @@ from tc_deploy.manifest import (
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
+from tc_deploy.planned.prompts import conditions_of, tensors_of
 from tc_deploy.samples import Feed, GraphSamples, Trajectory, chosen_steps
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import StepTables, token_index_name
-from tc_deploy.tokencache.forward import run_full
-from tc_deploy.tokencache.sampler import Sampling, StepFunction, TokenCachedSteps, denoise
+from tc_deploy.tokencache.graphs import ModelGraph
+from tc_deploy.tokencache.precision import half_products, overflow_refused
+from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.tokencache.trajectory import full_latents, latents_of
 from tc_deploy.types import FloatArray, Precision
 
 LIMIT_BYTES = 128 * 2**20
@@ -166,33 +166,6 @@ def samples_of(
 def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]) -> Feed:
     absent = {name: both[len(both) // 2 :] for name, both in model.with_unconditional(conditions).items()}
     return {name: _array(conditions.get(UNCONDITIONAL + name, other)) for name, other in absent.items()}
-
-
-def full_latents(
-    model: DiffusionTransformer, plan: Plan, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]
-) -> FloatArray:
-    """The latents after each step with every step full, (T, B, C, H, W)."""
-    return latents_of(model, sampling, noise, conditions, lambda step, inputs: run_full(model, plan.cache, inputs)[0])
-
-
-def latents_of(
-    model: DiffusionTransformer,
-    sampling: Sampling,
-    noise: Tensor,
-    conditions: Mapping[str, Tensor],
-    step_function: StepFunction,
-) -> FloatArray:
-    """The latents after each step of a sampling run, (T, B, C, H, W)."""
-    latents: list[FloatArray] = []
-    denoise(
-        model,
-        sampling,
-        noise,
-        conditions,
-        step_function,
-        lambda step, inputs, after: latents.append(_array(after)),
-    )
-    return np.stack(latents)
 
 
 def _solver_samples(

@@ -21,14 +21,11 @@ from torch import Tensor
 
 from tc_deploy import __version__
 from tc_deploy.bundle import check_replaceable, file_records, new_folder, reading, relative_path
-from tc_deploy.calibrate.cost import check_cost
-from tc_deploy.calibrate.prompts import prompts_of_plan, sampled_on
 from tc_deploy.consistency import read_documents
-from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
+from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
-from tc_deploy.export.graphs import EXAMPLE_BATCH, ModelGraph, onnx_from_graph, step_graphs
+from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.parts import PipelineParts
-from tc_deploy.export.precision import half_products, overflow_refused
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
@@ -53,9 +50,7 @@ from tc_deploy.manifest import (
     write_manifest,
 )
 from tc_deploy.models.family import DiffusionTransformer, Family
-from tc_deploy.models.geometry import Geometry, ModelOptions
-from tc_deploy.models.hub import is_hub_id
-from tc_deploy.models.loading import load_model, scheduler_from_config
+from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import (
     PLAN,
@@ -67,10 +62,14 @@ from tc_deploy.plan import (
     places_read,
     write_plan_files,
 )
+from tc_deploy.planned.model import model_of_plan, sampling_from_plan
+from tc_deploy.planned.prompts import prompts_of_plan, sampled_on
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.samples import GraphSamples, Trajectory, write_samples
 from tc_deploy.schedule import FULL
-from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.tokencache.cost import check_cost
+from tc_deploy.tokencache.graphs import ModelGraph, step_graphs
+from tc_deploy.tokencache.precision import half_products, overflow_refused
 from tc_deploy.types import FloatArray, IntArray, Precision
 
 
@@ -100,8 +99,8 @@ def export_bundle(
         destination: ``engines/NAME``; one that exists is replaced, with the engines that were built from it.
         model_path: the checkpoint, where it is not where the plan says.
         batch_size: samples per batch to fix in the graphs; None leaves the batch axis dynamic.
-        precision: what matrix products, their weights and the caches are in (``precision.py``); inputs and outputs of
-            the model stay fp32, and so do decoder and text encoders.
+        precision: what matrix products, their weights and the caches are in (``tokencache/precision.py``); inputs and
+            outputs of the model stay fp32, and so do decoder and text encoders.
         fp32_blocks: names of blocks that stay in fp32 altogether, where ``precision`` is half.
         check: compare every graph with PyTorch, under the same precision.
         graphs_from: a bundle of the same model and the same cache settings, whose full and cached graphs are taken as
@@ -319,76 +318,12 @@ def _exported_steps(
     return _Steps(records=records, solver=solver, samples=made, trajectory=trajectory, sampled_on=conditioned)
 
 
-def model_of_plan(
-    plan: Plan, where: str, model_path: Path | None = None, variant: str | None = None
-) -> DiffusionTransformer:
-    """Load the checkpoint that a plan was made for.
-
-    Args:
-        plan: the plan.
-        where: its folder, for messages.
-        model_path: the checkpoint, where it is not where the plan says.
-        variant: which copy of its weights, where it is not the plan's.
-
-    Raises:
-        ModelError: the checkpoint is missing or cannot be loaded.
-        PlanError: it is another than the plan was made for.
-    """
-    path = model_path or Path(plan.model.source)
-    if model_path is None and not path.exists() and not is_hub_id(path):
-        raise ModelError(
-            f"{where}: the plan was made for the checkpoint {path}, which is not there; name where it is with --model"
-        )
-    options = ModelOptions.of(plan.model)
-    model = load_model(path, options if variant is None else dataclasses.replace(options, variant=variant))
-    check_model(plan, model, where)
-    return model
-
-
 def _embedded_guidance(plan: Plan, family: Family, geometry: Geometry) -> float | None:
     """What a model whose guidance is distilled is told by default: the plan's strength, or the pipeline's."""
     chosen = plan.sampling.embedded_guidance
     if not geometry.embeds_guidance:
         return None
     return family.convention.embedded_guidance if chosen is None else chosen
-
-
-def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
-    """Check that a plan belongs to a checkpoint.
-
-    Raises:
-        PlanError: class, configuration or weights are others.
-    """
-    found = model.record()
-    fields = ("model_class", "weights_sha256", "blocks", "tokens", "width")
-    facts = {field: (getattr(plan.model, field), getattr(found, field)) for field in fields}
-    # A newer diffusers may save settings that the older one did not know.
-    for key in sorted(plan.model.config.keys() & found.config.keys()):
-        facts[f"config.{key}"] = (plan.model.config[key], found.config[key])
-    if model.geometry.picture_like:
-        # What is a picture was measured as one.
-        facts["autoencoder"] = (plan.model.autoencoder, found.autoencoder)
-    for what, (expected, present) in facts.items():
-        if expected != present:
-            raise PlanError(
-                f"{where}: the plan was made for another model: {what} expected {expected}, found {present} in"
-                f" {model.source}; calibrate this checkpoint, or name the right one with --model"
-            )
-
-
-def sampling_from_plan(plan: Plan) -> Sampling:
-    """The sampler that a plan was made for, as a live diffusers scheduler.
-
-    Raises:
-        ModelError: diffusers does not know the scheduler.
-    """
-    return Sampling(
-        scheduler=scheduler_from_config(plan.sampling.scheduler_class, plan.sampling.scheduler_config, "plan"),
-        steps=plan.schedule.steps,
-        guidance_scale=plan.sampling.guidance_scale,
-        embedded_guidance=plan.sampling.embedded_guidance,
-        set_timesteps_kwargs=plan.sampling.set_timesteps_kwargs,
-    )
 
 
 def _exported(

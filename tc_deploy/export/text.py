@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tc_deploy.errors import ExportError, ModelError, UsageError, first_line
 from tc_deploy.export.check import check_outputs
-from tc_deploy.export.graphs import EXAMPLE_BATCH, NamedGraph, onnx_from_graph
+from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.merge import merged_model
 from tc_deploy.export.saving import ExportedPart, saved_graph
 from tc_deploy.export.weights import WeightsFile
@@ -40,6 +40,7 @@ from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.text import TextEncoding, TextPart
 from tc_deploy.samples import GraphSamples
+from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.tokenization import Tokenizers, clean
 
 PROBES = (

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tc_deploy.calibrate.prompts import tensors_of
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.calibrate.stage import Report
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import content_sha256
+from tc_deploy.planned.prompts import tensors_of
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, picture_psnr_db

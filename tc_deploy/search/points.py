@@ -22,13 +22,13 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.bench.clock import Run
 from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, new_folder, remove_folder, remove_folders, sha256_of_bytes, write_state
-from tc_deploy.calibrate.prompts import conditions_of, takes_prompts
 from tc_deploy.conditions import Conditions, labelled_conditions
 from tc_deploy.errors import BundleError
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN_FOLDER, Plan, plan_sha256, save_plan
+from tc_deploy.planned.prompts import conditions_of, takes_prompts
 from tc_deploy.runtime.pipeline import Pipeline, Step
 from tc_deploy.schedule import FULL
 from tc_deploy.search.record import Kind

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
-from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
 from tc_deploy.tables import StepTables
+from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import OWN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
 from tc_deploy.tokencache.selection import phase_keep_counts, token_index_from_importance
 from tc_deploy.types import FloatArray

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tc_deploy.calibrate import fitting
 from tc_deploy.calibrate.fitting import HELD_OUT, LEAST_SAMPLES, RIDGE, fit_forecast
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import NotFiniteError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, StepFunction, TokenCachedSteps, denoise

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tc_deploy.calibrate.measure import BATCH, FIRST_SEED, measure
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
 from tc_deploy.schedule import Schedule, full_schedule
 from tc_deploy.tables import StepTables

@@ -16,7 +16,7 @@ from tolerances import tolerance
 from torch import Tensor
 
 from tc_deploy.errors import ExportError
-from tc_deploy.export.graphs import ModelGraph, OpenStepGraph, StepGraph, onnx_from_graph
+from tc_deploy.export.graphs import onnx_from_graph
 from tc_deploy.groups import group_inputs
 from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX, history_of
 from tc_deploy.models.family import DiffusionTransformer
@@ -26,6 +26,7 @@ from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.forward import run_full
+from tc_deploy.tokencache.graphs import ModelGraph, OpenStepGraph, StepGraph
 from tc_deploy.types import Attention, Reuse
 
 KEEP = {"uvit": (5, 0, None), "sd35": (0, 5, None), "flux": (5, 0, 0, None), "flux-schnell": (5,)}

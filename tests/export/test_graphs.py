@@ -26,9 +26,8 @@ import tc_deploy
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
-from tc_deploy.export.graphs import StepGraph
 from tc_deploy.export.samples import samples_of
-from tc_deploy.export.stage import export_bundle, sampling_from_plan
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
@@ -44,9 +43,11 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.samples import POLYGRAPHY, SCRIPT, GraphSamples, Trajectory
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
+from tc_deploy.tokencache.graphs import StepGraph
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
 CACHED_INPUTS = [*MODEL_INPUTS, FORECAST_WEIGHTS, TOKEN_INDEX]

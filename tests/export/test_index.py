@@ -16,7 +16,6 @@ import zoo
 from bundles import run_cli
 from diffusers_pipelines import tiny_autoencoder, tiny_clip, tiny_t5, tiny_tokenizer
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.errors import ModelError, PlanError, UsageError
 from tc_deploy.export.parts import PipelineParts
 from tc_deploy.export.text import text_plan
@@ -26,6 +25,7 @@ from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 
 CLIP, TEXT = 6, 5
@@ -202,7 +202,7 @@ def test_with_an_autoencoder_they_are_latents(three_channels: Path, tmp_path: Pa
 
 def latents_psnr_db(plan: Path) -> float:
     """The plan's samples against its full run's, as latents: the peak is their range."""
-    from tc_deploy.export.stage import model_of_plan, sampling_from_plan
+    from tc_deploy.planned.model import model_of_plan, sampling_from_plan
 
     loaded, tables = load_plan(plan)
     assert loaded.measured is not None

@@ -20,11 +20,11 @@ from tc_deploy.backends.base import Graph
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.tensorrt_run import TrtDevice, TrtGraph, TrtScratch
 from tc_deploy.backends.torch import solver_step
-from tc_deploy.export.graphs import step_graphs
-from tc_deploy.export.stage import model_of_plan
 from tc_deploy.manifest import SOLVER, EngineRecord, Manifest, ProfileRecord, read_manifest
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import load_plan
+from tc_deploy.planned.model import model_of_plan
+from tc_deploy.tokencache.graphs import step_graphs
 
 SCRATCH_BYTES = 1 << 20
 JUNK = 0xFF

@@ -22,9 +22,6 @@ from torch import Tensor
 from tc_deploy.backends.torch import TorchBoundGraph, TorchBuffer, TorchDevice, TorchGraph
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
-from tc_deploy.calibrate.cost import count_flops
-from tc_deploy.export.graphs import step_graphs
-from tc_deploy.export.precision import cast_products
 from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
 from tc_deploy.models.dit import FAMILY
 from tc_deploy.models.family import DiffusionTransformer
@@ -32,6 +29,9 @@ from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.tables import pruned_blocks
+from tc_deploy.tokencache.cost import count_flops
+from tc_deploy.tokencache.graphs import step_graphs
+from tc_deploy.tokencache.precision import cast_products
 from tc_deploy.types import Attention, Precision, Reuse, Skip
 
 SAMPLE_SIZES = {256: 32, 512: 64}

@@ -21,9 +21,9 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy import Pipeline, Step
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.export.stage import sampling_from_plan
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.runtime.pixels import images_from_pixels
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise

@@ -11,8 +11,8 @@ import zoo
 from elsewhere import elsewhere, moved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.search.peer import PeerRun, PeerSetting, cache_dit_runs
 from tc_deploy.search.screen import Judged, Screen
 from tc_deploy.search.space import Candidate

@@ -11,9 +11,9 @@ import zoo
 from torch import Tensor
 
 from tc_deploy.bench.interleave import interleaved
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.search.peer import PeerSetting, cache_dit_runs, why_no_peer
 from tc_deploy.tokencache.sampler import Sampling, denoise
 

@@ -11,11 +11,11 @@ import zoo
 from tolerances import tolerance
 
 from tc_deploy.backends.tensorrt import TensorRtOptions
-from tc_deploy.calibrate.prompts import tensors_of
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_target
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
+from tc_deploy.planned.prompts import tensors_of
 from tc_deploy.runtime.request import noise_of
 from tc_deploy.search.baselines import Baselines
 from tc_deploy.search.points import PICTURE_BATCH, PlannedPoint, PointMaker, asked_conditions

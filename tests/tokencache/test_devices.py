@@ -15,10 +15,10 @@ from elsewhere import DEVICE, elsewhere, moved
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tc_deploy.calibrate.prompts import draw_batch
 from tc_deploy.models.family import DiffusionTransformer, call_diffusers
 from tc_deploy.models.scaling import by_moments
 from tc_deploy.plan import CacheRecord
+from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import Schedule
 from tc_deploy.tokencache.forward import run_cached, run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor

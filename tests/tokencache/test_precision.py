@@ -19,15 +19,16 @@ from torch import Tensor
 import tc_deploy
 from tc_deploy.errors import BackendError, BundleError, ExportError, UsageError
 from tc_deploy.export.check import check_graph, example_inputs
-from tc_deploy.export.graphs import StepGraph
-from tc_deploy.export.precision import half_products
-from tc_deploy.export.stage import export_bundle, sampling_from_plan
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import CacheRecord, load_plan
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.samples import read_samples
 from tc_deploy.tokencache.forward import run_full
+from tc_deploy.tokencache.graphs import StepGraph
+from tc_deploy.tokencache.precision import half_products
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 from tc_deploy.types import Attention, Precision, Reuse, Skip
 

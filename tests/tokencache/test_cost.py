@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tc_deploy.calibrate.cost import count_flops
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
+from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.types import Attention, Reuse
 
 BLOCKS, N, D = 3, 16, 64

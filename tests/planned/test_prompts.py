@@ -19,15 +19,16 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
-from tc_deploy.calibrate.prompts import draw_batch, prompts_for
 from tc_deploy.calibrate.recipe import Recipe, read_recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import UsageError
-from tc_deploy.export.stage import export_bundle, sampling_from_plan
+from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import Plan, PromptsRecord, load_plan
+from tc_deploy.planned.model import sampling_from_plan
+from tc_deploy.planned.prompts import draw_batch, prompts_for
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import FloatArray
 

@@ -1,0 +1,1 @@
+"""What a plan says as live objects: its checkpoint, its sampler, its prompts."""
