@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format clean
+.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format docs clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -78,6 +78,9 @@ lint: $(INSTALLED) ## Check the style, the types and the imports
 format: $(INSTALLED) ## Rewrite the code in the house style
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: $(INSTALLED) ## Write docs/cli.md from what the commands declare
+	$(BIN)/python tests/cli/page.py
 
 clean: ## Remove caches and the demo's engines, not the environment
 	rm -rf engines/digits engines/digits-demo.png engines/digits-demo.json dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

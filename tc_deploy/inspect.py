@@ -54,8 +54,11 @@ def departure(graph: str, max_abs_error: float | None, init_noise_sigma: float) 
     if max_abs_error is None:
         return "not compared"
     if graph == SOLVER:
-        return f"scheduler ± {max_abs_error:.1e} in a run whose latents begin with deviation {init_noise_sigma:.3g}"
-    return f"PyTorch ± {max_abs_error:.1e}"
+        return (
+            f"at most {max_abs_error:.1e} from diffusers' scheduler over a run (latents begin with deviation"
+            f" {init_noise_sigma:.3g})"
+        )
+    return f"at most {max_abs_error:.1e} from PyTorch"
 
 
 def inspect_path(path: Path, batch_size: int | None = None) -> dict[str, Any]:

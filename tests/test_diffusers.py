@@ -27,7 +27,7 @@ from tc_deploy.errors import UsageError
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models import dit
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 STEPS = 10
 LABELS = [207, 3, 999]
 EQUAL = tolerance("onnxruntime", "fp32", "trajectory_max_rel")
@@ -155,8 +155,8 @@ def test_a_static_bundle_takes_its_own_batch(pixel: MadeByCommands, tmp_path: Pa
         run(pipe, engine, [4], **arguments)
 
 
-def test_the_readme_s_snippet_runs(folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text(encoding="utf-8").partition("## In a diffusers pipeline")[2]
+def test_the_page_s_snippet_runs(folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("## In a diffusers pipeline")[2]
     snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert snippet is not None
     (tmp_path / "engines").mkdir()

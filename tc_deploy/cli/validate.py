@@ -74,8 +74,9 @@ def _show(record: ValidationRecord) -> None:
         console.print(line, markup=False, soft_wrap=True)
     drift = record.drift
     console.print(
-        f"final picture: {_number(drift.picture_psnr_db, 1)} dB to PyTorch's under the plan,"
-        f" {_number(drift.picture_psnr_to_full_db, 1)} dB to the full run's"
+        f"final picture of this run: {_number(drift.picture_psnr_db, 1)} dB to PyTorch's under the plan,"
+        f" {_number(drift.picture_psnr_to_full_db, 1)} dB to the full run's (calibrate gives a mean of many pictures)",
+        soft_wrap=True,
     )
     console.print(_verdict(record.passed))
 

@@ -72,7 +72,7 @@ def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
         path = pixel.bundle / ONNX_FOLDER / f"{name}.onnx"
         assert path.is_file()
         assert line.startswith(f"{path}: {name}, ")
-        assert ("scheduler ± " if name == "solver" else "PyTorch ± ") in line
+        assert ("from diffusers' scheduler over a run" if name == "solver" else "from PyTorch") in line
     assert ", 1 output, " in lines[1]
     assert "are gone" not in pixel.exported.out
     assert "comparing full with PyTorch" in pixel.exported.err

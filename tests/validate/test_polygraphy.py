@@ -1,4 +1,4 @@
-"""The README's polygraphy lines, run exactly as they stand there."""
+"""The polygraphy lines of docs/validation.md, run exactly as they stand there."""
 
 import os
 import shlex
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from bundles import Made
 
-README = Path(__file__).parents[2] / "README.md"
-LINES = [line.strip() for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("    polygraphy ")]
+PAGE = Path(__file__).parents[2] / "docs" / "validation.md"
+LINES = [line.strip() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("    polygraphy ")]
 
 
 @pytest.fixture(scope="module")
 def folder(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the bundle stands where the README says."""
+    """A folder in which the bundle stands where the page says."""
     folder = tmp_path_factory.mktemp("readme")
     mixed.copy(folder / "engines" / "digits")
     return folder
@@ -32,7 +32,7 @@ def test_there_are_lines() -> None:
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line.split()[1:3]))
-def test_a_line_of_the_readme(line: str, folder: Path) -> None:
+def test_a_line_of_the_page(line: str, folder: Path) -> None:
     answer = polygraphy(line, folder)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "hidden_states" in answer.stdout or "Passed: 2/2 iterations" in answer.stdout
