@@ -10,6 +10,7 @@ not before.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from tc_deploy.models.family import DiffusionTransformer
 
+_LOG = logging.getLogger(__name__)
 _Step: TypeAlias = "Callable[..., Sequence[Tensor]]"
 """Positional tensors in, tensors out, as a graph's record orders them."""
 
@@ -181,6 +183,7 @@ class TorchDevice:
         torch = _torch()
         self.compiled = compiled
         self.place: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _LOG.debug("torch runs on %s", self.place)
         # What is captured as a CUDA graph leaves nothing of Python in a run; to trace it, too, would take minutes.
         self.traces = compiled or self.place.type != "cuda"
         self.pool: Any = torch.cuda.graph_pool_handle() if self.place.type == "cuda" else None

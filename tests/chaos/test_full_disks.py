@@ -192,13 +192,20 @@ def test_limits_of_a_process(
         ended = commands.run(arena, *reference.stage.words, limits=limits)
         where = f"{name}, RLIMIT_{limit.upper()} {value}"
         if limit == "as" and ended.code in (-signal.SIGABRT, -signal.SIGSEGV):
-            # In C++ and Rust, where Python cannot catch it; it is then as if it had been killed.
+            # A library's thread in C++ or Rust that gets no memory calls abort(), and a kernel may use the null that it
+            # got: no handler of Python's runs. It is as if it had been killed, and the same is asked of it: the old
+            # output or the new one, and the same bytes after the next run.
             tally["ended by a library that got no memory"] += 1
         elif ended.problem:
             faults.append(f"{where}: {ended.problem}")
         if reference.state_of(tree(arena)) == "other" or (reference.stage.replaces and _is_gone(reference, arena)):
             faults.append(f"{where}, exit code {ended.code}: neither the old output nor the new one")
-        # One that could open nothing could tidy up nothing; the next run does.
+        # To look into a folder takes a descriptor, and to tidy up takes memory; the next run does it then. A limit of a
+        # file's size is no excuse.
+        left = reference.left_behind(tree(arena))
+        if left and limit == "fsize":
+            faults.append(f"{where}: left {left[:4]}")
+        tally["of these that left what the next run swept"] += bool(left)
         again = commands.run(arena, *reference.stage.words)
         if again.code != 0 or differences(tree(arena), reference.after):
             faults.append(f"{where}, without the limit: {again.err[-200:]} {differences(tree(arena), reference.after)}")

@@ -55,8 +55,10 @@ class Judge:
         self.tally["kills"] += ended.code is not None and ended.code < 0
         self.tally["interrupts (Ctrl-C and SIGTERM)"] += interrupted
         if interrupted:
-            # A signal may come between a call of the system and the line that notes it, or in the midst of tidying
-            # up. What then lies there is ours by its name, and gone after the next run, which `again` looks at.
+            # Python raises KeyboardInterrupt between any two instructions: also between a call of the system and the
+            # line that notes it, and in the midst of tidying up, which it ends. To hold signals back there would make
+            # a full or slow disk deaf to Ctrl-C. So what is left must be ours by its name, or an empty folder that was
+            # made for the output, and gone after the next run, which `again` looks at.
             left = self.reference.left_behind(now)
             self.tally["interrupts that left what the next run sweeps"] += bool(left)
             foreign = [name for name in left if ".tc-deploy" not in name and not _is_empty_folder(now, name)]
