@@ -23,6 +23,7 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import MANIFEST, canonical_json, file_records, sha256_of_bytes
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_manifest
 from tc_deploy.plan import PLAN, TABLES
@@ -201,7 +202,7 @@ def multistep(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Ma
 
 def _half(precision: Precision, folder: Path, model: Path) -> Made:
     plan = make_plan(model, folder / "plan", **HALF)
-    export_bundle(plan, folder / "bundle", precision=precision)
+    export_bundle(plan, folder / "bundle", ExportOptions(precision=precision))
     return Made(model=model, plan=plan, bundle=folder / "bundle")
 
 

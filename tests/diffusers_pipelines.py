@@ -15,6 +15,7 @@ from bundles import make_plan
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
@@ -133,6 +134,6 @@ def tiny_clip(kind: Any, width: int = 8, projection: int = 8, seed: int = 0) -> 
 
 def build_bundle(model: Path, folder: Path, **settings: Any) -> Path:
     """Plan, export and build; the engines are compared with PyTorch by the test, so not here."""
-    export_bundle(make_plan(model, folder / "plan", **settings), folder / "bundle", check=False)
+    export_bundle(make_plan(model, folder / "plan", **settings), folder / "bundle", ExportOptions(check=False))
     build_target(folder / "bundle", options={"threads": 1})
     return folder / "bundle"

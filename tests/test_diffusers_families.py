@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tc_deploy.backends.build import build_target
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_engine_record, read_manifest
 
@@ -243,7 +244,7 @@ def test_tensorrt_rtx_builds_every_graph(made: Made, tmp_path: Path) -> None:
 def test_one_graph_of_all_variants_is_the_separate_ones(made: Made, engine: EngineTransformer, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     # A bundle holds its plan.
-    export_bundle(made.bundle, bundle, one_graph=True)
+    export_bundle(made.bundle, bundle, ExportOptions(one_graph=True))
     build_target(bundle, options={"threads": 1})
     one_graph = EngineTransformer(bundle)
     assert relative_error(made.run(one_graph), made.run(engine)) <= EQUAL

@@ -29,6 +29,7 @@ from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bench.measure import bench_bundles
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import DECODER, FP32_GRAPHS, TEXT_ENCODER, read_manifest
 from tc_deploy.runtime.binding import read_bundle
@@ -53,7 +54,7 @@ def test_the_plan_s_transformer_is_free_before_a_text_encoder_is_loaded(prompted
     count("before")
     transformers_before, autoencoders_before = alive["before"]
     settings: dict[str, Any] = {"with_decoder": True, "with_text_encoder": True, "graphs_from": prompted.bundle}
-    manifest = export_bundle(prompted.plan, tmp_path / "bundle", **settings, progress=count)
+    manifest = export_bundle(prompted.plan, tmp_path / "bundle", ExportOptions(**settings), progress=count)
     assert alive["comparing solver with the scheduler"] == (transformers_before + 1, autoencoders_before)
     assert alive["exporting decoder"] == (transformers_before, autoencoders_before)
     assert alive["exporting text_encoder"] == (transformers_before, autoencoders_before)

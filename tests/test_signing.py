@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.signing import PASSWORD_VARIABLE, SIGNATURE, sign_bundle, verify_bundle
 
@@ -206,7 +207,7 @@ def test_without_the_library_the_message_says_what_to_install(
 def test_a_signed_bundle_is_exported_again_and_its_signature_goes(
     mixed: Made, signed: Path, keys: tuple[Path, Path]
 ) -> None:
-    export_bundle(mixed.plan, signed, check=False)
+    export_bundle(mixed.plan, signed, ExportOptions(check=False))
     assert not (signed / SIGNATURE).exists()
     with pytest.raises(BundleError, match="holds no signature"):
         verify_bundle(signed, keys[1])

@@ -90,23 +90,26 @@ def command(
 
     PLAN is a folder calibration/NAME. An existing bundle is replaced, with the engines built from it.
     """
+    from tc_deploy.export.options import ExportOptions
     from tc_deploy.export.stage import export_bundle
 
     lost = [kind for kind in BACKENDS if (output / kind / MANIFEST).is_file()]
     manifest = export_bundle(
         plan,
         output,
-        model_path=model,
-        batch_size=static_batch,
-        precision=Precision(precision),
-        fp32_blocks=fp32_blocks,
-        check=check,
-        one_graph=one_graph,
-        with_decoder=with_decoder,
-        with_text_encoder=with_text_encoder,
-        pipeline_path=pipeline,
-        variant=variant,
-        conditions=conditions,
+        ExportOptions(
+            model_path=model,
+            batch_size=static_batch,
+            precision=Precision(precision),
+            fp32_blocks=fp32_blocks,
+            check=check,
+            one_graph=one_graph,
+            with_decoder=with_decoder,
+            with_text_encoder=with_text_encoder,
+            pipeline_path=pipeline,
+            variant=variant,
+            conditions=conditions,
+        ),
         progress=log_step,
     )
     for name, graph in manifest.graphs.items():

@@ -20,9 +20,7 @@ from onnxscript import optimizer
 from torch import Tensor
 
 from tc_deploy.errors import ExportError, first_line
-from tc_deploy.manifest import (
-    MODULE_END,
-)
+from tc_deploy.manifest import MODULE_END
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.types import Precision
 

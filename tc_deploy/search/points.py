@@ -24,6 +24,7 @@ from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, new_folder, remove_folder, remove_folders, sha256_of_bytes, write_state
 from tc_deploy.conditions import Conditions, labelled_conditions
 from tc_deploy.errors import BundleError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target, variant_name
 from tc_deploy.models.family import DiffusionTransformer
@@ -123,10 +124,9 @@ class PointMaker:
         export_bundle(
             folder,
             bundle,
-            model_path=self.model_path,
-            check=check,
-            graphs_from=siblings[0] if siblings else None,
-            samples=False,
+            ExportOptions(
+                model_path=self.model_path, check=check, graphs_from=siblings[0] if siblings else None, samples=False
+            ),
         )
         if siblings:
             # A build takes from the target that it replaces what is of the same graphs.

@@ -20,6 +20,7 @@ import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, STEPS, read_engine_record, read_manifest
 from tc_deploy.runtime import binding
@@ -116,7 +117,7 @@ def test_a_stepper_runs_it_too(one_graph: Made, mixed: Made) -> None:
 def test_a_phase_that_skips_the_model_keeps_a_graph_of_its_own(mixed: Made, tmp_path: Path) -> None:
     settings = {**MIXED, "cache": {**MIXED["cache"], "keep_counts": ((0, 0, 0), (8, 0, 4)), "skip": "model"}}
     plan, bundle = make_plan(mixed.model, tmp_path / "plan", **settings), tmp_path / "bundle"
-    manifest = export_bundle(plan, bundle, one_graph=True)
+    manifest = export_bundle(plan, bundle, ExportOptions(one_graph=True))
     files = {name: Path(graph.file).stem for name, graph in manifest.graphs.items()}
     assert files == {"full": STEPS, "cached-1": "cached-1", "cached-2": STEPS, "solver": "solver"}
     build_target(bundle)
@@ -186,8 +187,10 @@ def test_a_plan_whose_variants_are_alike_or_skip_the_model_is_refused(
 
 def test_graphs_of_the_other_kind_are_not_taken(one_graph: Made, mixed: Made, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="or one graph where there should be several; export anew"):
-        export_bundle(mixed.plan, tmp_path / "bundle", graphs_from=one_graph.bundle)
-    manifest = export_bundle(mixed.plan, tmp_path / "bundle", graphs_from=one_graph.bundle, one_graph=True)
+        export_bundle(mixed.plan, tmp_path / "bundle", ExportOptions(graphs_from=one_graph.bundle))
+    manifest = export_bundle(
+        mixed.plan, tmp_path / "bundle", ExportOptions(graphs_from=one_graph.bundle, one_graph=True)
+    )
     assert manifest.graphs["full"] == read_manifest(one_graph.bundle).graphs["full"]
 
 
@@ -228,7 +231,7 @@ def test_it_is_built_again_only_when_something_has_changed(engine: Made, tmp_pat
 
 def test_a_bundle_of_a_fixed_batch_has_profiles_too(mixed: Made, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    export_bundle(mixed.plan, bundle, batch_size=1, one_graph=True, samples=False)
+    export_bundle(mixed.plan, bundle, ExportOptions(batch_size=1, one_graph=True, samples=False))
     build_target(bundle, NAME)
     record = read_engine_record(bundle / NAME / "steps.engine")
     assert (len(record.profiles), record.axes) == (3, {})
@@ -246,7 +249,7 @@ def test_a_bundle_of_a_fixed_batch_has_profiles_too(mixed: Made, tmp_path: Path)
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
 def test_in_half_precision_it_builds_without_a_warning(fp16: Made, precision: Precision, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    manifest = export_bundle(fp16.plan, bundle, precision=precision, one_graph=True)
+    manifest = export_bundle(fp16.plan, bundle, ExportOptions(precision=precision, one_graph=True))
     assert all((manifest.graphs[name].snr_to_fp32_db or 0) > 20 for name in ("full", "cached-1"))
     build_target(bundle, NAME)
     record = read_engine_record(bundle / NAME / "steps.engine")

@@ -18,6 +18,7 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, ModelError, PlanError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.types import FloatArray
 
@@ -75,7 +76,7 @@ def test_a_half_bundle_runs_in_its_precision(request: pytest.FixtureRequest, tmp
 
 
 def as_fp32(made: Made, folder: Path) -> Path:
-    export_bundle(made.plan, folder / "fp32", check=False, samples=False)
+    export_bundle(made.plan, folder / "fp32", ExportOptions(check=False, samples=False))
     return folder / "fp32"
 
 

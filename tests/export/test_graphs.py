@@ -26,6 +26,7 @@ import tc_deploy
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
@@ -341,7 +342,7 @@ def test_an_export_of_the_same_model_elsewhere_unchecked_gives_the_same_graphs(m
     shutil.copytree(multistep.model, moved)
     plan = tmp_path / "plan"
     shutil.copytree(multistep.plan, plan)
-    manifest = export_bundle(plan, tmp_path / "bundle", model_path=moved, check=False)
+    manifest = export_bundle(plan, tmp_path / "bundle", ExportOptions(model_path=moved, check=False))
     assert {record.max_abs_error for record in manifest.graphs.values()} == {None}
     assert snapshot(tmp_path / "bundle" / ONNX_FOLDER) == snapshot(multistep.bundle / ONNX_FOLDER)
     checked = read_manifest(multistep.bundle)
@@ -486,7 +487,7 @@ def test_a_failure_half_way_leaves_the_old_bundle(
 def refuse(plan: Path, destination: Path, **arguments: Any) -> pytest.ExceptionInfo[BaseException]:
     """Export in vain; nothing may be left."""
     with pytest.raises(tc_deploy.errors.TcDeployError) as raised:
-        export_bundle(plan, destination, **arguments)
+        export_bundle(plan, destination, ExportOptions(**arguments))
     assert not list(destination.parent.glob("*bundle*"))
     assert "\n" not in str(raised.value)
     return raised

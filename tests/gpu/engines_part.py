@@ -28,6 +28,7 @@ from tc_deploy.bundle import MANIFEST
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import BackendError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.loading import load_model
 from tc_deploy.types import FloatArray
@@ -104,7 +105,7 @@ def large_bundles(kit: Kit) -> Path:
     settings = {"sampling": STEPS, "schedule": SCHEDULE, "cache": {"keep_counts": keep}, "measure": {"samples": 0}}
     calibrate(Recipe.model_validate({"model": str(folder / "model"), **settings}), folder / "plan")
     for name in (BUNDLE, ONE_GRAPH):
-        export_bundle(folder / "plan", folder / name, one_graph=name == ONE_GRAPH, check=False)
+        export_bundle(folder / "plan", folder / name, ExportOptions(one_graph=name == ONE_GRAPH, check=False))
     shutil.copytree(folder / BUNDLE, folder / "cpu")
     build_target(folder / "cpu", "onnxruntime")
     return folder

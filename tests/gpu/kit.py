@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from tc_deploy.backends.build import build_target
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     targets = [word for platform in PLATFORMS for word in ("--platform", platform)]
     pip("download", "--no-deps", "-d", str(folder / WHEELS), *FOR, *targets, *missing())
-    export_bundle(PLAN, folder / BUNDLE, samples=False, progress=click.echo)
+    export_bundle(PLAN, folder / BUNDLE, ExportOptions(samples=False), progress=click.echo)
     build_target(folder / BUNDLE, "onnxruntime")
     size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
     if size_mib > LARGEST_MIB:

@@ -145,9 +145,10 @@ def main(
 def make_demo(bundle: Path) -> None:
     """The demo's bundle, where no kit brings it."""
     from tc_deploy.backends.build import build_target
+    from tc_deploy.export.options import ExportOptions
     from tc_deploy.export.stage import export_bundle
 
-    export_bundle(ROOT / "calibration" / "digits", bundle, samples=False)
+    export_bundle(ROOT / "calibration" / "digits", bundle, ExportOptions(samples=False))
     build_target(bundle, "onnxruntime")
 
 

@@ -14,6 +14,7 @@ from tolerances import tolerance
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import TcDeployError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 
 pytestmark = [
@@ -26,7 +27,7 @@ pytestmark = [
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """The demo, and a model small enough for a test."""
     folder = tmp_path_factory.mktemp("gpu")
-    export_bundle(ROOT / "calibration" / "digits", folder / "digits", samples=False)
+    export_bundle(ROOT / "calibration" / "digits", folder / "digits", ExportOptions(samples=False))
     build_target(folder / "digits", "onnxruntime")
     return Kit(bundle=folder / "digits", work=folder, size="S/2", rounds=3)
 

@@ -22,6 +22,7 @@ from tc_deploy.bundle import sha256_of_file
 from tc_deploy.calibrate.recipe import Recipe, read_recipe
 from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
@@ -215,7 +216,7 @@ def test_a_recipe_names_its_prompts_relative_to_itself(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bundle(plan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    export_bundle(plan_folder, folder, batch_size=BATCH)
+    export_bundle(plan_folder, folder, ExportOptions(batch_size=BATCH))
     build_target(folder, options={"threads": 1})
     return folder
 
@@ -262,7 +263,7 @@ def test_prompts_that_are_gone_are_stood_in_for(plan_folder: Path, model_folder:
     calibrate(recipe, tmp_path / "plan")
     (tmp_path / "prompts.safetensors").unlink()
     said: list[str] = []
-    manifest = export_bundle(tmp_path / "plan", tmp_path / "bundle", batch_size=1, progress=said.append)
+    manifest = export_bundle(tmp_path / "plan", tmp_path / "bundle", ExportOptions(batch_size=1), progress=said.append)
     (word,) = (line for line in said if "prompts.safetensors is gone" in line)
     assert "random conditions stand in" in word
     assert word.endswith("name a file with --conditions")

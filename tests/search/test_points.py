@@ -11,6 +11,7 @@ import zoo
 from tolerances import tolerance
 
 from tc_deploy.backends.tensorrt import TensorRtOptions
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_target
 from tc_deploy.models.family import DiffusionTransformer
@@ -35,9 +36,9 @@ def test_one_bundle_beside_the_full_runs_and_graphs_that_are_alike_exported_once
 ) -> None:
     exported: list[bool] = []
 
-    def export(folder: Path, bundle: Path, **arguments: Any) -> Any:
-        exported.append(arguments["graphs_from"] is None)
-        return export_bundle(folder, bundle, **arguments)
+    def export(folder: Path, bundle: Path, options: ExportOptions) -> Any:
+        exported.append(options.graphs_from is None)
+        return export_bundle(folder, bundle, options)
 
     monkeypatch.setattr("tc_deploy.search.points.export_bundle", export)
     full = baselines.full()

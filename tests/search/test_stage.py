@@ -12,6 +12,7 @@ from bundles import Answer, run_cli, snapshot
 
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.errors import PlanError, UsageError
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.plan import PLAN, SAMPLES, SEARCH, load_plan
 from tc_deploy.search.choose import POINTS, Wish, chosen_point
@@ -141,9 +142,9 @@ def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
     destination = tmp_path / "plan"
     exported: list[str] = []
 
-    def export(folder: Path, bundle: Path, **arguments: Any) -> Any:
+    def export(folder: Path, bundle: Path, options: ExportOptions) -> Any:
         exported.append(bundle.name)
-        return export_bundle(folder, bundle, **arguments)
+        return export_bundle(folder, bundle, options)
 
     def interrupted(what: str, done: int, total: int) -> None:
         if what.startswith("building points") and done == 3:

@@ -19,6 +19,7 @@ from torch import Tensor
 import tc_deploy
 from tc_deploy.errors import BackendError, BundleError, ExportError, UsageError
 from tc_deploy.export.check import check_graph, example_inputs
+from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
@@ -364,7 +365,7 @@ def test_graphs_of_another_precision_are_not_taken(fp16: Made, tmp_path: Path) -
     with pytest.raises(
         UsageError, match="another batch or precision, or one graph where there should be several; export anew"
     ):
-        export_bundle(fp16.plan, tmp_path / "bundle", graphs_from=fp16.bundle)
+        export_bundle(fp16.plan, tmp_path / "bundle", ExportOptions(graphs_from=fp16.bundle))
     assert snapshot(tmp_path) == {}
 
 
