@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
-from bundles import Made
 from PIL import Image
 
 from tc_deploy import cli
@@ -132,7 +132,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path) -> None:
+def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line as it stands there, in an empty folder, and the output that is shown below them."""
     section = README.read_text(encoding="utf-8").partition("## Text to image\n")[2].partition("\n## ")[0]
     lines = re.findall(r"^ {4}((?:python|tc-deploy) .+)$", section, re.MULTILINE)
@@ -157,16 +157,14 @@ def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path) -> None:
     assert [line.removeprefix("schedule").strip() for line in said if line.startswith("schedule")] == schedule
     with Image.open(tmp_path / "cat.png") as picture:
         assert picture.size == (128, 128)
-
-
-def test_the_page_of_python_runs_a_bundle(mixed: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert snippet is not None
-    monkeypatch.chdir(mixed.copy(tmp_path / "engines" / "digits").parents[1])
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(snippet[1], names)
-    assert len(names["result"].latents) == 3
+    assert names["images"].shape == (2, 128, 128, 3)
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert np.abs(np.asarray(picture, int) - names["images"][0]).max() <= 1
 
 
 def test_the_page_of_the_command_line_is_as_the_commands_are() -> None:

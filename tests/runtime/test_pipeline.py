@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +38,7 @@ BATCH = 3
 VISIBLE = 100 * tolerance("onnxruntime", "fp32", "trajectory_max_rel")
 """A difference that no rounding makes."""
 FIRST_OF_SEED_0 = [0.059911035, 0.015559634, -1.1644385, -0.13264713]
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 BUNDLES = ("mixed", "multistep", "pixel")
 each_bundle = pytest.mark.parametrize("bundle", BUNDLES)
 
@@ -481,3 +485,13 @@ def test_a_machine_that_runs_engines_needs_no_torch(mixed: Made) -> None:
 
 def test_a_batch_that_is_fixed_is_known(pipelines: dict[str, Pipeline]) -> None:
     assert pipelines["pixel"].batch_size == PIXEL_BATCH
+
+
+def test_the_page_of_python_runs_a_bundle(mixed: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert snippet is not None
+    monkeypatch.chdir(mixed.copy(tmp_path / "engines" / "digits").parents[1])
+    names: dict[str, Any] = {}
+    exec(snippet[1], names)
+    assert len(names["result"].latents) == 3
