@@ -110,7 +110,9 @@ def test_the_command_line_fits_shows_it_and_prints_a_recipe_that_does_it_again(m
     assert "fit_samples = 8" in page
 
 
-@pytest.mark.parametrize(("samples", "message"), [(7, "expected at least 8 samples"), (-1, "--fit-samples")])
+@pytest.mark.parametrize(
+    ("samples", "message"), [(7, "must be 0, which takes polynomials, or at least 8, found 7"), (-1, "--fit-samples")]
+)
 def test_a_number_of_samples_that_cannot_be_is_one_line(made: Made, tmp_path: Path, samples: int, message: str) -> None:
     answer = run_cli("calibrate", made.model, "-o", tmp_path / "plan", "--steps", 6, "--fit-samples", samples)
     assert answer.code == 2

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tc_deploy.calibrate.recipe import LEAST_FIT_SAMPLES
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
@@ -40,8 +41,6 @@ from tc_deploy.tokencache.sampler import (
 )
 from tc_deploy.types import FloatArray
 
-LEAST_SAMPLES = 8
-"""With fewer the fit is one to their noise."""
 HELD_OUT = 4
 """Every fourth sample is not fitted on: it judges how many full steps a forecast combines, and whether to fit any."""
 RIDGE = 1e-6
@@ -92,9 +91,9 @@ def fit_forecast(
             "forecast.fit_samples: nothing can be fitted, as no cached step of this plan skips the model and"
             " extrapolates; keep nothing in a phase, with skip = model and forecast_order 1 or 2, or leave it out"
         )
-    if len(seeds) < LEAST_SAMPLES:
+    if len(seeds) < LEAST_FIT_SAMPLES:
         raise UsageError(
-            f"forecast.fit_samples: expected at least {LEAST_SAMPLES} samples to fit {cache.forecast_order + 1} weights"
+            f"to fit forecasts: expected at least {LEAST_FIT_SAMPLES} samples to fit {cache.forecast_order + 1} weights"
             f" a step, {HELD_OUT - 1} of {HELD_OUT} to fit and the others to judge by, found {len(seeds)}; 32 are usual"
         )
     noise, conditions = draw_batch(model, sampling, seeds)

@@ -45,6 +45,8 @@ MAX_SEED = 500_000
 """Training and fits draw a sample per seed from the recipe's on, measurement from a million on; they must not meet."""
 
 
+LEAST_FIT_SAMPLES = 8
+"""With fewer a fit is one to their noise."""
 MAX_CANDIDATES = 1_000_000
 """Combinations that a search keeps in memory, to choose among them."""
 MAX_RECIPE_BYTES = 2**18
@@ -103,6 +105,15 @@ class ForecastRecipe(Document):
 
     fit_samples: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Sampling runs of the model itself that the weights are fitted on; 0 takes polynomials."""
+
+    @model_validator(mode="after")
+    def _check_enough(self) -> Self:
+        if 0 < self.fit_samples < LEAST_FIT_SAMPLES:
+            raise ValueError(
+                f"fit_samples must be 0, which takes polynomials, or at least {LEAST_FIT_SAMPLES}, found"
+                f" {self.fit_samples}; 32 are usual"
+            )
+        return self
 
 
 class PredictorRecipe(Document):

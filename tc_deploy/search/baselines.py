@@ -167,6 +167,8 @@ def settings_name(plan: Plan) -> str:
         parts.append(f"keep {kept[0]:.3g}/{kept[1]:.3g}, attention {cache.attention}")
     if not all(cache.skips_model(phase) for phase in plan.phases_used()):
         parts.append(f"reuse {cache.reuse}")
+    if plan.forecast is not None:
+        parts.append("fitted")
     if cache.skip is Skip.BLOCKS and with_tokens != plan.phases_used():
         parts.append("blocks skipped")
     return ", ".join(parts)

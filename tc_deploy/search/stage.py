@@ -3,7 +3,8 @@
 1. Cost: graphs on a grid of keep counts are built and timed (``grid``, ``cost``), or FLOPs are taken where that was
    asked for.
 2. Screening: candidates sample in PyTorch (``space``, ``screen``).
-3. Confirmation: the front's candidates and all baselines become engines, which make the pictures of seeds that nobody
+3. Fits: the forecasts of the front's candidates, where the recipe asks for it (``fits``); screening takes polynomials.
+4. Confirmation: the front's candidates and all baselines become engines, which make the pictures of seeds that nobody
    saw before and are timed in turn with the full run (``confirm``, ``points``, ``baselines``).
 
 In: a recipe. Out: a plan folder that also holds ``search.json``, samples, and the plan of every point. A search that
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import safetensors.numpy
@@ -50,6 +52,7 @@ from tc_deploy.search.baselines import Baselines, settings_name
 from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.confirm import Confirmation
 from tc_deploy.search.cost import CostModel, cost_model
+from tc_deploy.search.fits import Fits
 from tc_deploy.search.grid import timed_graphs
 from tc_deploy.search.peer import why_no_peer
 from tc_deploy.search.points import PlannedPoint, PointMaker
@@ -235,14 +238,20 @@ class _Search:
             lambda done: self.report("sampling with candidates", done, total),
         )
         judged = judge_candidates(settings, steps, self.recipe.seed, screen)
+        seeds = range(self.recipe.seed, self.recipe.seed + self.recipe.forecast.fit_samples)
+        report = partial(self.report, "fitting the forecasts")
+        fits = Fits(self.model, self.sampling, seeds, self.folder / "fits", report)
         ours = []
         for item in chosen_for_engines(judged, settings.points):
+            schedule, cache = item.candidate.schedule(steps), screen.cache(item.candidate)
+            step_tables, fit_seeds = fits(schedule, cache, screen.tables(item.candidate))
             plan, tables = assemble_plan(
                 self.model,
                 self.sampling,
-                item.candidate.schedule(steps),
-                screen.cache(item.candidate),
-                screen.tables(item.candidate),
+                schedule,
+                cache,
+                step_tables,
+                fit_seeds=fit_seeds,
                 importance=importance if item.candidate.keeps_tokens else None,
                 origin=OriginRecord(
                     method="search",

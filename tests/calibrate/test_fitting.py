@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.calibrate import fitting
-from tc_deploy.calibrate.fitting import HELD_OUT, LEAST_SAMPLES, RIDGE, fit_forecast
+from tc_deploy.calibrate.fitting import HELD_OUT, RIDGE, fit_forecast
+from tc_deploy.calibrate.recipe import LEAST_FIT_SAMPLES
 from tc_deploy.errors import NotFiniteError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
@@ -211,10 +212,10 @@ def test_a_schedule_of_full_steps_has_nothing_to_fit(tiny_dit: DiffusionTransfor
 
 def test_too_few_samples_are_refused_with_how_many_are_needed(tiny_dit: DiffusionTransformer) -> None:
     with pytest.raises(
-        UsageError, match=rf"at least {LEAST_SAMPLES} samples .*found {LEAST_SAMPLES - 1}; 32 are usual"
+        UsageError, match=rf"at least {LEAST_FIT_SAMPLES} samples .*found {LEAST_FIT_SAMPLES - 1}; 32 are usual"
     ):
-        fit(tiny_dit, make_sampling(ROUND_ROBIN), ROUND_ROBIN, make_cache(), range(LEAST_SAMPLES - 1))
-    fit(tiny_dit, make_sampling(ROUND_ROBIN), ROUND_ROBIN, make_cache(), range(LEAST_SAMPLES))
+        fit(tiny_dit, make_sampling(ROUND_ROBIN), ROUND_ROBIN, make_cache(), range(LEAST_FIT_SAMPLES - 1))
+    fit(tiny_dit, make_sampling(ROUND_ROBIN), ROUND_ROBIN, make_cache(), range(LEAST_FIT_SAMPLES))
 
 
 def test_a_run_that_is_not_finite_ends_the_fit(save_dit: Callable[..., Path], tmp_path: Path) -> None:

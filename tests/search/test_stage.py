@@ -1,6 +1,7 @@
 """A whole search on a tiny model: real engines, real timing, every baseline; what it writes, and how it goes on."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ guidance_scale = 1.5
 
 [cache]
 multiple = 4
+
+[forecast]
+fit_samples = 8
 
 [predictor]
 trajectories = 2
@@ -92,6 +96,17 @@ def test_every_baseline_runs_beside_our_points(searched: Searched) -> None:
         assert point.steps_full + point.steps_cached == steps
         assert (point.drift is None) == (point.kind in (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.CACHE_DIT))
         assert f": {point.name}" in searched.answer.out
+
+
+def test_points_that_keep_no_token_are_fitted_and_what_they_are_compared_with_is_not(searched: Searched) -> None:
+    for point in searched.record.points:
+        if point.settings is not None:
+            slug = re.sub(r"[^a-z0-9.]+", "-", point.name.lower()).strip("-")
+            plan, _ = load_plan(searched.folder / POINTS / slug)
+            ours = point.kind is Kind.TOKEN_CACHE and "keep" not in point.name
+            assert (plan.forecast is not None) == ours == ("fitted" in point.name)
+            assert plan.forecast is None or (plan.forecast.first_seed, plan.forecast.samples) == (0, 8)
+    assert any("fitted" in point.name for point in searched.record.points)
 
 
 def test_latency_by_flops_says_so_and_is_the_cost(searched: Searched) -> None:
