@@ -10,27 +10,28 @@ import click
 
 from tc_deploy.bench.report import FULL_RUN, PLAN_RUN
 from tc_deploy.bundle import canonical_json
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MOST, PATH
 from tc_deploy.cli.progress import progress_bar
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option("--backend", help="Which of the bundle's engines.")
-@click.option(
+@option("--backend", help="Which of the bundle's engines.")
+@option(
     "--against", multiple=True, metavar="BUNDLE[:BACKEND]", help="Measure this too, in turn with the first; repeat it."
 )
-@click.option(
+@option(
     "--batch-size",
     "batch_sizes",
     type=click.IntRange(1, MOST),
     multiple=True,
     help="Pictures that run together; repeat it for several.",
 )
-@click.option(
+@option(
     "--rounds", type=click.IntRange(1, 100_000), default=20, show_default=True, help="Runs of each kind per contender."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(
     bundle: Path,
     backend: str | None,

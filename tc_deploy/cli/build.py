@@ -11,6 +11,7 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.compiled_at_load import MOST_THREADS, WEIGHTS_MODES
 from tc_deploy.backends.onnxruntime import PROVIDERS
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, PATH
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError
@@ -45,81 +46,104 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     return None if value is None else value.split(",")
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option("--backend", default=DEFAULT, show_default=True, help=f"Engine kind: {', '.join(BACKENDS)}.")
-@click.option(
+@option("--backend", default=DEFAULT, show_default=True, help=f"Engine kind: {', '.join(BACKENDS)}.")
+@option(
     "--threads",
     type=click.IntRange(0, MOST_THREADS),
     help="onnxruntime, openvino: CPU threads; 0, the default: all cores.",
 )
-@click.option(
+@option(
     "--unfused",
+    advanced=True,
     is_flag=True,
     default=None,
     help="onnxruntime: fuse no operators, to tell a fusion's fault from an operator's; slow.",
 )
-@click.option(
+@option(
     "--provider",
     type=click.Choice(list(PROVIDERS)),
-    help="onnxruntime: what to compute with; the CPU if not given.",
+    metavar="NAME",
+    help=f"onnxruntime: what computes: {', '.join(PROVIDERS)}; cpu if not given.",
 )
-@click.option(
+@option(
     "--weights",
     type=click.Choice(WEIGHTS_MODES),
-    help="onnxruntime on the CPU, openvino: one copy for all graphs, or one for each, which runs faster where they are"
-    " small.",
+    help="onnxruntime, openvino: one copy for all graphs, or one each, faster if small.",
 )
-@click.option("--compile/--no-compile", "compile", default=None, help="torch: compile the steps, which takes minutes.")
-@click.option("--model", type=MODEL_PATH, help="torch: the checkpoint, where it is not where the plan says.")
-@click.option(
+@option(
+    "--compile/--no-compile",
+    "compile",
+    advanced=True,
+    default=None,
+    help="torch: compile the steps, which takes minutes.",
+)
+@option("--model", advanced=True, type=MODEL_PATH, help="torch: the checkpoint, where it is not where the plan says.")
+@option(
     "--precision",
     type=click.Choice(["f32", "bf16", "f16"]),
     help="openvino: what to compute in; the graphs' own if not given.",
 )
-@click.option(
+@option(
     "--compute-capability",
     callback=_list,
     metavar="LIST",
     help="tensorrt-rtx: the GPUs to build for, like 8.6,8.9,12.0; without it Ampere and later.",
 )
-@click.option(
+@option(
     "--batch-profile",
     type=(SIZE, SIZE, SIZE),
     metavar="LEAST BEST MOST",
-    help="tensorrt, tensorrt-rtx: samples per batch, for a bundle of any batch size; without it 1 1 8.",
+    help="tensorrt, tensorrt-rtx: samples per batch; 1 1 8 if not given.",
 )
-@click.option(
-    "--min-shapes", metavar="SHAPES", help="The same by inputs' shapes: NAME:1x4x8x8,... or NAME:[1,4,8,8] ..., with"
+@option(
+    "--min-shapes",
+    advanced=True,
+    metavar="SHAPES",
+    help="Smallest shapes of inputs, as NAME:1x4x8x8,... or NAME:[1,4,8,8] ...; the three replace --batch-profile.",
 )
-@click.option("--opt-shapes", metavar="SHAPES", help="these, and")
-@click.option("--max-shapes", metavar="SHAPES", help="these.")
-@click.option(
-    "--workspace-mib", type=click.IntRange(1, MOST), help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory."
+@option("--opt-shapes", advanced=True, metavar="SHAPES", help="Shapes to tune for.")
+@option("--max-shapes", advanced=True, metavar="SHAPES", help="Largest shapes.")
+@option(
+    "--workspace-mib",
+    advanced=True,
+    type=click.IntRange(1, MOST),
+    help="tensorrt, tensorrt-rtx: limit of an engine's scratch memory.",
 )
-@click.option(
+@option(
     "--optimization-level",
+    advanced=True,
     type=click.IntRange(0, 5),
     help="tensorrt, tensorrt-rtx: 0 builds fastest, 5 searches longest.",
 )
-@click.option(
+@option(
     "--hardware-compatibility",
+    advanced=True,
     type=click.Choice(["ampere-plus", "same-compute-capability"]),
-    help="tensorrt: other GPUs that the engines must run on; without it those like this machine's.",
+    metavar="GPUS",
+    help="tensorrt: run on ampere-plus or same-compute-capability too.",
 )
-@click.option("--version-compatible", is_flag=True, default=None, help="tensorrt: for its later versions too.")
-@click.option("--refit", type=click.Choice(["identical"]), help="tensorrt: engines that take the same weights again.")
-@click.option(
+@option("--version-compatible", advanced=True, is_flag=True, default=None, help="tensorrt: for its later versions too.")
+@option(
+    "--refit",
+    advanced=True,
+    type=click.Choice(["identical"]),
+    help="tensorrt: engines that take the same weights again.",
+)
+@option(
     "--strip-weights",
+    advanced=True,
     is_flag=True,
     default=None,
     help="tensorrt: engines without weights, which loading takes from the bundle.",
 )
-@click.option(
+@option(
     "--use-cuda-graph/--no-cuda-graph",
     "use_cuda_graph",
+    advanced=True,
     default=None,
-    help="tensorrt, tensorrt-rtx: engines whose runs are captured once and replayed (the default), or not.",
+    help="tensorrt, tensorrt-rtx: capture runs once and replay them (the default), or not.",
 )
 def command(bundle: Path, backend: str, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""

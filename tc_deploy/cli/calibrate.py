@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import (
     MODEL_PATH,
     NEW_PATH,
@@ -32,10 +33,10 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
         raise click.BadParameter(f"expected numbers with commas between them, found {' '.join(value)}") from None
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source", metavar="RECIPE|MODEL", type=MODEL_PATH)
-@click.option("-o", "--output", required=True, type=NEW_PATH, help="Plan folder, calibration/NAME.")
-@click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@option("-o", "--output", required=True, type=NEW_PATH, help="Plan folder, calibration/NAME.")
+@option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @guidance_option
 @true_cfg_option
 @size_option
@@ -43,52 +44,56 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @conditions_option
 @variant_option
 @device_option
-@click.option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
-@click.option("--k1", "schedule__k1", type=int, help="Phase 1: one full step, then k1 - 1 cached ones.")
-@click.option("--k2", "schedule__k2", type=int, help="Phase 2, likewise.")
-@click.option(
+@option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
+@option("--k1", "schedule__k1", type=int, help="Phase 1: one step in so many is full.")
+@option("--k2", "schedule__k2", type=int, help="Phase 2, likewise.")
+@option(
     "--keep-ratio",
     "cache__keep_ratio",
     type=(Number(0), Number(0)),
     metavar="PHASE1 PHASE2",
-    help="Share of all tokens that a cached step computes; blocks and tokens are chosen by the Cache Predictor.",
+    help="Share of tokens that a cached step computes; the Cache Predictor chooses which.",
 )
-@click.option(
+@option(
     "--keep-counts",
     "cache__keep_counts",
+    advanced=True,
     type=(str, str),
     metavar="PHASE1 PHASE2",
     callback=_counts,
-    help="Tokens per block set by hand, like 0,0,16,64, or one number for every block. Nothing is trained.",
+    help="Tokens per block by hand, like 0,0,16,64, or one number for all; nothing is trained.",
 )
-@click.option(
+@option(
     "--reuse",
     "cache__reuse",
+    advanced=True,
     type=click.Choice([choice.value for choice in Reuse]),
     help="What a pruned token takes: each branch before its gate, or the block's residual.",
 )
-@click.option(
+@option(
     "--attention",
     "cache__attention",
+    advanced=True,
     type=click.Choice([choice.value for choice in Attention]),
     help="What kept tokens see: each other, or all tokens with the others' keys and values cached.",
 )
-@click.option(
+@option(
     "--skip",
     "cache__skip",
     type=click.Choice([choice.value for choice in Skip]),
     help="What a cached step that keeps nothing leaves out: the whole model, or its blocks.",
 )
-@click.option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
-@click.option(
+@option("--forecast-order", "cache__forecast_order", type=int, help="0 reuses, 1 and 2 extrapolate.")
+@option(
     "--fit-samples",
     "forecast__fit_samples",
+    advanced=True,
     type=int,
-    help="Fit the forecasts of cached steps that skip the model on so many samples, at least 8; 0 takes polynomials.",
+    help="Fit forecasts of skipped models on so many samples, 8 or more; 0: polynomials.",
 )
-@click.option("--iterations", "predictor__iterations", type=int, help="Training of the Cache Predictor.")
-@click.option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0 leaves it out.")
-@click.option("--seed", "seed", type=int)
+@option("--iterations", "predictor__iterations", advanced=True, type=int, help="Training of the Cache Predictor.")
+@option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0: not.")
+@option("--seed", "seed", advanced=True, type=int, help="Of training and fits.")
 def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tc_deploy.bundle import canonical_json
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.doctor import Facts, Report, Status, examine
 from tc_deploy.errors import BackendError
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 _COLOURS = {Status.OK: "green", Status.MISSING: "yellow", Status.BROKEN: "red"}
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.command(cls=GroupedCommand)
+@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
     """Say what this machine can run, and why not the rest.

@@ -8,6 +8,7 @@ import click
 
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
@@ -17,60 +18,63 @@ from tc_deploy.samples import sampled_on_in_words
 from tc_deploy.types import Precision
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("plan", type=PATH)
-@click.option("-o", "--output", required=True, type=NEW_PATH, help="Bundle folder, engines/NAME.")
-@click.option("--model", type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
-@click.option(
+@option("-o", "--output", required=True, type=NEW_PATH, help="Bundle folder, engines/NAME.")
+@option("--model", type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
+@option(
     "--static-batch",
     type=click.IntRange(1, MOST),
     metavar="N",
     help="Fix N samples per batch; without it the batch is dynamic.",
 )
-@click.option(
+@option(
     "--precision",
     type=click.Choice([precision.value for precision in Precision]),
     default=Precision.FP32.value,
     show_default=True,
     help="What matrix products, their weights and the caches are in; everything else is fp32.",
 )
-@click.option(
+@option(
     "--fp32-block",
     "fp32_blocks",
+    advanced=True,
     multiple=True,
     metavar="NAME",
     help="A block that stays in fp32, as transformer_blocks.3; repeatable.",
 )
-@click.option(
+@option(
     "--one-graph",
+    advanced=True,
     is_flag=True,
     help="One graph for all steps that run the model, so that an engine holds the weights once. For plans that keep"
     " tokens in most blocks; it takes longer where few tokens are kept.",
 )
-@click.option(
+@option(
     "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."
 )
-@click.option(
-    "--with-text-encoder", is_flag=True, help="Also export the pipeline's text encoders: prompts, not embeddings."
-)
-@click.option(
+@option("--with-text-encoder", is_flag=True, help="Also export the pipeline's text encoders: prompts, not embeddings.")
+@option(
     "--pipeline",
+    advanced=True,
     metavar="FOLDER",
     type=PATH,
     help="The diffusers pipeline that holds vae/, text_encoder/ and tokenizer/, if it is not where the model is.",
 )
-@click.option(
+@option(
     "--variant",
+    advanced=True,
     metavar="NAME",
     help="Which copy of the weights, as fp16 of model.fp16.safetensors; without it the plan's.",
 )
-@click.option(
+@option(
     "--conditions",
+    advanced=True,
     metavar=f"FILE|{RANDOM}",
     help="What graphs are compared on, and engines validated by, in place of the plan's prompts: embeddings, as"
     f" the source's encode_prompts.py writes them, or {RANDOM} draws.",
 )
-@click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch.")
+@option("--check/--no-check", advanced=True, default=True, show_default=True, help="Compare every graph with PyTorch.")
 def command(
     plan: Path,
     output: Path,

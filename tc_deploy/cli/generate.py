@@ -18,6 +18,7 @@ from tc_deploy import __version__
 from tc_deploy.bounds import MAX_GUIDANCE
 from tc_deploy.bundle import check_output, reading, write_output
 from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
@@ -37,46 +38,47 @@ MOST_PICTURES = 1_000_000
 """Of one call, each with a seed of its own; memory has its say before."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option("--class-label", "labels", type=click.IntRange(-MOST, MOST), multiple=True, help="Repeat it for several.")
-@click.option("--prompt", "prompts", multiple=True, help="For a bundle with a text encoder. Repeat it for several.")
-@click.option("--negative-prompt", help="What guidance goes away from, for all prompts alike.")
-@click.option(
+@option("--class-label", "labels", type=click.IntRange(-MOST, MOST), multiple=True, help="Repeat it for several.")
+@option("--prompt", "prompts", multiple=True, help="For a bundle with a text encoder. Repeat it for several.")
+@option("--negative-prompt", help="What guidance goes away from, for all prompts alike.")
+@option(
     "--conditions",
     "file",
+    advanced=True,
     metavar="FILE",
     type=PATH,
     help="Instead: a safetensors file of prompt embeddings, by the transformer's names for them.",
 )
-@click.option(
+@option(
     "-n",
     "--count",
     type=click.IntRange(1, MOST_PICTURES),
     help="Pictures to make, labels or prompts in turn; one of each if not given.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Picture i has seed SEED + i."
-)
-@click.option(
+@option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Picture i has seed SEED + i.")
+@option(
     "--guidance-scale",
     type=Number(0, MAX_GUIDANCE),
     help="Instead of the plan's; 1 and less are none. For FLUX the strength of the distilled guidance.",
 )
-@click.option(
+@option(
     "--true-cfg-scale",
+    advanced=True,
     type=Number(0, MAX_GUIDANCE),
     help="For FLUX: classifier-free guidance, instead of the plan's.",
 )
-@click.option(
+@option(
     "-o",
     "--output",
     required=True,
     type=NEW_PATH,
     help="A .png sheet (of video a row of frames each), or latents as .safetensors or .npy.",
 )
-@click.option(
+@option(
     "--require-signature",
+    advanced=True,
     metavar="KEY",
     type=PATH,
     envvar="TC_DEPLOY_REQUIRE_SIGNATURE",
@@ -84,9 +86,9 @@ MOST_PICTURES = 1_000_000
     help="Refuse a bundle that the holder of this public key has not signed.",
 )
 @force_option
-@click.option("--full", is_flag=True, help="Run every step in full, for comparison.")
-@click.option("--backend", help="Which of the bundle's engines.")
-@click.option(
+@option("--full", is_flag=True, help="Run every step in full, for comparison.")
+@option("--backend", help="Which of the bundle's engines.")
+@option(
     "--batch-size",
     type=click.IntRange(1, MOST),
     help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given.",
@@ -94,7 +96,14 @@ MOST_PICTURES = 1_000_000
 @frozen_option("--steps", "--num-inference-steps")
 @frozen_option("--height")
 @frozen_option("--width")
-@click.option("--zoom", type=click.IntRange(1, 64), default=1, show_default=True, help="Enlarge the sheet's pixels.")
+@option(
+    "--zoom",
+    advanced=True,
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Enlarge the sheet's pixels.",
+)
 def command(
     bundle: Path,
     labels: tuple[int, ...],

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tc_deploy.bundle import canonical_json
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MOST, PATH
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure, inspect_path
@@ -17,14 +18,14 @@ LARGEST_SHOWN = 3
 """Buffers; JSON has all of them."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("path", type=PATH)
-@click.option(
+@option(
     "--batch-size",
     type=click.IntRange(1, MOST),
     help="Pictures that run together, for the device memory of engines/NAME.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(path: Path, batch_size: int | None, as_json: bool) -> None:
     """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, memory, hashes."""
     facts = inspect_path(path, batch_size)

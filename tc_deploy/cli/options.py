@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from tc_deploy.bounds import LARGEST_FLOAT32, MAX_SIZE
+from tc_deploy.cli.help import option
 from tc_deploy.plan import RANDOM
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -100,44 +101,54 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 
 def frozen_option(*names: str) -> Callable[[Command], Command]:
     """An option that users of diffusers look for and that no bundle takes; it is there to say so."""
-    return click.option(*names, type=click.IntRange(1, MOST), hidden=True)
+    return option(*names, type=click.IntRange(1, MOST), hidden=True)
 
 
-size_option = click.option(
+size_option = option(
     "--latent-size",
+    advanced=True,
     metavar="HxW|FxHxW",
     callback=_size,
     help="Of the latents, for video with frames; without it the model's own.",
 )
-text_option = click.option(
-    "--text-tokens", type=click.IntRange(1, MOST), help="Tokens per prompt; without it the family's default."
+text_option = option(
+    "--text-tokens",
+    advanced=True,
+    type=click.IntRange(1, MOST),
+    help="Tokens per prompt; without it the family's default.",
 )
-conditions_option = click.option(
+conditions_option = option(
     "--conditions",
     metavar=f"FILE|{RANDOM}",
-    help="What a model with prompts is sampled on: prompt embeddings in a safetensors file, or"
-    f" {RANDOM} draws for a trial.",
+    help=f"For a model with prompts: a safetensors file of their embeddings, or {RANDOM} ones for a trial.",
 )
-variant_option = click.option(
-    "--variant", metavar="NAME", help="Which copy of the weights, as fp16 of diffusion_pytorch_model.fp16.safetensors."
+variant_option = option(
+    "--variant", advanced=True, metavar="NAME", help="Which copy of the weights, as fp16 of model.fp16.safetensors."
 )
-force_option = click.option(
-    "--force", is_flag=True, help="Replace a file at -o that tc-deploy did not write; never one that is read."
+force_option = option(
+    "--force",
+    advanced=True,
+    is_flag=True,
+    help="Replace a file at -o that tc-deploy did not write; never one that is read.",
 )
-device_option = click.option(
+device_option = option(
     "--device",
+    advanced=True,
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where PyTorch runs the model; cuda is the first GPU that CUDA_VISIBLE_DEVICES shows.",
+    help="Where PyTorch runs the model; cuda: on the first visible GPU.",
 )
-guidance_option = click.option(
+guidance_option = option(
     "--guidance-scale",
     "sampling__guidance_scale",
     type=Number(),
-    help="Classifier-free guidance; without it, or at 1 and less, runs are unguided. For FLUX the strength of the"
-    " distilled guidance.",
+    help="Classifier-free guidance; without it, or at 1 and less, none. For FLUX the distilled guidance.",
 )
-true_cfg_option = click.option(
-    "--true-cfg-scale", "sampling__true_cfg_scale", type=Number(), help="For FLUX: classifier-free guidance."
+true_cfg_option = option(
+    "--true-cfg-scale",
+    "sampling__true_cfg_scale",
+    advanced=True,
+    type=Number(),
+    help="For FLUX: classifier-free guidance.",
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import (
     MODEL_PATH,
     MOST,
@@ -26,19 +27,17 @@ if TYPE_CHECKING:
     from tc_deploy.search.record import PointRecord, SearchRecord
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source", metavar="RECIPE|MODEL|PLAN", type=MODEL_PATH)
-@click.option("-o", "--output", type=NEW_PATH, help="Plan folder, calibration/NAME.")
-@click.option("--target-psnr", type=Number(), help="The fastest plan at least so close to the full run, in dB.")
-@click.option("--max-latency-ms", type=Number(0), help="The closest plan that takes no longer for a whole run.")
-@click.option("--pareto", is_flag=True, help="Show every point, and not those alone that no other beats.")
-@click.option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
-@click.option(
-    "--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run."
-)
-@click.option("--from-flops", is_flag=True, help="Take FLOPs for latency; nothing is timed.")
-@click.option("--trials", "search__trials", type=int, help="Candidates to sample with.")
-@click.option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@option("-o", "--output", type=NEW_PATH, help="Plan folder, calibration/NAME.")
+@option("--target-psnr", type=Number(), help="The fastest plan at least so close to the full run, in dB.")
+@option("--max-latency-ms", type=Number(0), help="The closest plan that takes no longer for a whole run.")
+@option("--pareto", is_flag=True, help="Show every point, and not those alone that no other beats.")
+@option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
+@option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run.")
+@option("--from-flops", advanced=True, is_flag=True, help="Take FLOPs for latency; nothing is timed.")
+@option("--trials", "search__trials", advanced=True, type=int, help="Candidates to sample with.")
+@option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
 @guidance_option
 @true_cfg_option
 @size_option
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
 @conditions_option
 @variant_option
 @device_option
-@click.option("--seed", type=int)
-@click.option("--json", "as_json", is_flag=True, help="Print the search's record.")
+@option("--seed", advanced=True, type=int)
+@option("--json", "as_json", is_flag=True, help="Print the search's record.")
 def command(
     source: Path,
     output: Path | None,

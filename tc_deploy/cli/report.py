@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import NEW_PATH, PATH, force_option
 from tc_deploy.errors import UsageError
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("path", type=PATH)
-@click.option("-o", "--output", required=True, type=NEW_PATH, help="The page, like report.html.")
+@option("-o", "--output", required=True, type=NEW_PATH, help="The page, like report.html.")
 @force_option
-@click.option("--validation", type=PATH, help="Also draw what tc-deploy validate -o wrote of this bundle.")
+@option("--validation", type=PATH, help="Also draw what tc-deploy validate -o wrote of this bundle.")
 def command(path: Path, output: Path, validation: Path | None, force: bool) -> None:
     """Draw PATH (calibration/NAME or engines/NAME) as one HTML page that needs no other file and no network.
 

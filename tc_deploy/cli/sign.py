@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import PATH
 from tc_deploy.errors import counted, printable
 from tc_deploy.manifest import SIGNATURE
@@ -15,9 +16,9 @@ MOST_NAMED = 5
 """Of what a signature does not cover."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option(
+@option(
     "--key",
     required=True,
     type=PATH,
@@ -33,9 +34,9 @@ def sign(bundle: Path, key: Path) -> None:
     click.echo(f"{bundle / SIGNATURE}: signed the bundle{_with_engines(record)}")
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option(
+@option(
     "--key",
     required=True,
     type=PATH,

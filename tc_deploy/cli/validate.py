@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tc_deploy.bundle import canonical_json, check_output
+from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, NEW_PATH, PATH, force_option
 from tc_deploy.cli.progress import log_step
 from tc_deploy.plan import places_read
@@ -20,20 +21,20 @@ SHOWN_STEPS = 9
 """Steps of a trajectory that the table shows; the JSON has all."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH)
-@click.option("--backend", help="Which of the bundle's engines.")
-@click.option(
+@option("--backend", help="Which of the bundle's engines.")
+@option(
     "--against",
     default="recorded",
     show_default=True,
     metavar="REFERENCE",
     help="recorded: what PyTorch made at export; torch: the checkpoint anew; onnxruntime; or another built backend.",
 )
-@click.option("--model", type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
-@click.option("-o", "--output", type=NEW_PATH, help="Also write the result as JSON, for the report.")
+@option("--model", advanced=True, type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
+@option("-o", "--output", type=NEW_PATH, help="Also write the result as JSON, for the report.")
 @force_option
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     bundle: Path, backend: str | None, against: str, model: Path | None, output: Path | None, force: bool, as_json: bool
 ) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -36,7 +36,7 @@ click completes commands and options. Put the line of your shell into its start 
 """
 
 
-def table(heads: tuple[str, str], rows: Iterator[tuple[str, str]]) -> str:
+def table(heads: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
     """A Markdown table of two columns, the first as code."""
     lines = [f"| {' | '.join(heads)} |", "|---|---|"]
     lines += [f"| `{escaped(code)}` | {escaped(words)} |" for code, words in rows]
@@ -48,11 +48,11 @@ def escaped(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
-def records(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """What the help says of each option."""
-    for parameter in command.params:
-        record = parameter.get_help_record(context)
-        if record is not None and isinstance(parameter, click.Option):
+def records(command: click.Command, context: click.Context, *, advanced: bool) -> Iterator[tuple[str, str]]:
+    """What the help says of each option of a group."""
+    options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
+    for option in options:
+        if getattr(option, "advanced", False) == advanced and (record := option.get_help_record(context)) is not None:
             yield record
 
 
@@ -61,8 +61,11 @@ def section(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=f"{PROGRAM} {name}")
     usage = " ".join(command.collect_usage_pieces(context))
     words = inspect.cleandoc(command.help or "")
-    options = table(("option", "meaning"), records(command, context))
-    return f"## {name}\n\n    {PROGRAM} {name} {usage}\n\n{words}\n\n{options}"
+    text = f"## {name}\n\n    {PROGRAM} {name} {usage}\n\n{words}\n"
+    for head, advanced in (("option", False), ("advanced option", True)):
+        rows = list(records(command, context, advanced=advanced))
+        text += f"\n{table((head, 'meaning'), rows)}" if rows else ""
+    return text
 
 
 def page() -> str:
@@ -70,7 +73,7 @@ def page() -> str:
     commands = {name: command_from_target(entry.target) for name, entry in COMMANDS.items()}
     listed = "".join(f"| [`{name}`](#{name}) | {entry.help} |\n" for name, entry in COMMANDS.items())
     context = click.Context(group, info_name=PROGRAM)
-    before = table(("before the command", "meaning"), records(group, context))
+    before = table(("before the command", "meaning"), records(group, context, advanced=False))
     kind, _, codes = (group.epilog or "").partition(": ")
     rows = (code.split(" ", 1) for code in codes.rstrip(".").split(", "))
     exits = f"## {kind}\n\n" + table(("code", "meaning"), ((code, words) for code, words in rows))

@@ -1,0 +1,47 @@
+"""What --help shows: every option once, in its group, on one screen."""
+
+import re
+
+import click
+import pytest
+
+from tc_deploy import cli
+from tc_deploy.cli.help import ADVANCED, COMMON, GroupedCommand, option
+from tc_deploy.cli.program import command_from_target
+
+COLUMNS, LINES = 80, 50
+"""Of a terminal."""
+
+
+def help_of(command: click.Command, name: str) -> str:
+    return command.get_help(click.Context(command, info_name=f"tc-deploy {name}", terminal_width=COLUMNS))
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_a_command_s_help_fits_a_screen(name: str) -> None:
+    lines = help_of(command_from_target(cli.COMMANDS[name].target), name).splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_option_stands_there_once(name: str) -> None:
+    command = command_from_target(cli.COMMANDS[name].target)
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_of(command, name), re.MULTILINE)
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    declared = [next(word for word in one.opts if word.startswith("--")) for one in options if not one.hidden]
+    assert sorted(shown) == sorted([*declared, "--help"])
+
+
+def test_groups_and_ranges() -> None:
+    @click.command(cls=GroupedCommand)
+    @click.argument("folder")
+    @option("--rare", advanced=True, type=click.IntRange(0, 5), help="Seldom.")
+    @option("--usual", type=click.IntRange(1, 2**31 - 1), help="Often.")
+    def command() -> None:
+        """Do it."""
+
+    common, advanced = help_of(command, "x").split(f"\n{ADVANCED}:\n")
+    assert f"\n{COMMON}:\n  --usual INTEGER  Often.\n" in common
+    assert advanced.split() == ["--rare", "INTEGER", "Seldom.", "[0<=x<=5]"]
+    assert "folder" not in common.partition(f"{COMMON}:")[2].lower()
