@@ -1,4 +1,4 @@
-"""Bundles that several rooms' tests share: five exports for the whole run, as every graph takes seconds.
+"""Bundles that several rooms' tests share: five exports, which are kept, as every graph takes seconds.
 
 Tests leave the folders as they are; one that damages a bundle takes a copy.
 """
@@ -6,6 +6,7 @@ Tests leave the folders as they are; one that damages a bundle takes a copy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 
 import diffusers
 import pytest
+from kept import Keep
 
 from tc_deploy import cli
 from tc_deploy.backends.build import build_target
@@ -50,6 +52,7 @@ HALF = {
     "cache": {"keep_counts": ((0, 8, 16), (0,)), "attention": "all", "reuse": "branch", "forecast_order": 1},
 }
 PIXEL_BATCH = 2
+ANSWERS = "answers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,48 +183,64 @@ def save_scheduler(model: Path, scheduler: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+def mixed(kept: Keep, tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
     """Guided, any batch, first-order forecast, keys and values cached; each variant skips, prunes and keeps blocks."""
-    folder = tmp_path_factory.mktemp("mixed")
-    plan = make_plan(tiny_dit_folder, folder / "plan", **MIXED)
-    export_bundle(plan, folder / "bundle")
-    build_target(folder / "bundle", options={"threads": 1})
-    return Made(model=tiny_dit_folder, plan=plan, bundle=folder / "bundle")
+
+    def make(folder: Path) -> None:
+        export_bundle(make_plan(tiny_dit_folder, folder / "plan", **MIXED), folder / "bundle")
+
+    return _built(copied(kept("mixed", make), tiny_dit_folder, tmp_path_factory.mktemp("mixed")))
 
 
 @pytest.fixture(scope="session")
-def multistep(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Made:
+def multistep(kept: Keep, tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Made:
     """One block, DPM-Solver++ of second order (the solver looks one step back), guided, reuse without forecast."""
-    folder = tmp_path_factory.mktemp("multistep")
-    model = save_scheduler(save_dit(folder / "model", num_layers=1), diffusers.DPMSolverMultistepScheduler())
-    plan = make_plan(model, folder / "plan", **MULTISTEP)
-    export_bundle(plan, folder / "bundle")
-    build_target(folder / "bundle", options={"threads": 1})
-    return Made(model=model, plan=plan, bundle=folder / "bundle")
+
+    def make(folder: Path) -> None:
+        model = save_scheduler(save_dit(folder / "model", num_layers=1), diffusers.DPMSolverMultistepScheduler())
+        export_bundle(make_plan(model, folder / "plan", **MULTISTEP), folder / "bundle")
+
+    entry = kept("multistep", make)
+    return _built(copied(entry, entry / "model", tmp_path_factory.mktemp("multistep")))
 
 
-def _half(precision: Precision, folder: Path, model: Path) -> Made:
-    plan = make_plan(model, folder / "plan", **HALF)
-    export_bundle(plan, folder / "bundle", ExportOptions(precision=precision))
-    return Made(model=model, plan=plan, bundle=folder / "bundle")
+def copied(entry: Path, model: Path, folder: Path) -> Made:
+    """What is kept, with a plan and a bundle of this process's own."""
+    plan, bundle = (Path(shutil.copytree(entry / name, folder / name)) for name in ("plan", "bundle"))
+    return Made(model=model, plan=plan, bundle=bundle)
+
+
+def _built(made: Made) -> Made:
+    build_target(made.bundle, options={"threads": 1})
+    return made
+
+
+def _half(kept: Keep, model: Path, precision: Precision, folder: Path) -> Made:
+    def make(folder: Path) -> None:
+        plan = make_plan(model, folder / "plan", **HALF)
+        export_bundle(plan, folder / "bundle", ExportOptions(precision=precision))
+
+    return copied(kept(precision.value, make), model, folder)
 
 
 @pytest.fixture(scope="session")
-def fp16(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+def fp16(kept: Keep, tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
     """Guided, any batch, first-order forecast, keys and values cached, products in fp16; not built."""
-    return _half(Precision.FP16, tmp_path_factory.mktemp("fp16"), tiny_dit_folder)
+    return _half(kept, tiny_dit_folder, Precision.FP16, tmp_path_factory.mktemp("fp16"))
 
 
 @pytest.fixture(scope="session")
-def bf16(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+def bf16(kept: Keep, tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
     """The same in bf16."""
-    return _half(Precision.BF16, tmp_path_factory.mktemp("bf16"), tiny_dit_folder)
+    return _half(kept, tiny_dit_folder, Precision.BF16, tmp_path_factory.mktemp("bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeByCommands(Made):
     """A bundle that the command line made, and what it said."""
 
+    left: list[str]
+    """What lay in the folder of plan and bundle when the commands were done."""
     calibrated: Answer
     exported: Answer
     built: Answer
@@ -234,23 +253,38 @@ def _repeat_embedders(module: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def pixel(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> MadeByCommands:
+def pixel(kept: Keep, tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> MadeByCommands:
     """Latents that are RGB pictures, a fixed batch, no guidance, residual reuse, second-order forecast, Euler's solver.
 
     F c1 F c1 F c1 F c1 F; phase 2 is empty. Euler's noise is not of size 1, and the model sees it scaled. Made by the
     command line.
     """
-    folder = tmp_path_factory.mktemp("pixel")
-    model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
-    save_scheduler(model, diffusers.EulerDiscreteScheduler())
-    schedule = ("--steps", 9, "--boundary", 9, "--k1", 2, "--k2", 1)
-    cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
-    plan, bundle = folder / "plan", folder / "bundle"
+
+    def make(folder: Path) -> None:
+        model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
+        save_scheduler(model, diffusers.EulerDiscreteScheduler())
+        schedule = ("--steps", 9, "--boundary", 9, "--k1", 2, "--k2", 1)
+        cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
+        plan, bundle = folder / "plan", folder / "bundle"
+        answers = {
+            "calibrated": run_cli("calibrate", model, "-o", plan, *schedule, *cache, "--samples", 2),
+            "exported": run_cli("export", plan, "-o", bundle, "--static-batch", PIXEL_BATCH),
+        }
+        said = {name: dataclasses.asdict(answer) for name, answer in answers.items()}
+        left = sorted(path.name for path in folder.iterdir())
+        (folder / ANSWERS).write_text(json.dumps({"left": left, "said": said}), encoding="utf-8")
+
+    entry = kept("pixel", make, by_commands=True)
+    made = copied(entry, entry / "model", tmp_path_factory.mktemp("pixel"))
+    words = (entry / ANSWERS).read_text(encoding="utf-8")
+    for own in (made.plan, made.bundle):
+        words = words.replace(str(entry / own.name), str(own))
+    document = json.loads(words)
     return MadeByCommands(
-        model=model,
-        plan=plan,
-        bundle=bundle,
-        calibrated=run_cli("calibrate", model, "-o", plan, *schedule, *cache, "--samples", 2),
-        exported=run_cli("export", plan, "-o", bundle, "--static-batch", PIXEL_BATCH),
-        built=run_cli("build", bundle, "--threads", 1),
+        model=made.model,
+        plan=made.plan,
+        bundle=made.bundle,
+        left=document["left"],
+        **{name: Answer(**answer) for name, answer in document["said"].items()},
+        built=run_cli("build", made.bundle, "--threads", 1),
     )

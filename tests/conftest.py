@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: tiny real models, on disk and in memory. Tests leave both as they are."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import diffusers
 import hypothesis
 import pytest
 import torch
+from kept import Keep
 from zoo import randomise
 
 from tc_deploy.models.family import DiffusionTransformer
@@ -34,6 +36,15 @@ DIT_CONFIG = {
 
 
 @pytest.fixture(scope="session")
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Keep:
+    """Keeps in pytest's cache; where that is switched off, in the folder of this run, which its workers share."""
+    away, base = tmp_path_factory.mktemp("away"), tmp_path_factory.getbasetemp()
+    if request.config.pluginmanager.hasplugin("cacheprovider"):
+        return Keep(Path(request.config.cache.mkdir("kept")), away)
+    return Keep((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept", away)
+
+
+@pytest.fixture(scope="session")
 def save_dit() -> Callable[..., Path]:
     """Saves a pipeline folder: a random DiT as ``transformer/``, a DDIM scheduler as ``scheduler/``.
 
@@ -55,9 +66,9 @@ def save_dit() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_dit_folder(tmp_path_factory: pytest.TempPathFactory, save_dit: Callable[..., Path]) -> Path:
+def tiny_dit_folder(kept: Keep, save_dit: Callable[..., Path]) -> Path:
     """A pipeline folder: 3 blocks, 16 tokens, width 64, latents (4, 8, 8), learned variance, 10 classes."""
-    return save_dit(tmp_path_factory.mktemp("models") / "tiny-dit")
+    return kept("tiny-dit", lambda folder: save_dit(folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 import zoo
-from bundles import make_plan, run_cli
+from bundles import copied, make_plan, run_cli
 from diffusers_pipelines import (
     shifted_autoencoder,
     tiny_autoencoder,
@@ -22,6 +23,7 @@ from diffusers_pipelines import (
     tiny_umt5,
     tiny_wan_autoencoder,
 )
+from kept import Keep
 from numpy.typing import NDArray
 
 import tc_deploy
@@ -150,13 +152,20 @@ class Prompted:
     scope="session",
     params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES],
 )
-def prompted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prompted:
-    case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
-    zoo.save(request.param, folder / "model", **case.changes)
-    transformer = getattr(diffusers, zoo.MODELS[request.param][0]).from_pretrained(folder / "model").eval()
-    pipe = case.make(transformer)
+def prompted(kept: Keep, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prompted:
+    entry = kept(f"prompted-{request.param}", functools.partial(_make, request.param), by_commands=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(entry / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder / "pipeline")
+    made = copied(entry, entry / "pipeline", tmp_path_factory.mktemp(request.param))
+    build_target(made.bundle, options={"threads": 1})
+    return Prompted(case=CASES[request.param], pipe=pipe, plan=made.plan, bundle=made.bundle)
+
+
+def _make(name: str, folder: Path) -> None:
+    case = CASES[name]
+    zoo.save(name, folder / "model", **case.changes)
+    transformer = getattr(diffusers, zoo.MODELS[name][0]).from_pretrained(folder / "model").eval()
+    case.make(transformer).save_pretrained(folder / "pipeline")
     plan = make_plan(
         folder / "pipeline",
         folder / "plan",
@@ -172,8 +181,6 @@ def prompted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     answer = run_cli("export", plan, "-o", folder / "bundle", "--with-decoder", "--with-text-encoder")
     assert answer.code == 0, answer.err
-    build_target(folder / "bundle", options={"threads": 1})
-    return Prompted(case=case, pipe=pipe, plan=plan, bundle=folder / "bundle")
 
 
 def pictures(made: Prompted, backend: str | None = None, *, full: bool, noise: NDArray[np.float32]) -> Any:

@@ -61,7 +61,7 @@ def test_a_plan_is_made(pixel: MadeByCommands) -> None:
     cost = load_plan(pixel.plan)[0].cost_in_full_steps()
     fewer = f"{math.ceil(cost)} full steps, its cost of {cost:.1f} rounded up: "
     assert re.fullmatch(rf"measured: [\d.]+ dB to the full run in PyTorch, on 2 unseen seeds; {fewer}[\d.]+ dB", second)
-    assert sorted(path.name for path in pixel.plan.parent.iterdir()) == ["bundle", "model", "plan"]
+    assert pixel.left == ["bundle", "model", "plan"]
 
 
 def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
