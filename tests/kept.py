@@ -11,16 +11,16 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tc_deploy.hardware import cpu_and_features
 
 ROOT = Path(__file__).parents[1]
-ABOVE_EXPORT = ("backends", "bench", "cli", "diffusers", "doctor", "inspect", "report", "runtime", "search", "validate")
-"""Rooms that calibration and export do not import: the import contract keeps it so."""
 LEFT = 3
 """Versions of an entry that are left: sources change often, and take up to ten megabytes each time."""
 DONE = ".done"
@@ -74,8 +74,10 @@ _KEY_LENGTH = 16
 @functools.cache
 def _key(*, by_commands: bool, file: str) -> str:
     """Of sources, helpers of tests, the machine and every library."""
-    away = () if by_commands else ABOVE_EXPORT
-    sources = [path for path in ROOT.glob("tc_deploy/**/*.py") if path.relative_to(ROOT).parts[1] not in away]
+    away = set() if by_commands else _rooms_above_export()
+    sources = [
+        path for path in ROOT.glob("tc_deploy/**/*.py") if path.relative_to(ROOT).parts[1].split(".")[0] not in away
+    ]
     sources += [path for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_")]
     sources += [ROOT / "examples" / "uvit.py", *([Path(file)] if file else [])]
     facts = [sys.version, *map(str, cpu_and_features())]
@@ -84,6 +86,14 @@ def _key(*, by_commands: bool, file: str) -> str:
     for path in sorted(sources):
         digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:_KEY_LENGTH]
+
+
+def _rooms_above_export() -> set[str]:
+    """Rooms that calibration and export do not import: the import contract keeps it so."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = (each["layers"] for each in document["tool"]["importlinter"]["contracts"] if each["id"] == "rooms")
+    above = layers[: layers.index("(export)")]
+    return {room.strip(" ()") for layer in above for room in re.split("[|:]", layer)}
 
 
 def _checksum(entry: Path) -> str:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def test_the_key_follows_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (tmp_path / "tc_deploy" / room / "file.py").write_text("")
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "uvit.py").write_text("")
+    shutil.copy(kept.ROOT / "pyproject.toml", tmp_path)
     monkeypatch.setattr(kept, "ROOT", tmp_path)
 
     def keys() -> list[str]:
