@@ -123,7 +123,10 @@ def _result(arguments: Sequence[str]) -> object:
     ``group.main`` would add a blank line to Ctrl-C, and take a file that ends too early for it.
     """
     if f"_{PROGRAM.upper().replace('-', '_')}_COMPLETE" in os.environ:
-        group.main(list(arguments), prog_name=PROGRAM)
+        try:
+            group.main(list(arguments), prog_name=PROGRAM)
+        except SystemExit as left:
+            return left.code
     try:
         with group.make_context(PROGRAM, list(arguments)) as context:
             return group.invoke(context)

@@ -1,6 +1,9 @@
 """What --help shows: every option once, in its group, on one screen."""
 
+import os
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -45,3 +48,27 @@ def test_groups_and_ranges() -> None:
     assert f"\n{COMMON}:\n  --usual INTEGER  Often.\n" in common
     assert advanced.split() == ["--rare", "INTEGER", "Seldom.", "[0<=x<=5]"]
     assert "folder" not in common.partition(f"{COMMON}:")[2].lower()
+
+
+def completed(instruction: str, **words: str) -> subprocess.CompletedProcess[str]:
+    """What a shell's own completion calls."""
+    environment = {**os.environ, "_TC_DEPLOY_COMPLETE": instruction, **words}
+    program = [sys.executable, "-c", "from tc_deploy.cli import main; main()"]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion(shell: str) -> None:
+    answer = completed(f"{shell}_source")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert f"_TC_DEPLOY_COMPLETE={shell}_complete" in answer.stdout
+
+
+def test_commands_options_and_choices_are_completed() -> None:
+    for words, place, expected in (
+        ("tc-deploy bui", 1, "plain,build\n"),
+        ("tc-deploy build --back", 2, "plain,--backend\n"),
+        ("tc-deploy export --precision f", 3, "plain,fp32\nplain,fp16\n"),
+    ):
+        answer = completed("bash_complete", COMP_WORDS=words, COMP_CWORD=str(place))
+        assert (answer.returncode, answer.stdout, answer.stderr) == (0, expected, "")
