@@ -20,7 +20,7 @@ from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import picture_psnr_db
-from tc_deploy.schedule import Schedule
+from tc_deploy.schedule import tprr
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
@@ -106,7 +106,7 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
         count = round(share * steps)
         row(f"fewer steps: {count}", count, full(count))
     for choice in CHOICES:
-        schedule = Schedule(steps=steps, boundary=round(choice.boundary * steps), k1=choice.k1, k2=choice.k2)
+        schedule = tprr(steps=steps, boundary=round(choice.boundary * steps), k1=choice.k1, k2=choice.k2)
         counts = [(round(ratio * tokens),) * blocks for ratio in choice.keep]
         cache = CacheRecord(
             reuse=choice.reuse,

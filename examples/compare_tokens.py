@@ -25,7 +25,7 @@ from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import picture_psnr_db
-from tc_deploy.schedule import Schedule
+from tc_deploy.schedule import Schedule, tprr
 from tc_deploy.search.baselines import evenly
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.cost import count_flops
@@ -79,7 +79,7 @@ def main(
     sampling = Sampling(scheduler=scheduler, steps=steps, guidance_scale=guidance_scale, set_timesteps_kwargs={})
     noise, conditions = draw_batch(model, sampling, range(FIRST_SEED, FIRST_SEED + samples))
     blocks, tokens = len(model.blocks), model.geometry.tokens
-    schedule = Schedule(steps=steps, boundary=steps // 2, k1=intervals[0], k2=intervals[1])
+    schedule = tprr(steps=steps, boundary=steps // 2, k1=intervals[0], k2=intervals[1])
     nothing = CacheRecord(
         reuse=Reuse.BRANCH,
         attention=Attention.ALL,
@@ -110,7 +110,7 @@ def main(
         others["fewer"].append((count, psnr_db(full(with_steps(model, sampling, count)))))
         click.echo(f"| fewer steps: {count} | {count} | {others['fewer'][-1][1]:.1f} |")
     for k1, k2, share in INTERVALS:
-        other = Schedule(steps=steps, boundary=round(share * steps), k1=k1, k2=k2)
+        other = tprr(steps=steps, boundary=round(share * steps), k1=k1, k2=k2)
         for order in (1, 2):
             found = cached(nothing.model_copy(update={"forecast_order": order}), other, random)
             others["skip"].append(found)

@@ -7,6 +7,7 @@ there. Never: loads an engine or a model.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _inspected(path: Path, batch_size: int | None) -> dict[str, Any]:
 
 
 def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     return {
         "plan_sha256": sha256_of_file(folder / PLAN),
         "model": plan.model.model_dump(mode="json"),
@@ -100,9 +101,7 @@ def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
         "guidance_scale": plan.sampling.guidance_scale,
         "schedule": schedule.line(),
         "steps": schedule.steps,
-        "boundary": schedule.boundary,
-        "k1": schedule.k1,
-        "k2": schedule.k2,
+        **({} if schedule.rule is None else dataclasses.asdict(schedule.rule)),
         "steps_full": schedule.full_steps,
         "steps_cached": schedule.steps - schedule.full_steps,
         "reuse": plan.cache.reuse.value,

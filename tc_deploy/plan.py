@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer
 
 from tc_deploy.bounds import (
     MAX_AXES,
     MAX_BLOCKS,
+    MAX_STEPS,
     Count,
     Float32,
     Guidance,
@@ -45,7 +46,7 @@ from tc_deploy.bundle import (
 )
 from tc_deploy.errors import BundleError, PlanError
 from tc_deploy.figures import contradiction_of_cost, contradiction_of_model
-from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.schedule import PHASES, Schedule, schedule_from_line, tprr
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, check_tables, tables_bytes, token_index_name
 from tc_deploy.tensors import read_tensors
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
@@ -120,12 +121,60 @@ class SamplingRecord(Document):
 
 
 class ScheduleRecord(Document):
-    """TPRR as stored; :class:`tc_deploy.schedule.Schedule` gives it meaning."""
+    """TPRR as stored: the four integers of :func:`tc_deploy.schedule.tprr`."""
 
     steps: Steps
     boundary: Step
     k1: Steps
     k2: Steps
+
+    def schedule(self) -> Schedule:
+        """The list that they make.
+
+        Raises:
+            PlanError: a number is outside its range.
+        """
+        return tprr(**self.model_dump())
+
+
+class ListedScheduleRecord(Document):
+    """Any other schedule as stored: its drawing."""
+
+    variants: Annotated[str, Field(max_length=4 * MAX_STEPS)]
+    """``F c1 c1 F c2``, one mark for each step."""
+
+    def schedule(self) -> Schedule:
+        """The list.
+
+        Raises:
+            PlanError: a mark is unknown, or the first step is no full one.
+        """
+        return schedule_from_line(self.variants)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.variants.replace("|", " ").split())
+
+
+def _schedule_class(value: Any) -> str:
+    listed = "variants" in value if isinstance(value, Mapping) else isinstance(value, ListedScheduleRecord)
+    return "ListedScheduleRecord" if listed else "ScheduleRecord"
+
+
+AnySchedule: TypeAlias = Annotated[
+    Annotated[ScheduleRecord, Tag("ScheduleRecord")] | Annotated[ListedScheduleRecord, Tag("ListedScheduleRecord")],
+    Discriminator(_schedule_class),
+]
+"""TPRR where a plan has its integers, a list where it has ``variants``."""
+
+
+def schedule_record(schedule: Schedule) -> AnySchedule:
+    """A schedule as a plan stores it."""
+    if schedule.rule is None:
+        return ListedScheduleRecord(variants=schedule.line())
+    rule = schedule.rule
+    return ScheduleRecord(steps=schedule.steps, boundary=rule.boundary, k1=rule.k1, k2=rule.k2)
 
 
 class CacheRecord(Document):
@@ -216,7 +265,7 @@ class Plan(Document):
     format_version: Literal[2]
     model: ModelRecord
     sampling: SamplingRecord
-    schedule: ScheduleRecord
+    schedule: AnySchedule
     cache: CacheRecord
     cost: CostRecord
     origin: OriginRecord
@@ -231,21 +280,21 @@ class Plan(Document):
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name != "forecast" or value is not None}
 
-    def tprr(self) -> Schedule:
+    def run_schedule(self) -> Schedule:
         """The schedule, checked.
 
         Raises:
-            PlanError: a number is outside its range.
+            PlanError: a number is outside its range, or a list makes no schedule.
         """
-        return Schedule(**self.schedule.model_dump())
+        return self.schedule.schedule()
 
     def step_tables(self, tables: Mapping[str, FloatArray | IntArray]) -> StepTables:
         """Its tables, checked before, as whatever runs its steps takes them; without a fit the weights are polynomials.
 
         Raises:
-            PlanError: as for :meth:`tprr`.
+            PlanError: as for :meth:`run_schedule`.
         """
-        schedule, names = self.tprr(), {phase: token_index_name(phase) for phase in self.phases_used()}
+        schedule, names = self.run_schedule(), {phase: token_index_name(phase) for phase in self.phases_used()}
         weights = tables.get(FORECAST_WEIGHTS)
         return StepTables(
             forecast_weights=(
@@ -258,7 +307,7 @@ class Plan(Document):
 
     def phases_used(self) -> tuple[int, ...]:
         """The phases that have a cached step, so the cached variants that exist."""
-        return tuple(phase for phase in PHASES if self.tprr().cached_steps(phase))
+        return tuple(phase for phase in PHASES if self.run_schedule().cached_steps(phase))
 
     def keep_counts(self, phase: int) -> tuple[int, ...]:
         """Tokens that each block keeps in a cached step of ``phase`` (1 or 2)."""
@@ -266,7 +315,7 @@ class Plan(Document):
 
     def cost_in_full_steps(self) -> float:
         """What one sampling run costs, in full steps, by FLOPs."""
-        return self.cost.in_full_steps(self.tprr())
+        return self.cost.in_full_steps(self.run_schedule())
 
     def cost_ratio(self) -> float:
         """What one sampling run costs against the run with every step full, by FLOPs; 1 means nothing is saved."""
@@ -280,7 +329,7 @@ def check_plan(plan: Plan, tables: Mapping[str, FloatArray | IntArray], where: s
         PlanError: keep counts, timesteps or tables do not fit the model and the schedule, figures contradict each
             other, or what was measured or fitted is of another plan.
     """
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     if len(plan.sampling.timesteps) != schedule.steps:
         raise PlanError(f"{where}: {len(plan.sampling.timesteps)} timesteps for {schedule.steps} steps")
     for phase in PHASES:
@@ -343,9 +392,7 @@ def content_sha256(plan: Plan) -> str:
     return sha256_of_bytes(canonical_json(content).encode("utf-8"))
 
 
-def fitted_for_sha256(
-    model: ModelRecord, sampling: SamplingRecord, schedule: ScheduleRecord, cache: CacheRecord
-) -> str:
+def fitted_for_sha256(model: ModelRecord, sampling: SamplingRecord, schedule: AnySchedule, cache: CacheRecord) -> str:
     """What fitted forecast weights are for, as one number: another model, sampler or schedule has others."""
     parts = {
         "weights": model.weights_sha256,

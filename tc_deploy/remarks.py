@@ -19,7 +19,7 @@ CLOSE_DB = 1.0
 
 def remark_on(plan: Plan) -> str | None:
     """What speaks against a plan by its own figures, as one line; None where nothing does."""
-    schedule, found = plan.tprr(), plan.measured
+    schedule, found = plan.run_schedule(), plan.measured
     if schedule.full_steps == schedule.steps:
         return "nothing is cached: all steps run in full, so this is the full run; more steps, k1 or k2 change that"
     if not saves_steps(plan):

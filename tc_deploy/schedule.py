@@ -1,14 +1,13 @@
-"""Two-Phase Round-Robin (TPRR): which denoising steps run in full, as a pure function of four integers.
+"""A schedule: which denoising steps run in full, and which kind of cached step the others are.
 
-In: the number of steps T, the boundary, the intervals K_1 and K_2. Out: the variant of every step and the polynomial
-with which a cached step extrapolates from the last full steps. Never: looks at a tensor, a model or a clock.
+In: a list, or the four integers of Two-Phase Round-Robin (TPRR) that make one. Out: the variant of every step, and the
+polynomial with which a cached step extrapolates from the last full steps. Never: looks at a tensor, a model or a clock.
 Source: TokenCache (arXiv 2409.18523) for the two phases with an interval each; the rest is defined here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,45 +15,53 @@ from tc_deploy.errors import PlanError
 from tc_deploy.types import FloatArray
 
 FULL = 0
-"""Variant of a full step; variants 1 and 2 are the cached steps of phases 1 and 2."""
+"""Variant of a full step; variants 1 and 2 are cached steps, in TPRR those of phases 1 and 2."""
 PHASES = (1, 2)
 MAX_FORECAST_ORDER = 2
+_MARKS = {FULL: "F", 1: "c1", 2: "c2"}
+_BAR = "|"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The variant of every step of one sampling run.
+class RoundRobin:
+    """The integers of :func:`tprr` that a schedule was made of."""
 
-    Args:
-        steps: T, denoising steps of the run, at least 1.
-        boundary: first step of phase 2, 0 <= boundary <= T. 0 leaves phase 1 empty, T leaves phase 2 empty.
-        k1: interval of phase 1, at least 1: one full step, then ``k1 - 1`` cached ones. 1 means no caching.
-        k2: interval of phase 2, likewise.
-
-    Raises:
-        PlanError: a number is outside its range; the message names it.
-    """
-
-    steps: int
     boundary: int
     k1: int
     k2: int
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise PlanError(f"schedule: steps must be at least 1, found {self.steps}")
-        if not 0 <= self.boundary <= self.steps:
-            raise PlanError(f"schedule: boundary must lie in 0..{self.steps} (the step count), found {self.boundary}")
-        for name, interval in (("k1", self.k1), ("k2", self.k2)):
-            if interval < 1:
-                raise PlanError(f"schedule: {name} must be at least 1 (1 means every step is full), found {interval}")
 
-    @cached_property
-    def variants(self) -> tuple[int, ...]:
-        """Variant of each step: 0 full, 1 or 2 a cached step of that phase."""
-        first = tuple(FULL if step % self.k1 == 0 else 1 for step in range(self.boundary))
-        second = tuple(FULL if step % self.k2 == 0 else 2 for step in range(self.steps - self.boundary))
-        return first + second
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The variant of every step of one sampling run: any list that begins with a full step.
+
+    Args:
+        variants: of each step: 0 full, 1 or 2 a cached step of that kind.
+        rule: what the list was made of, for people to read; None for a list of its own. It decides nothing.
+
+    Raises:
+        PlanError: there is no step, the first is no full one, or a variant is unknown.
+    """
+
+    variants: tuple[int, ...]
+    rule: RoundRobin | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise PlanError("schedule: steps must be at least 1, found 0")
+        for step, variant in enumerate(self.variants):
+            if variant not in _MARKS:
+                raise PlanError(f"schedule: step {step}: variants are 0 (full), 1 and 2 (cached), found {variant}")
+        if self.variants[0] != FULL:
+            raise PlanError(
+                "schedule: step 0 must be a full step, as nothing is cached before it, found"
+                f" {_MARKS[self.variants[0]]}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """T, denoising steps of the run."""
+        return len(self.variants)
 
     @property
     def full_steps(self) -> int:
@@ -66,10 +73,16 @@ class Schedule:
         return tuple(step for step, variant in enumerate(self.variants) if variant == phase)
 
     def line(self) -> str:
-        """The schedule as people draw it: ``F c1 F c1 | F c2 c2 F c2 c2``; the bar is the boundary."""
-        marks = ["F" if variant == FULL else f"c{variant}" for variant in self.variants]
-        bar = ["|"] if 0 < self.boundary < self.steps else []
-        return " ".join(marks[: self.boundary] + bar + marks[self.boundary :])
+        """The schedule as people draw it: ``F c1 F c1 | F c2 c2 F c2 c2``; the bar is where phase 2 starts."""
+        marks = [_MARKS[variant] for variant in self.variants]
+        start = self.phase_start
+        return " ".join(marks if start is None else [*marks[:start], _BAR, *marks[start:]])
+
+    @property
+    def phase_start(self) -> int | None:
+        """The first step of phase 2; None where there are no two phases."""
+        start = 0 if self.rule is None else self.rule.boundary
+        return start if 0 < start < self.steps else None
 
     def polynomial_weights(self, order: int) -> FloatArray:
         """How a cached step combines what the last full steps cached, unless its weights were fitted.
@@ -103,10 +116,48 @@ class Schedule:
         return weights
 
 
+def tprr(*, steps: int, boundary: int, k1: int, k2: int) -> Schedule:
+    """Two-Phase Round-Robin: in each phase one full step, then cached ones, over and over.
+
+    Args:
+        steps: T, denoising steps of the run, at least 1.
+        boundary: first step of phase 2, 0 <= boundary <= T. 0 leaves phase 1 empty, T leaves phase 2 empty.
+        k1: interval of phase 1, at least 1: one full step, then ``k1 - 1`` cached ones. 1 means no caching.
+        k2: interval of phase 2, likewise.
+
+    Raises:
+        PlanError: a number is outside its range; the message names it.
+    """
+    if steps < 1:
+        raise PlanError(f"schedule: steps must be at least 1, found {steps}")
+    if not 0 <= boundary <= steps:
+        raise PlanError(f"schedule: boundary must lie in 0..{steps} (the step count), found {boundary}")
+    for name, interval in (("k1", k1), ("k2", k2)):
+        if interval < 1:
+            raise PlanError(f"schedule: {name} must be at least 1 (1 means every step is full), found {interval}")
+    first = tuple(FULL if step % k1 == 0 else 1 for step in range(boundary))
+    second = tuple(FULL if step % k2 == 0 else 2 for step in range(steps - boundary))
+    return Schedule(variants=first + second, rule=RoundRobin(boundary=boundary, k1=k1, k2=k2))
+
+
+def schedule_from_line(line: str) -> Schedule:
+    """A schedule from its drawing, as :meth:`Schedule.line` makes it; bars may stand anywhere.
+
+    Raises:
+        PlanError: a mark is unknown, or they make no schedule; the message names the step.
+    """
+    variants = {mark: variant for variant, mark in _MARKS.items()}
+    marks = [mark for mark in line.split() if mark != _BAR]
+    for step, mark in enumerate(marks):
+        if mark not in variants:
+            raise PlanError(f"schedule: step {step}: expected {', '.join(variants)}, found {mark[:20]!r}")
+    return Schedule(variants=tuple(variants[mark] for mark in marks))
+
+
 def full_schedule(steps: int) -> Schedule:
     """A schedule in which every step is full: the model's own sampling run.
 
     Raises:
         PlanError: ``steps`` is below 1.
     """
-    return Schedule(steps=steps, boundary=steps, k1=1, k2=1)
+    return tprr(steps=steps, boundary=steps, k1=1, k2=1)

@@ -50,7 +50,7 @@ class CachedTransformer(nn.Module):
     def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **given: Any) -> Any:
         step, steps = self.runs.get(self.half, (0, None))
         if step == 0 or steps is None:
-            step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self.tables)
+            step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.run_schedule(), self.tables)
         timestep = torch.tensor(self.plan.sampling.timesteps[step]).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep}
         for condition in self.model.geometry.conditions:

@@ -59,7 +59,7 @@ def test_trajectory_equals_pytorch(bundle: Path, full: bool) -> None:
         found = pipeline(class_labels=labels, seed=40, full=full).latents
     plan, tables = load_plan(PLAN_FOLDER)
     model = load_model(MODEL_FOLDER)
-    cached = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
+    cached = TokenCachedSteps(model, plan.cache, plan.run_schedule(), plan.step_tables(tables))
     expected = denoise(
         model,
         sampling_from_plan(plan),

@@ -66,7 +66,7 @@ def test_calibrate_fits_what_skips_the_model_and_says_on_what(made: Made) -> Non
     plan, tables = load_plan(made.plan)
     assert plan.forecast is not None
     assert (plan.forecast.first_seed, plan.forecast.samples) == (5, 8)
-    usual = plan.tprr().polynomial_weights(1)
+    usual = plan.run_schedule().polynomial_weights(1)
     changed = set(np.flatnonzero((tables[FORECAST_WEIGHTS] != usual).any(axis=1)))
     assert changed
     assert changed <= FITTED_STEPS
@@ -127,14 +127,14 @@ def test_engines_make_what_pytorch_makes_with_the_plan_s_weights_and_no_others(m
     with tc_deploy.load(made.bundle, batch_size=2) as pipeline:
         noise = torch.from_numpy(pipeline.noise(40, 2))
         found = pipeline(class_labels=LABELS, seed=40).latents
-    usual = StepTables.polynomial(plan.tprr(), 1, steps.token_index)
+    usual = StepTables.polynomial(plan.run_schedule(), 1, steps.token_index)
     fitted, polynomial = (
         denoise(
             model,
             sampling_from_plan(plan),
             noise,
             {"class_labels": torch.tensor(LABELS, dtype=torch.int32)},
-            TokenCachedSteps(model, plan.cache, plan.tprr(), each),
+            TokenCachedSteps(model, plan.cache, plan.run_schedule(), each),
         )
         for each in (steps, usual)
     )
@@ -181,7 +181,7 @@ def test_a_diffusers_pipeline_runs_with_the_plan_s_weights(made: Made, pipe: dif
     expected = images(pipe, CachedTransformer(made.plan, made.model))
     assert error_of(images(pipe, EngineTransformer(made.bundle)), expected) <= EQUAL
     without = CachedTransformer(made.plan, made.model)
-    without.tables = StepTables.polynomial(without.plan.tprr(), 1, without.tables.token_index)
+    without.tables = StepTables.polynomial(without.plan.run_schedule(), 1, without.tables.token_index)
     assert error_of(images(pipe, without), expected) > VISIBLE
 
 

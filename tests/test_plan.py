@@ -158,15 +158,15 @@ def test_numbers_that_json_lacks_are_refused_at_once() -> None:
 
 def test_what_a_plan_says_of_itself() -> None:
     plan = make_plan(make_tables())
-    assert plan.tprr().line() == "F c1 F c1 | F c2 c2 F c2 c2"
+    assert plan.run_schedule().line() == "F c1 F c1 | F c2 c2 F c2 c2"
     assert plan.phases_used() == (1, 2)
     assert plan.keep_counts(1) == KEEP_COUNTS[0]
     assert plan.cost_in_full_steps() == pytest.approx(4 + 2 * 0.4 + 4 * 0.05)
     assert plan.cost_ratio() == pytest.approx(0.5)
     assert pruned_blocks(plan.keep_counts(1), TOKENS) == (1, 3)
-    assert [index_row(plan.tprr(), step) for step in (1, 3, 5, 9)] == [0, 1, 0, 3]
+    assert [index_row(plan.run_schedule(), step) for step in (1, 3, 5, 9)] == [0, 1, 0, 3]
     with pytest.raises(PlanError, match="step 2 is a full step"):
-        index_row(plan.tprr(), 2)
+        index_row(plan.run_schedule(), 2)
 
 
 def test_a_phase_without_cached_steps_needs_no_table() -> None:

@@ -1,4 +1,4 @@
-"""TPRR as a pure function: its invariants for any numbers, and the example that defines it."""
+"""Schedules as pure functions: TPRR's invariants for any numbers, those of any list, the example that defines it."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tc_deploy.errors import PlanError
-from tc_deploy.schedule import FULL, MAX_FORECAST_ORDER, PHASES, Schedule, full_schedule
+from tc_deploy.schedule import FULL, MAX_FORECAST_ORDER, PHASES, Schedule, full_schedule, schedule_from_line, tprr
 from tc_deploy.types import FloatArray
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -18,9 +18,9 @@ ORDERS = st.integers(0, MAX_FORECAST_ORDER)
 
 @st.composite
 def schedules(draw: st.DrawFn, max_steps: int = 120) -> Schedule:
-    steps = draw(st.integers(1, max_steps))
-    interval = st.integers(1, steps + 2)
-    return Schedule(steps=steps, boundary=draw(st.integers(0, steps)), k1=draw(interval), k2=draw(interval))
+    """Any list."""
+    later = draw(st.lists(st.sampled_from((FULL, *PHASES)), max_size=max_steps - 1))
+    return Schedule(variants=(FULL, *later))
 
 
 def history(schedule: Schedule, step: int, order: int) -> list[int]:
@@ -33,7 +33,7 @@ def cached_steps(schedule: Schedule) -> list[int]:
 
 
 def test_the_example_that_defines_it() -> None:
-    schedule = Schedule(steps=10, boundary=4, k1=2, k2=3)
+    schedule = tprr(steps=10, boundary=4, k1=2, k2=3)
     assert schedule.line() == "F c1 F c1 | F c2 c2 F c2 c2"
     assert schedule.variants == (0, 1, 0, 1, 0, 2, 2, 0, 2, 2)
     assert schedule.cached_steps(1) == (1, 3)
@@ -47,39 +47,70 @@ def test_one_variant_for_each_step(schedule: Schedule) -> None:
     assert set(schedule.variants) <= {FULL, *PHASES}
 
 
-@given(schedules())
-def test_each_phase_starts_in_full(schedule: Schedule) -> None:
-    assert schedule.variants[0] == FULL
-    if schedule.boundary < schedule.steps:
-        assert schedule.variants[schedule.boundary] == FULL
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """What TPRR makes a list of."""
+
+    steps: int
+    boundary: int
+    k1: int
+    k2: int
+
+    @property
+    def schedule(self) -> Schedule:
+        return tprr(**dataclasses.asdict(self))
 
 
-@given(schedules())
-def test_a_cached_step_runs_its_own_phase(schedule: Schedule) -> None:
-    assert all(step < schedule.boundary for step in schedule.cached_steps(1))
-    assert all(step >= schedule.boundary for step in schedule.cached_steps(2))
+@st.composite
+def numbers(draw: st.DrawFn, max_steps: int = 120) -> Numbers:
+    steps = draw(st.integers(1, max_steps))
+    interval = st.integers(1, steps + 2)
+    return Numbers(steps, draw(st.integers(0, steps)), draw(interval), draw(interval))
 
 
-@given(schedules())
-def test_a_cache_is_never_older_than_its_interval(schedule: Schedule) -> None:
-    for step in cached_steps(schedule):
-        interval = schedule.k1 if schedule.variants[step] == 1 else schedule.k2
-        assert step - history(schedule, step, 0)[0] <= interval - 1
+@given(numbers())
+def test_each_phase_starts_in_full(given: Numbers) -> None:
+    assert given.schedule.variants[0] == FULL
+    if given.boundary < given.steps:
+        assert given.schedule.variants[given.boundary] == FULL
 
 
-@given(schedules())
-def test_interval_one_means_no_caching(schedule: Schedule) -> None:
-    first = dataclasses.replace(schedule, k1=1)
+@given(numbers())
+def test_a_cached_step_runs_its_own_phase(given: Numbers) -> None:
+    assert all(step < given.boundary for step in given.schedule.cached_steps(1))
+    assert all(step >= given.boundary for step in given.schedule.cached_steps(2))
+
+
+@given(numbers())
+def test_a_cache_is_never_older_than_its_interval(given: Numbers) -> None:
+    for step in cached_steps(given.schedule):
+        interval = given.k1 if given.schedule.variants[step] == 1 else given.k2
+        assert step - history(given.schedule, step, 0)[0] <= interval - 1
+
+
+@given(numbers())
+def test_interval_one_means_no_caching(given: Numbers) -> None:
+    first = dataclasses.replace(given, k1=1).schedule
     assert first.cached_steps(1) == ()
-    assert first.cached_steps(2) == schedule.cached_steps(2)
-    assert dataclasses.replace(schedule, k1=1, k2=1).variants == full_schedule(schedule.steps).variants
+    assert first.cached_steps(2) == given.schedule.cached_steps(2)
+    assert dataclasses.replace(given, k1=1, k2=1).schedule == full_schedule(given.steps)
 
 
-@given(schedules())
-def test_full_steps_by_formula(schedule: Schedule) -> None:
-    later = schedule.steps - schedule.boundary
-    assert schedule.full_steps == math.ceil(schedule.boundary / schedule.k1) + math.ceil(later / schedule.k2)
-    assert schedule.full_steps + len(cached_steps(schedule)) == schedule.steps
+@given(numbers())
+def test_full_steps_by_formula(given: Numbers) -> None:
+    later = given.steps - given.boundary
+    assert given.schedule.full_steps == math.ceil(given.boundary / given.k1) + math.ceil(later / given.k2)
+    assert given.schedule.full_steps + len(cached_steps(given.schedule)) == given.steps
+
+
+@given(numbers())
+def test_the_line_of_two_phases_has_a_bar(given: Numbers) -> None:
+    marks = given.schedule.line().split()
+    if 0 < given.boundary < given.steps:
+        assert marks.index("|") == given.boundary == given.schedule.phase_start
+    else:
+        assert "|" not in marks
+        assert given.schedule.phase_start is None
 
 
 @given(schedules())
@@ -87,18 +118,30 @@ def test_the_line_says_it_all(schedule: Schedule) -> None:
     marks = schedule.line().split()
     variant = {"F": 0, "c1": 1, "c2": 2}
     assert tuple(variant[mark] for mark in marks if mark != "|") == schedule.variants
-    if 0 < schedule.boundary < schedule.steps:
-        assert marks.index("|") == schedule.boundary
-    else:
-        assert "|" not in marks
-
-
-@given(schedules())
-def test_it_is_a_pure_function(schedule: Schedule) -> None:
-    again = Schedule(**dataclasses.asdict(schedule))
+    again = schedule_from_line(schedule.line())
     assert again == schedule
     assert hash(again) == hash(schedule)
-    assert again.variants == schedule.variants
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "steps must be at least 1, found 0"),
+        ("|", "steps must be at least 1, found 0"),
+        ("c1 F", "step 0 must be a full step.*found c1"),
+        ("F c1 c3", "step 2: expected F, c1, c2, found 'c3'"),
+        ("F f", "step 1: expected F, c1, c2, found 'f'"),
+    ],
+)
+def test_a_list_that_is_no_schedule_is_refused(line: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        schedule_from_line(line)
+
+
+@pytest.mark.parametrize("variants", [(0, 3), (0, -1), (1,), ()])
+def test_variants_that_are_none_are_refused(variants: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match=r"^schedule: "):
+        Schedule(variants=variants)
 
 
 @given(schedules(), ORDERS)
@@ -133,7 +176,7 @@ def test_order_zero_reuses(schedule: Schedule) -> None:
 
 
 def test_linear_forecast_by_hand() -> None:
-    weights: FloatArray = Schedule(steps=6, boundary=0, k1=1, k2=3).polynomial_weights(1)
+    weights: FloatArray = tprr(steps=6, boundary=0, k1=1, k2=3).polynomial_weights(1)
     thirds = [[1, 0], [1, 0], [1, 0], [1, 0], [4 / 3, -1 / 3], [5 / 3, -2 / 3]]
     np.testing.assert_array_equal(weights, np.array(thirds, dtype=np.float32))
 
@@ -145,7 +188,7 @@ def test_linear_forecast_by_hand() -> None:
 def test_bad_numbers_are_named(field: str, value: int) -> None:
     numbers = {"steps": 10, "boundary": 4, "k1": 2, "k2": 3} | {field: value}
     with pytest.raises(PlanError, match=rf"\b{field}\b.*found {value}"):
-        Schedule(**numbers)
+        tprr(**numbers)
 
 
 @pytest.mark.parametrize("order", [-1, MAX_FORECAST_ORDER + 1])

@@ -51,7 +51,7 @@ class _Contender:
         )
 
     def facts(self) -> dict[str, Any]:
-        schedule = self.pipeline.plan.tprr()
+        schedule = self.pipeline.plan.run_schedule()
         return {
             "bundle": str(self.pipeline.path),
             "backend": self.pipeline.backend,

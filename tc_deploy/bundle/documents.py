@@ -190,10 +190,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+RECORD = "Record"
+"""How the tags end that tell apart the classes of a value."""
+
+
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Where the first thing lies that a document's class refuses, as a dotted key, and what is wrong with it."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # Which of several classes a value was read as is no key of the document.
+    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part.endswith(RECORD)))
     found = repr(first["input"])
     found = found if len(found) < 80 else found[:77] + "…"
     match first["type"]:

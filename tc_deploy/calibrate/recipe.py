@@ -34,7 +34,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from tc_deploy.bounds import MAX_AXES, Count, Guidance, Size, Step, Steps
+from tc_deploy.bounds import MAX_AXES, MAX_STEPS, Count, Guidance, Size, Step, Steps
 from tc_deploy.bundle import Document, first_problem, path_from_here
 from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
 from tc_deploy.plan import RANDOM, VARIANT
@@ -70,12 +70,21 @@ class SamplingRecipe(Document):
 
 
 class ScheduleRecipe(Document):
-    """TPRR; the defaults are those of docs/quality.md."""
+    """TPRR, whose defaults are those of docs/quality.md; or a list, step by step."""
 
     boundary: Step | None = None
     """First step of phase 2; None means half of the steps."""
     k1: Steps = 4
     k2: Steps = 2
+    variants: Annotated[str, Field(max_length=4 * MAX_STEPS)] | None = None
+    """``F c1 c1 F c2``: one mark for each step, set by hand."""
+
+    @model_validator(mode="after")
+    def _check_one_way(self) -> Self:
+        others = sorted(self.model_fields_set & {"boundary", "k1", "k2"})
+        if self.variants is not None and others:
+            raise ValueError(f"variants and {others[0]} exclude each other; give one")
+        return self
 
 
 class CacheRecipe(Document):

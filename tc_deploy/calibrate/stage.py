@@ -41,15 +41,15 @@ from tc_deploy.plan import (
     OriginRecord,
     Plan,
     SamplingRecord,
-    ScheduleRecord,
     check_keep_counts,
     check_plan,
     content_sha256,
     fitted_for_sha256,
+    schedule_record,
     write_plan_files,
 )
 from tc_deploy.planned.prompts import prompts_for, takes_prompts
-from tc_deploy.schedule import PHASES, Schedule
+from tc_deploy.schedule import PHASES, Schedule, schedule_from_line, tprr
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, importance_name, tables_record, token_index_name
 from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import Sampling
@@ -130,22 +130,38 @@ class _State:
         return f"its state is in {self.folder}: start it again to go on, or remove that folder"
 
 
+def schedule_from_recipe(recipe: Recipe) -> Schedule:
+    """The list of steps that a recipe writes out, or makes by TPRR.
+
+    Raises:
+        UsageError: it does not fit the step count, or is no schedule.
+    """
+    asked, steps = recipe.schedule, recipe.sampling.steps
+    if asked.variants is not None:
+        try:
+            listed = schedule_from_line(asked.variants)
+        except PlanError as error:
+            raise UsageError(f"schedule.variants: {str(error).removeprefix('schedule: ')}") from None
+        if listed.steps != steps:
+            raise UsageError(
+                f"schedule.variants: expected {steps} marks (sampling.steps), found {listed.steps}; say how many steps"
+                f" there are with --steps {listed.steps}"
+            )
+        return listed
+    if asked.boundary is not None and asked.boundary > steps:
+        raise UsageError(
+            f"schedule.boundary (--boundary): must lie in 0..{steps} (sampling.steps), found {asked.boundary}; where"
+            " phase 2 is to be empty, give the step count"
+        )
+    boundary = round(PHASE_2_STARTS_AT * steps) if asked.boundary is None else asked.boundary
+    return tprr(steps=steps, boundary=boundary, k1=asked.k1, k2=asked.k2)
+
+
 def _calibrated(
     recipe: Recipe, state: _State, report: Report, device: str
 ) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     """The plan, measured, and its tables; see :func:`calibrate`."""
-    boundary, steps = recipe.schedule.boundary, recipe.sampling.steps
-    if boundary is not None and boundary > steps:
-        raise UsageError(
-            f"schedule.boundary (--boundary): must lie in 0..{steps} (sampling.steps), found {boundary}; where phase 2"
-            " is to be empty, give the step count"
-        )
-    schedule = Schedule(
-        steps=steps,
-        boundary=round(PHASE_2_STARTS_AT * steps) if boundary is None else boundary,
-        k1=recipe.schedule.k1,
-        k2=recipe.schedule.k2,
-    )
+    schedule, steps = schedule_from_recipe(recipe), recipe.sampling.steps
     folder = model_folder(local_folder(Path(recipe.model), recipe.variant))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
@@ -341,11 +357,11 @@ def assemble_plan(
         embedded_guidance=sampling.embedded_guidance,
         true_cfg=model.family.convention.true_cfg,
     )
-    schedule_record = ScheduleRecord(steps=schedule.steps, boundary=schedule.boundary, k1=schedule.k1, k2=schedule.k2)
+    stored = schedule_record(schedule)
     forecast = None
     if fit_seeds:
         forecast = ForecastRecord(
-            fitted_for=fitted_for_sha256(model.record(), sampling_record, schedule_record, cache),
+            fitted_for=fitted_for_sha256(model.record(), sampling_record, stored, cache),
             first_seed=fit_seeds.start,
             samples=len(fit_seeds),
         )
@@ -354,7 +370,7 @@ def assemble_plan(
         format_version=FORMAT_VERSION,
         model=model.record(),
         sampling=sampling_record,
-        schedule=schedule_record,
+        schedule=stored,
         cache=cache,
         cost=count_flops(model, cache),
         origin=origin.model_copy(update={"conditions": conditions}),

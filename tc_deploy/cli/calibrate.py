@@ -113,7 +113,7 @@ def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
             plan = calibrate(recipe, output, report, device=device)
     except KeyboardInterrupt as interruption:
         raise Cancelled(str(interruption) or "interrupted") from None
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     click.echo(
         f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False
     )

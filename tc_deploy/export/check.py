@@ -56,7 +56,7 @@ def example_inputs(
     are those of the graph that all variants share, where they do.
     """
     noise, conditions = draw_batch(model, sampling, range(batch))
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     steps = TokenCachedSteps(model, plan.cache, schedule, step_tables)
     wanted = {FULL, *plan.phases_used()}
     examples: dict[int, dict[str, Tensor]] = {}

@@ -121,7 +121,7 @@ def samples_of(
     conditions = model.random_conditions(batch, generator)
     if sampling.prompts is not None:
         conditions = tensors_of(conditions_of(model, sampling.prompts, range(batch)))
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     chosen: dict[int, tuple[int, ...]] = {}
     for variant in graphs:
         steps = [step for step, ran in enumerate(schedule.variants) if ran == variant]

@@ -36,12 +36,12 @@ class CauseChart:
     rule: Tick | None = None
 
 
-def cause_chart(validation: ValidationRecord | None, boundary: int) -> CauseChart | None:
+def cause_chart(validation: ValidationRecord | None, phase_start: int | None) -> CauseChart | None:
     """Relative L2 of the latents by cause; None without a validation, or where it found no error at all.
 
     Args:
         validation: what ``tc-deploy validate -o`` wrote.
-        boundary: the plan's first step of phase 2.
+        phase_start: the plan's first step of phase 2; None where there are no two phases.
     """
     if validation is None:
         return None
@@ -75,7 +75,7 @@ def cause_chart(validation: ValidationRecord | None, boundary: int) -> CauseChar
             for power in range(math.ceil(low), math.floor(high) + 1)
         ),
         curves=tuple(curves),
-        rule=Tick(at=across(boundary + 0.5), label="boundary") if 0 < boundary < steps else None,
+        rule=None if phase_start is None else Tick(at=across(phase_start + 0.5), label="boundary"),
     )
 
 

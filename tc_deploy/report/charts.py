@@ -124,10 +124,9 @@ def drift_chart(source: Source) -> Chart | None:
     points = _points_with_drift(source, search)
     if not points:
         return None
-    steps = source.plan.schedule.steps
     across, first, last = scale(1, max(len(drift) for _, drift in points), LEFT, RIGHT)
     up, _, highest = scale(0.0, max(max(drift) for _, drift in points), BOTTOM, TOP, from_zero=True)
-    boundary = source.plan.schedule.boundary
+    start = source.plan.run_schedule().phase_start
     lines = []
     for point, drift in points:
         places = [(across(step), up(value)) for step, value in enumerate(drift, start=1)]
@@ -138,7 +137,7 @@ def drift_chart(source: Source) -> Chart | None:
         x_ticks=tuple(Tick(at=across(value), label=label) for value, label in linear_ticks(max(1.0, first), last)),
         y_ticks=tuple(Tick(at=up(value), label=label) for value, label in linear_ticks(0.0, highest)),
         lines=tuple(lines),
-        rule=Tick(at=across(boundary + 0.5), label="boundary") if 0 < boundary < steps else None,
+        rule=None if start is None else Tick(at=across(start + 0.5), label="boundary"),
     )
 
 

@@ -66,7 +66,7 @@ class PhaseGrids:
 
 def schedule_cells(plan: Plan) -> tuple[Cell, ...]:
     """The steps in order, numbered from 1 as people count."""
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     cells = []
     for step, variant in enumerate(schedule.variants):
         full = variant == FULL
@@ -77,7 +77,7 @@ def schedule_cells(plan: Plan) -> tuple[Cell, ...]:
                 variant=variant,
                 label="F" if full else str(variant),
                 title=f"step {step + 1}, timestep {plan.sampling.timesteps[step]:g}: {what}",
-                opens_phase_2=0 < step == schedule.boundary,
+                opens_phase_2=step == schedule.phase_start,
             )
         )
     return tuple(cells)

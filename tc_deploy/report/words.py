@@ -48,7 +48,7 @@ def verdict_from_source(source: Source) -> Verdict:
 
 
 def _steps_sentence(plan: Plan) -> str:
-    schedule = plan.tprr()
+    schedule = plan.run_schedule()
     parts = [f"{schedule.full_steps} of {schedule.steps} steps run the whole model"]
     for phase, words in phase_words(plan).items():
         parts += [f"{len(schedule.cached_steps(phase))} cached steps of phase {phase} {words}"]

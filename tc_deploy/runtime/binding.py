@@ -57,7 +57,7 @@ class Bundle:
         """One step's row of a table, without the batch axis."""
         if history_of(table)[0] not in (TOKEN_INDEX, COMPUTED):
             return np.asarray(self.step_tables[table][step])
-        schedule = self.plan.tprr()
+        schedule = self.plan.run_schedule()
         variant = FULL if step == EVERY_FULL_STEP else schedule.variants[step]
         index = None if variant == FULL else self.token_index.get(variant)
         row = None if index is None else np.asarray(index[index_row(schedule, step)], np.int32)

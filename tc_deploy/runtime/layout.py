@@ -114,7 +114,7 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
 
 def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep, ...], tuple[ProgramStep, ...]]:
     """What a pipeline can run: the plan, and every step in full."""
-    schedules = (plan.tprr(), full_schedule(plan.schedule.steps))
+    schedules = (plan.run_schedule(), full_schedule(plan.schedule.steps))
     order, history = plan.cache.forecast_order, manifest.solver.history
     planned, full = (program_of(manifest.graphs, schedule, order, history) for schedule in schedules)
     return planned, full

@@ -83,7 +83,7 @@ class Engines:
                 f" {model_batch}; export again with another --static-batch, or without it"
             )
         plan, manifest = self.bundle.plan, self.bundle.manifest
-        schedule = full_schedule(plan.schedule.steps) if full else plan.tprr()
+        schedule = full_schedule(plan.schedule.steps) if full else plan.run_schedule()
         program = program_of(manifest.graphs, schedule, plan.cache.forecast_order, manifest.solver.history)
         layout = layout_of(manifest.graphs, [step.model for step in program], {MODEL_BATCH: model_batch})
         binder = Binder(self.bundle, self._device, self._graphs, layout)

@@ -19,7 +19,7 @@ from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import CacheRecord, OriginRecord, Plan
-from tc_deploy.schedule import Schedule, full_schedule
+from tc_deploy.schedule import Schedule, full_schedule, tprr
 from tc_deploy.search.points import PlannedPoint
 from tc_deploy.search.record import Kind
 from tc_deploy.tables import StepTables
@@ -75,7 +75,7 @@ class Baselines:
             yield self._full_steps(sampling, f"DPM-Solver++, {count} steps", Kind.BETTER_SOLVER)
         nothing = (0,) * len(self.model.blocks)
         for interval in (interval for interval in INTERVALS if interval < steps):
-            schedule = Schedule(steps=steps, boundary=steps, k1=interval, k2=1)
+            schedule = tprr(steps=steps, boundary=steps, k1=interval, k2=1)
             cache = CacheRecord(
                 reuse=Reuse.BRANCH,
                 attention=Attention.ALL,
@@ -97,7 +97,7 @@ class Baselines:
             point: keeps tokens, chosen by ``importance``.
             importance: (T, L, N) scores.
         """
-        schedule, cache, tokens = point.plan.tprr(), point.plan.cache, self.model.geometry.tokens
+        schedule, cache, tokens = point.plan.run_schedule(), point.plan.cache, self.model.geometry.tokens
         if not cache.token_phases(schedule):
             return
         random = np.random.default_rng(self.seed).random(importance.shape, dtype=np.float32)
@@ -159,10 +159,14 @@ class Baselines:
 
 def settings_name(plan: Plan) -> str:
     """What a point of the search's space is called."""
-    cache, schedule = plan.cache, plan.schedule
+    cache, schedule = plan.cache, plan.run_schedule()
+    rule = schedule.rule
     kept = [sum(counts) / (plan.model.blocks * plan.model.tokens) for counts in cache.keep_counts]
-    with_tokens = cache.token_phases(plan.tprr())
-    parts = [f"K=({schedule.k1}, {schedule.k2}), boundary {schedule.boundary}, order {cache.forecast_order}"]
+    with_tokens = cache.token_phases(schedule)
+    steps = (
+        f"{schedule.full_steps} full steps" if rule is None else f"K=({rule.k1}, {rule.k2}), boundary {rule.boundary}"
+    )
+    parts = [f"{steps}, order {cache.forecast_order}"]
     if with_tokens:
         parts.append(f"keep {kept[0]:.3g}/{kept[1]:.3g}, attention {cache.attention}")
     if not all(cache.skips_model(phase) for phase in plan.phases_used()):

@@ -173,7 +173,7 @@ class Confirmation:
         latency: Latency | None,
         full_ms: float | None,
     ) -> PointRecord:
-        schedule = point.plan.tprr()
+        schedule = point.plan.run_schedule()
         cost = point.plan.cost_in_full_steps()
         ratio = cost / self.sampling.steps if latency is None else latency.ratio
         if point.name == FULL_POINT:

@@ -12,9 +12,8 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tc_deploy.bundle import Document, FileRecord, read_document
-from tc_deploy.plan import SEARCH, CacheRecord, ModelRecord, Plan, ScheduleRecord
+from tc_deploy.plan import SEARCH, AnySchedule, CacheRecord, ModelRecord, Plan
 from tc_deploy.quality.record import Quality
-from tc_deploy.schedule import Schedule
 
 FORMAT_VERSION: Final = 2
 FULL_POINT = "full"
@@ -43,7 +42,7 @@ class SettingsRecord(Document):
     """What makes a point, so that its plan can be written again; None where it is no plan (cache-dit)."""
 
     scheduler_class: str
-    schedule: ScheduleRecord
+    schedule: AnySchedule
     cache: CacheRecord
 
     @classmethod
@@ -53,7 +52,7 @@ class SettingsRecord(Document):
 
     def token_phases(self) -> tuple[int, ...]:
         """The phases whose cached steps compute tokens."""
-        return self.cache.token_phases(Schedule(**self.schedule.model_dump()))
+        return self.cache.token_phases(self.schedule.schedule())
 
 
 class PointRecord(Document):

@@ -15,7 +15,7 @@ import numpy as np
 
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import PlanError
-from tc_deploy.schedule import FULL, PHASES, Schedule
+from tc_deploy.schedule import FULL, PHASES, Schedule, tprr
 from tc_deploy.search.pareto import front
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -40,7 +40,7 @@ class Candidate:
 
     def schedule(self, steps: int) -> Schedule:
         """Its TPRR schedule."""
-        return Schedule(steps=steps, boundary=self.boundary, k1=self.k1, k2=self.k2)
+        return tprr(steps=steps, boundary=self.boundary, k1=self.k1, k2=self.k2)
 
     @property
     def keeps_tokens(self) -> bool:

@@ -47,7 +47,7 @@ from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN_FOLDER, OriginRecord, plan_sha256
 from tc_deploy.quality.classifier import Classifier
-from tc_deploy.schedule import Schedule
+from tc_deploy.schedule import tprr
 from tc_deploy.search.baselines import Baselines, settings_name
 from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.confirm import Confirmation
@@ -215,7 +215,7 @@ class _Search:
         settings = self.recipe.model_copy(
             update={"cache": self.recipe.cache.model_copy(update={"keep_counts": None, "keep_ratio": (ratio, ratio)})}
         )
-        schedule = Schedule(steps=steps, boundary=steps, k1=min(REFERENCE_INTERVAL, steps), k2=1)
+        schedule = tprr(steps=steps, boundary=steps, k1=min(REFERENCE_INTERVAL, steps), k2=1)
         importance, _ = importance_of(
             settings, self.model, self.sampling, schedule, lambda key: self.folder / key, self.report
         )

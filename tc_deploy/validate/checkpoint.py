@@ -118,7 +118,7 @@ class Checkpoint:
         conditions = tensors_of(Conditions(count=len(noise), given=saved.conditions, unconditional=saved.unconditional))
         runs = {}
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
-            steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.tprr(), self._step_tables)
+            steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.run_schedule(), self._step_tables)
             with half_products(self.model, precision, self.fp32_blocks, stored=False):
                 runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)

@@ -15,7 +15,7 @@ from tc_deploy import errors
 from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.bench.measure import bench_bundles, bundle_and_backend
 from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.schedule import FULL, Schedule
+from tc_deploy.schedule import FULL, tprr
 
 ROUNDS = 2
 BATCHES = (1, 3)
@@ -61,7 +61,7 @@ def test_figures_agree_with_each_other(facts: dict[str, Any]) -> None:
 def test_graphs_are_timed_as_often_as_the_schedule_says(facts: dict[str, Any]) -> None:
     calls = {"full": 5, "cached-1": 2, "cached-2": 3, "solver": 10}
     assert {name: row["calls"] for name, row in facts["contenders"][0]["variants"].items()} == calls
-    variants = Schedule(steps=8, **MULTISTEP["schedule"]).variants
+    variants = tprr(steps=8, **MULTISTEP["schedule"]).variants
     calls = {"full": variants.count(FULL), "cached-1": variants.count(1), "cached-2": variants.count(2), "solver": 8}
     assert {name: row["calls"] for name, row in facts["contenders"][1]["variants"].items()} == calls
 

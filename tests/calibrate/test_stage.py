@@ -77,7 +77,7 @@ def test_a_plan_says_what_was_asked_for(
 ) -> None:
     plan, tables = load_plan(finished[0])
     assert plan.model == tiny_dit.record()
-    assert plan.tprr().line() == "F c1 F c1 | F c2 c2"
+    assert plan.run_schedule().line() == "F c1 F c1 | F c2 c2"
     assert plan.sampling.scheduler_class == "DDIMScheduler"
     assert plan.sampling.scheduler_config["clip_sample"] is False
     assert not any(key.startswith("_") for key in plan.sampling.scheduler_config)

@@ -15,14 +15,14 @@ from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
-from tc_deploy.schedule import Schedule
+from tc_deploy.schedule import tprr
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.tokencache.sampler import Sampling, denoise
 from tc_deploy.tokencache.selection import keep_counts_from_importance, select_tokens, spread_importance
 from tc_deploy.types import Attention, Reuse
 
 BLOCKS, TOKENS, WIDTH, BATCH = 3, 16, 64, 4
-SCHEDULE = Schedule(steps=6, boundary=3, k1=3, k2=3)
+SCHEDULE = tprr(steps=6, boundary=3, k1=3, k2=3)
 CACHED_STEPS = [1, 2, 4, 5]
 TIMESTEPS = torch.tensor([900.0, 750.0, 600.0, 450.0, 300.0, 150.0])
 MOVING = [5, 6, 9, 10]

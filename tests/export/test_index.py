@@ -209,7 +209,7 @@ def latents_psnr_db(plan: Path) -> float:
     model, sampling = model_of_plan(loaded, str(plan)), sampling_from_plan(loaded)
     (seed,) = loaded.measured.seeds
     noise, conditions = draw_batch(model, sampling, [seed])
-    steps = TokenCachedSteps(model, loaded.cache, loaded.tprr(), loaded.step_tables(tables))
+    steps = TokenCachedSteps(model, loaded.cache, loaded.run_schedule(), loaded.step_tables(tables))
     full = denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
     error = (denoise(model, sampling, noise, conditions, steps) - full).double().square().mean()
     return round(20 * math.log10(float(full.max() - full.min())) - 10 * math.log10(float(error)), 2)

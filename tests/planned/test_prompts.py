@@ -233,7 +233,7 @@ def test_engines_make_of_prompts_what_pytorch_makes(
     assert np.isfinite(timed.latents).all()
     plan, tables = load_plan(plan_folder)
     model = load_model(model_folder, ModelOptions.of(plan.model))
-    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
+    steps = TokenCachedSteps(model, plan.cache, plan.run_schedule(), plan.step_tables(tables))
     conditions = {name: torch.from_numpy(array) for name, array in given.items()}
     for name, array in away.items():
         conditions[f"unconditional.{name}"] = torch.from_numpy(np.repeat(array, PROMPTS, axis=0))

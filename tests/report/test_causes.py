@@ -64,7 +64,7 @@ def make_validation(algorithm: Errors, export: Errors | None = None, **changes: 
 
 
 def test_a_tenth_is_a_step_of_equal_height() -> None:
-    chart = cause_chart(make_validation((0.0, 1e-1, 1e-2, 1e-3), (1e-6,) * 4), boundary=2)
+    chart = cause_chart(make_validation((0.0, 1e-1, 1e-2, 1e-3), (1e-6,) * 4), phase_start=2)
     assert chart is not None
     algorithm, export = chart.curves
     assert (algorithm.cause, export.cause) == ("algorithm", "export")
@@ -78,20 +78,20 @@ def test_a_tenth_is_a_step_of_equal_height() -> None:
 
 
 def test_a_gap_breaks_the_curve() -> None:
-    chart = cause_chart(make_validation((1e-2, None, 1e-2, 1e-1)), boundary=0)
+    chart = cause_chart(make_validation((1e-2, None, 1e-2, 1e-1)), phase_start=None)
     assert chart is not None
     assert chart.curves[0].path.count("M") == 2
     assert chart.rule is None
 
 
 def test_nothing_to_draw() -> None:
-    assert cause_chart(None, boundary=2) is None
-    assert cause_chart(make_validation((0.0, None)), boundary=1) is None
+    assert cause_chart(None, phase_start=2) is None
+    assert cause_chart(make_validation((0.0, None)), phase_start=1) is None
 
 
 @given(st.lists(st.none() | st.floats(0, 1e6), min_size=1, max_size=60))
 def test_any_errors_fit_in_the_plot(errors: list[float | None]) -> None:
-    chart = cause_chart(make_validation(tuple(errors)), boundary=1)
+    chart = cause_chart(make_validation(tuple(errors)), phase_start=1)
     if chart is None:
         assert not any(error is not None and error > 1e-9 for error in errors)
         return

@@ -15,9 +15,9 @@ PLAN, TABLES = load_plan(DIGITS)
 
 def test_every_step_is_drawn() -> None:
     cells = schedule_cells(PLAN)
-    assert " ".join("F" if cell.label == "F" else f"c{cell.label}" for cell in cells) == PLAN.tprr().line().replace(
-        "| ", ""
-    )
+    assert " ".join(
+        "F" if cell.label == "F" else f"c{cell.label}" for cell in cells
+    ) == PLAN.run_schedule().line().replace("| ", "")
     assert [cell.step for cell in cells if cell.opens_phase_2] == [PLAN.schedule.boundary + 1]
     assert cells[0].title == "step 1, timestep 999: full"
 

@@ -61,7 +61,7 @@ def sample_in_pytorch(
     sampling = sampling_from_plan(plan)
     if guidance_scale is not None:
         sampling = dataclasses.replace(sampling, guidance_scale=guidance_scale)
-    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
+    steps = TokenCachedSteps(model, plan.cache, plan.run_schedule(), plan.step_tables(tables))
     conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
     run = (lambda _, inputs: model.forward(inputs)) if full else steps
     return denoise(model, sampling, torch.from_numpy(noise), conditions, run).numpy()
@@ -105,7 +105,7 @@ def test_a_trajectory_is_pytorch_s(
     assert_close(result.latents, sample_in_pytorch(made, noise, LABELS, full=full))
     # The comparison can tell a cached run from a full one.
     assert relative_error(result.latents, sample_in_pytorch(made, noise, LABELS, full=not full)) > VISIBLE
-    variants = pipeline.plan.tprr().variants
+    variants = pipeline.plan.run_schedule().variants
     full_steps = len(variants) if full else variants.count(FULL)
     assert (result.steps_full, result.steps_cached) == (full_steps, len(variants) - full_steps)
 
@@ -254,7 +254,7 @@ def test_values_that_are_not_finite_stay_in_their_request(
 @pytest.mark.parametrize("full", [False, True])
 def test_steps_come_in_order_with_latents_of_their_own(pipeline: Pipeline, full: bool) -> None:
     labels = LABELS[:2]
-    variants = (FULL,) * 10 if full else pipeline.plan.tprr().variants
+    variants = (FULL,) * 10 if full else pipeline.plan.run_schedule().variants
     seen: list[FloatArray] = []
     for number, step in enumerate(pipeline.steps(class_labels=labels, seed=SEED, full=full)):
         assert (step.index, step.total, step.full) == (number, len(variants), variants[number] == FULL)
@@ -271,7 +271,7 @@ def test_steps_come_in_order_with_latents_of_their_own(pipeline: Pipeline, full:
 
 def test_every_step_is_pytorch_s(mixed: Made, pipeline: Pipeline) -> None:
     model, (plan, tables) = load_model(mixed.model), load_plan(mixed.plan)
-    steps = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
+    steps = TokenCachedSteps(model, plan.cache, plan.run_schedule(), plan.step_tables(tables))
     expected: list[FloatArray] = []
     denoise(
         model,

@@ -20,7 +20,7 @@ from tc_deploy.manifest import (
     history_of,
 )
 from tc_deploy.runtime.program import Call, ProgramStep, program_of, slot, table_row
-from tc_deploy.schedule import FULL, Schedule, full_schedule
+from tc_deploy.schedule import FULL, Schedule, full_schedule, tprr
 
 READ_BY = {1: ("cache.0.mlp", "cache.1.key"), 2: ("cache.0.mlp", "cache.2.block")}
 """What the cached steps of each phase read; one tensor is shared."""
@@ -70,7 +70,7 @@ def graphs_of(order: int, history: int) -> dict[str, GraphRecord]:
 def schedules(draw: st.DrawFn) -> Schedule:
     steps = draw(st.integers(1, 24))
     boundary = draw(st.integers(0, steps))
-    return Schedule(steps=steps, boundary=boundary, k1=draw(st.integers(1, 7)), k2=draw(st.integers(1, 7)))
+    return tprr(steps=steps, boundary=boundary, k1=draw(st.integers(1, 7)), k2=draw(st.integers(1, 7)))
 
 
 ORDERS = st.integers(0, 2)
@@ -194,7 +194,7 @@ def test_no_more_slots_than_the_history_needs(schedule: Schedule, order: int, hi
 
 def test_a_machine_notices_a_wrong_program() -> None:
     """The player above can fail: a cache that is one full step too old, and latents that are read and written."""
-    schedule = Schedule(steps=6, boundary=6, k1=2, k2=1)
+    schedule = tprr(steps=6, boundary=6, k1=2, k2=1)
     graphs = graphs_of(1, 1)
     good = program_of(graphs, schedule, 1, 1)
     stale = program_of(graphs, schedule, 0, 1)

@@ -41,7 +41,7 @@ def trajectory(stepper: Stepper, batch: int = BATCH) -> list[FloatArray]:
 def test_every_step_is_pytorch_s(multistep: Made, engines: Engines) -> None:
     plan, tables = load_plan(multistep.plan)
     model = load_model(multistep.model)
-    expected = TokenCachedSteps(model, plan.cache, plan.tprr(), plan.step_tables(tables))
+    expected = TokenCachedSteps(model, plan.cache, plan.run_schedule(), plan.step_tables(tables))
     full = trajectory(engines.stepper(BATCH, full=True))
     for step, found in enumerate(trajectory(engines.stepper(BATCH))):
         given = {name: torch.from_numpy(value) for name, value in inputs(step).items()}

@@ -3,7 +3,7 @@
 import pytest
 
 from tc_deploy.plan import CacheRecord
-from tc_deploy.schedule import Schedule, full_schedule
+from tc_deploy.schedule import full_schedule, tprr
 from tc_deploy.search.cost import CostModel, GridCosts, cost_model
 from tc_deploy.search.record import VariantCost
 from tc_deploy.types import Attention, Reuse, Skip
@@ -12,7 +12,7 @@ TOKENS = 64
 SETTING = (Reuse.BRANCH, Attention.ALL, 1)
 GRID = GridCosts(full=1.1, keep_ratios=(0.0, 0.25), cached=(0.1, 0.4))
 MODEL = CostModel(tokens=TOKENS, skip=0.01, solver=0.02, settings={SETTING: GRID})
-SCHEDULE = Schedule(steps=10, boundary=4, k1=2, k2=3)  # F c1 F c1 | F c2 c2 F c2 c2
+SCHEDULE = tprr(steps=10, boundary=4, k1=2, k2=3)  # F c1 F c1 | F c2 c2 F c2 c2
 
 
 def record(*keep_counts: tuple[int, ...], skip: Skip = Skip.MODEL) -> CacheRecord:

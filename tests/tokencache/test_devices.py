@@ -19,7 +19,7 @@ from tc_deploy.models.family import DiffusionTransformer, call_diffusers
 from tc_deploy.models.scaling import by_moments
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.schedule import Schedule
+from tc_deploy.schedule import tprr
 from tc_deploy.tokencache.forward import run_cached, run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
@@ -90,7 +90,7 @@ def test_every_pass_computes_the_same_there(name: str, reuse: Reuse, attention: 
 def test_a_guided_run_makes_the_same_pictures_there(scheduler: Any) -> None:
     here = zoo.model("dit")
     sampling = Sampling(scheduler=scheduler, steps=5, guidance_scale=2.0, set_timesteps_kwargs={})
-    schedule = Schedule(steps=5, boundary=5, k1=2, k2=1)
+    schedule = tprr(steps=5, boundary=5, k1=2, k2=1)
     blocks, tokens = len(here.blocks), here.geometry.tokens
     cache = _cache(here)
     importance = np.stack([spread_importance(blocks, tokens, step) for step in range(5)])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
-from tc_deploy.schedule import Schedule, full_schedule
+from tc_deploy.schedule import full_schedule, tprr
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Attention, IntArray, Reuse
 
 STEPS, BATCH, TOKENS = 9, 2, 16
-SCHEDULE = Schedule(steps=STEPS, boundary=4, k1=2, k2=3)
+SCHEDULE = tprr(steps=STEPS, boundary=4, k1=2, k2=3)
 VARIANTS = (0, 1, 0, 1, 0, 2, 2, 0, 2)
 KEEP_COUNTS = ((0, 5, TOKENS), (3, 0, 9))
 SCHEDULERS: dict[str, Callable[[], Any]] = {

@@ -56,7 +56,7 @@ def move_boundary(bundle: Path) -> None:
     schedule = plan.schedule.model_copy(update={"boundary": plan.schedule.boundary + 1})
     moved = plan.model_copy(update={"schedule": schedule})
     for phase in moved.phases_used():
-        rows, table = len(moved.tprr().cached_steps(phase)), tables[token_index_name(phase)]
+        rows, table = len(moved.run_schedule().cached_steps(phase)), tables[token_index_name(phase)]
         tables[token_index_name(phase)] = np.resize(table, (rows, table.shape[1]))
     put_plan(bundle, moved, tables)
 
