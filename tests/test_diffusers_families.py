@@ -12,7 +12,9 @@ import diffusers
 import pytest
 import torch
 import zoo
+from bundles import copied
 from diffusers_pipelines import CachedTransformer, build_bundle, tiny_autoencoder, tiny_wan_autoencoder
+from kept import Keep
 from tolerances import tolerance
 from torch import Tensor, nn
 
@@ -185,19 +187,24 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(kept: Keep, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One bundle per family."""
     case: Case = CASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    zoo.save(case.model, folder / "model" / "transformer", **case.changes)
-    case.scheduler.save_pretrained(folder / "model" / "scheduler")
-    cache = {**PLAN["cache"], "keep_counts": (case.keep, (0,) * len(case.keep))}
-    bundle = build_bundle(folder / "model", folder, **{**PLAN, "cache": cache, **case.plan})
+
+    def make(folder: Path) -> None:
+        zoo.save(case.model, folder / "model" / "transformer", **case.changes)
+        case.scheduler.save_pretrained(folder / "model" / "scheduler")
+        cache = {**PLAN["cache"], "keep_counts": (case.keep, (0,) * len(case.keep))}
+        build_bundle(folder / "model", folder, **{**PLAN, "cache": cache, **case.plan})
+
+    # All sources count, since engines are built.
+    entry = kept(f"in-pipeline-{request.param}", make, by_commands=True, file=__file__)
+    own = copied(entry, entry / "model", tmp_path_factory.mktemp(request.param))
     kind = getattr(diffusers, zoo.MODELS[case.model][0])
-    original = kind.from_pretrained(folder / "model" / "transformer").eval()
+    original = kind.from_pretrained(own.model / "transformer").eval()
     pipe = case.pipeline(original, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    return Made(case=case, model=folder / "model", bundle=bundle, pipe=pipe, original=original)
+    return Made(case=case, model=own.model, bundle=own.bundle, pipe=pipe, original=original)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from backends.gpu_stand_in import StandInCudaRuntime
 from backends.tensorrt_stand_in import NAME, stand_in
 from bundles import MIXED, Made, MadeByCommands, build_rtx, make_plan, run_cli
+from kept import Keep
 from tolerances import tolerance
 from validate import faults
 
@@ -36,12 +38,16 @@ SIZES = {"full": (16, 16, 16), "cached-1": (1, 16, 8), "cached-2": (8, 1, 4)}
 
 
 @pytest.fixture(scope="module")
-def one_graph(mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def one_graph(kept: Keep, mixed: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The plan of ``mixed``, whose variants skip, prune and keep blocks, as one graph; made by the command line."""
-    bundle = tmp_path_factory.mktemp("one-graph") / "bundle"
-    answer = run_cli("export", mixed.plan, "-o", bundle, "--one-graph")
-    assert answer.code == 0, answer.err
-    assert f"{bundle}/onnx/steps.onnx: cached-2, 29 inputs, 11 outputs, at most " in answer.out
+
+    def make(folder: Path) -> None:
+        answer = run_cli("export", mixed.plan, "-o", folder / "bundle", "--one-graph")
+        assert answer.code == 0, answer.err
+        assert f"{folder}/bundle/onnx/steps.onnx: cached-2, 29 inputs, 11 outputs, at most " in answer.out
+
+    entry = kept("one-graph", make, by_commands=True, file=__file__)
+    bundle = Path(shutil.copytree(entry / "bundle", tmp_path_factory.mktemp("one-graph") / "bundle"))
     for backend in ("onnxruntime", "openvino", "torch"):
         build_target(bundle, backend)
     return Made(model=mixed.model, plan=mixed.plan, bundle=bundle)
