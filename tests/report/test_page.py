@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from report.folders import CHOSEN, DIGITS, edit, make_point, make_samples, point
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BundleError, StorageError
 from tc_deploy.manifest import ONNX_FOLDER
-from tc_deploy.plan import PLAN, SAMPLES, SEARCH
+from tc_deploy.plan import PLAN, SAMPLES, SEARCH, Plan, fitted_for_sha256
 from tc_deploy.search.record import FULL_POINT, Kind
 
 ALWAYS = ["schedule", "tokens", "provenance"]
@@ -169,6 +170,8 @@ def test_what_comes_from_data_stays_text(tmp_path: Path) -> None:
         document["sampling"].update(scheduler_class=ATTACK, scheduler_config={ATTACK: ATTACK})
         document["origin"].update(settings={ATTACK: ATTACK})
         document["measured"] = None
+        plan = Plan.model_validate_json(json.dumps(document))
+        document["forecast"]["fitted_for"] = fitted_for_sha256(plan.model, plan.sampling, plan.schedule, plan.cache)
 
     folder = tmp_path / "<b>&'\""
     shutil.copytree(DIGITS, folder)
