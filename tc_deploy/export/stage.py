@@ -8,7 +8,7 @@ the pipeline's decoder and text encoders too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -109,9 +109,10 @@ def export_bundle(
             check=options.check,
             progress=progress,
         )
+        sample_files = _write_samples(steps, made, folder)
         write_plan_files(plan, tables, folder, destination)
         (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(steps.solver)))
-        manifest = _manifest(plan, family, geometry, steps, made, folder, destination, options)
+        manifest = _manifest(plan, family, geometry, steps, made, sample_files, folder, destination, options)
         write_manifest(manifest, folder)
     return manifest
 
@@ -135,22 +136,27 @@ def _check_plan_allows(plan: Plan, where: Path, options: ExportOptions) -> None:
         )
 
 
+def _write_samples(steps: ExportedSteps, made: ExportedParts, folder: Path) -> list[str]:
+    """Write what engines are validated by, where some was left; returns the files' names."""
+    if steps.trajectory is None:
+        return []
+    more = {name: part.samples for name, part in made.graphs.items() if part.samples is not None}
+    return write_samples(steps.samples | more, steps.trajectory, folder)
+
+
 def _manifest(
     plan: Plan,
     family: Family,
     geometry: Geometry,
     steps: ExportedSteps,
     made: ExportedParts,
+    sample_files: Sequence[str],
     folder: Path,
     destination: Path,
     options: ExportOptions,
 ) -> Manifest:
-    """What the bundle says of itself, once its files but the samples lie in ``folder``; writes the samples."""
+    """What the bundle says of itself, once all its files lie in ``folder``."""
     records = steps.records | {name: part.graph for name, part in made.graphs.items()}
-    sample_files: list[str] = []
-    if steps.trajectory is not None:
-        more = {name: part.samples for name, part in made.graphs.items() if part.samples is not None}
-        sample_files = write_samples(steps.samples | more, steps.trajectory, folder)
     names = [
         PLAN,
         TABLES,

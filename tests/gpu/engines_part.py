@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tc_deploy.errors import BackendError
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.loading import load_model
+from tc_deploy.tolerances import LARGEST_PSNR_DB
 from tc_deploy.types import FloatArray
 
 EXAMPLE = ROOT / "examples" / "make_random_dit.py"
@@ -120,6 +122,11 @@ def latents_by_cpu(bundle: Path) -> dict[str, FloatArray]:
         }
 
 
+def psnr_db(mse: float) -> float:
+    """Of a mean squared error, the peak being 1; the largest that counts where there is no error."""
+    return min(LARGEST_PSNR_DB, -10 * math.log10(mse)) if mse else LARGEST_PSNR_DB
+
+
 def errors_to_cpu(bundle: Path, backend: str, reference: dict[str, FloatArray]) -> dict[str, dict[str, float]]:
     errors = {}
     with tc_deploy.load(bundle, backend) as pipeline:
@@ -128,7 +135,7 @@ def errors_to_cpu(bundle: Path, backend: str, reference: dict[str, FloatArray]) 
             difference, span = found - expected, expected.max() - expected.min()
             errors[name] = {
                 "max_relative_error": float(np.abs(difference).max() / np.abs(expected).max()),
-                "psnr_db": float(-10 * np.log10(np.square(difference / span).mean())),
+                "psnr_db": psnr_db(float(np.square(difference / span).mean())),
             }
     return errors
 
