@@ -22,7 +22,7 @@ import click
 import numpy as np
 import torch
 from digits import CLASSES, class_accuracy
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from rich.progress import Progress
 
 import tc_deploy
@@ -39,6 +39,8 @@ from tc_deploy.tokencache.sampler import denoise
 BATCH = 20
 COLUMNS = 10
 ZOOM = 4
+MARGIN, TITLE = 24, 40
+"""Pixels between the halves of the sheet, and above them."""
 
 
 def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int], noise: torch.Tensor) -> torch.Tensor:
@@ -50,12 +52,18 @@ def fewer_full_steps(pipeline: tc_deploy.Pipeline, steps: int, labels: list[int]
     return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
 
 
-def sheet_png(images: np.ndarray) -> bytes:
-    """(n, H, W) pictures laid out in rows of ten."""
-    sheet, stream, mark = Image.fromarray(sheet_of(images, COLUMNS)), io.BytesIO(), PngImagePlugin.PngInfo()
+def sheet_png(halves: dict[str, np.ndarray]) -> bytes:
+    """Two sets of (n, H, W) pictures side by side, in rows of ten, each below its title."""
+    sheets = [Image.fromarray(sheet_of(images, COLUMNS)) for images in halves.values()]
+    sheets = [sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST) for sheet in sheets]
+    width, height = sheets[0].size
+    page = Image.new("L", (2 * width + MARGIN, TITLE + height), 255)
+    for left, (title, sheet) in zip((0, width + MARGIN), zip(halves, sheets, strict=True), strict=True):
+        ImageDraw.Draw(page).text((left + TITLE // 4, TITLE // 4), title, fill=0, font_size=TITLE // 2)
+        page.paste(sheet, (left, TITLE))
+    stream, mark = io.BytesIO(), PngImagePlugin.PngInfo()
     mark.add_text(*SOFTWARE)
-    sheet = sheet.resize((sheet.width * ZOOM, sheet.height * ZOOM), Image.Resampling.NEAREST)
-    sheet.save(stream, format="PNG", pnginfo=mark)
+    page.save(stream, format="PNG", pnginfo=mark)
     return stream.getvalue()
 
 
@@ -73,7 +81,7 @@ def main(bundle: Path, count: int, seed: int, force: bool) -> None:
     labels = [index % CLASSES for index in range(count)]
     times_s: dict[bool, list[float]] = {False: [], True: []}
     made: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    images = []
+    images: dict[bool, list[np.ndarray]] = {False: [], True: []}
     with tc_deploy.load(bundle, batch_size=BATCH) as pipeline, Progress() as progress:
         pipeline.warmup()
         task = progress.add_task("making digits, cached and full in turn", total=count)
@@ -83,8 +91,8 @@ def main(bundle: Path, count: int, seed: int, force: bool) -> None:
                 result = pipeline(class_labels=labels[start : start + BATCH], seed=seed + start, full=full)
                 times_s[full].append(time.perf_counter() - start_s)
                 made[full].append(result.latents)
+                images[full].append(result.images)
                 if not full:
-                    images.append(result.images)
                     steps_full, steps_cached = result.steps_full, result.steps_cached
             progress.advance(task, BATCH)
         cached_s, full_s = (statistics.median(times_s[full]) for full in (False, True))
@@ -111,7 +119,11 @@ def main(bundle: Path, count: int, seed: int, force: bool) -> None:
         "batch_size": BATCH,
         "hardware": hardware_line(),
     }
-    write_output(sheet, sheet_png(np.concatenate(images)))
+    titles = {
+        f"{steps_full} full + {steps_cached} cached steps": False,
+        f"{steps_full + steps_cached} full steps": True,
+    }
+    write_output(sheet, sheet_png({title: np.concatenate(images[kind]) for title, kind in titles.items()}))
     write_output(numbers, (json.dumps(facts, indent=2) + "\n").encode())
     click.echo(
         f"{sheet}: {steps_full} full + {steps_cached} cached steps;"
