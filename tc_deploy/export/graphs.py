@@ -161,11 +161,14 @@ _TRANSLATIONS: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress prints and deprecation warnings of its own code away from the user."""
+    """Keep the exporter's progress prints and deprecation warnings of its own code away from the user.
+
+    And the tracebacks of what it passes over, as where memory runs out: what fails in the end is raised.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

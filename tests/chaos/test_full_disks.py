@@ -203,9 +203,9 @@ def test_limits_of_a_process(
         # To look into a folder takes a descriptor, and to tidy up takes memory; the next run does it then. A limit of a
         # file's size is no excuse.
         left = reference.left_behind(tree(arena))
-        if left and limit == "fsize":
+        if left and limit == "fsize" and ended.code:
             faults.append(f"{where}: left {left[:4]}")
-        tally["of these that left what the next run swept"] += bool(left)
+        tally["of these that left what the next run swept"] += bool(left and ended.code)
         again = commands.run(arena, *reference.stage.words)
         if again.code != 0 or differences(tree(arena), reference.after):
             faults.append(f"{where}, without the limit: {again.err[-200:]} {differences(tree(arena), reference.after)}")

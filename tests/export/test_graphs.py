@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tc_deploy
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
+from tc_deploy.export.graphs import _quiet
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.samples import samples_of
 from tc_deploy.export.stage import export_bundle
@@ -555,3 +557,12 @@ def test_a_folder_of_another_kind_is_not_replaced(multistep: Made, tmp_path: Pat
     with pytest.raises(tc_deploy.errors.StorageError, match=r"not a bundle that .* it holds beach\.jpg"):
         export_bundle(multistep.plan, photographs)
     assert snapshot(tmp_path) == {"holiday/beach.jpg": b"sun"}
+
+
+def test_the_exporter_s_own_tracebacks_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    with _quiet():
+        exporter.exception("Failed to register", exc_info=MemoryError())
+    assert caplog.text == ""
+    exporter.error("afterwards as before")
+    assert "afterwards as before" in caplog.text
