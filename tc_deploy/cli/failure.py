@@ -80,6 +80,15 @@ def show_failure(error: BaseException) -> int:
 
 def failure_of(error: BaseException) -> Failure:
     """What an error means for the user."""
+    try:
+        return _explained(error)
+    except (MemoryError, OSError) as short:
+        # What ran out for the command may be out for its explanation too, which looks for what is installed.
+        kind = OutOfMemoryError if _is_out_of_memory(short) else StorageError
+        return Failure(f"{first_line(error)}; and to explain it: {first_line(short)}", kind.exit_code)
+
+
+def _explained(error: BaseException) -> Failure:
     from tc_deploy.libraries import load_failure
 
     if (words := _interruption(error)) is not None:

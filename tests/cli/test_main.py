@@ -13,6 +13,7 @@ import click
 import pytest
 
 from tc_deploy import __version__, cli, errors
+from tc_deploy.cli.failure import failure_of
 
 ROOT = Path(__file__).parents[2]
 CONSOLE_SCRIPT = Path(sys.executable).parent / "tc-deploy"
@@ -330,3 +331,16 @@ def test_how_much_is_said(
             assert captured.err.count(f"{name} ERROR") == 1
         assert captured.err.splitlines()[-1] == "error: at last"
         assert ("Traceback" in captured.err) == (len(options) == 2 or options == ["-vvv"])
+
+
+@pytest.mark.parametrize(("short", "code"), [(OSError(24, "Too many open files"), 8), (MemoryError(), 10)])
+def test_an_explanation_that_finds_nothing_left_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, short: Exception, code: int
+) -> None:
+    def fail(error: BaseException) -> str:
+        raise short
+
+    monkeypatch.setattr("tc_deploy.libraries.load_failure", fail)
+    failure = failure_of(RuntimeError("the cause"))
+    assert failure.exit_code == code
+    assert failure.message.startswith("the cause; and to explain it: ")
