@@ -261,18 +261,18 @@ def as_variant(folder: Path, name: str, *, sharded: bool) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_variant_alone_is_named_and_taken(folder: Path, *, sharded: bool) -> None:
+def test_a_variant_alone_is_named_and_taken(folder: Path, tmp_path: Path, *, sharded: bool) -> None:
     expected = {name: value.half().float() for name, value in load_model(folder).module.state_dict().items()}
     as_variant(folder, "fp16", sharded=sharded)
     message = refusal_of(folder)
     assert f"{WEIGHTS} is missing, but diffusion_pytorch_model." in message
     assert message.endswith("take it with --variant fp16")
-    plan = folder / "plan"
+    plan = tmp_path / "plan"
     words = ("calibrate", folder, "-o", plan, "--variant", "fp16", "--steps", 4, "--samples", 0, "--keep-counts", 0, 0)
     assert run_cli(*words).code == 0
     # The plan says which, so that export finds it.
     if not sharded:
-        exported = run_cli("export", plan, "-o", folder / "bundle", "--no-check")
+        exported = run_cli("export", plan, "-o", tmp_path / "bundle", "--no-check")
         assert exported.code == 0, exported.err
     from tc_deploy.models.geometry import ModelOptions
     from tc_deploy.plan import load_plan

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import Made, MadeByCommands, run_cli
+import safetensors.numpy
+from bundles import Made, MadeByCommands, run_cli, seal
 
 import tc_deploy
 from tc_deploy import Pipeline
 from tc_deploy.errors import NotFiniteError, UsageError
+from tc_deploy.manifest import RUNTIME_TABLES
 
 SHAPE = (1, 4, 8, 8)
 
@@ -28,7 +30,7 @@ def pipeline(mixed: Made) -> Pipeline:
         ({"latents": np.full(SHAPE, np.inf, np.float32)}, "latents: hold values that are not finite in float32"),
         ({"latents": np.full(SHAPE, 1e39)}, "latents: hold values that are not finite in float32"),
         ({"latents": [[1.0], [1.0, 2.0]]}, "latents: expected an array of numbers"),
-        ({"guidance_scale": 1e39}, r"guidance scale must be a finite number from 0 on, found 1e\+39"),
+        ({"guidance_scale": 1e39}, r"guidance scale must be a number from 0 to 1000, found 1e\+39"),
         ({"guidance_scale": True}, "guidance scale must"),
         ({"guidance_scale": np.float64(1e300)}, "guidance scale must"),
         ({"seed": 2**64 - 1, "class_labels": [1, 2]}, "seed must lie in .*picture i has seed \\+ i and there are 2"),
@@ -71,16 +73,20 @@ def test_a_run_that_comes_to_nothing_says_at_which_step(pipeline: Pipeline, full
 def test_the_next_request_is_as_if_nothing_had_happened(pipeline: Pipeline) -> None:
     before = pipeline(class_labels=[3], seed=5).latents
     with pytest.raises(NotFiniteError):
-        pipeline(class_labels=[1], guidance_scale=3e38)
+        pipeline(class_labels=[1], latents=np.full(SHAPE, 3e38, np.float32))
     assert np.array_equal(pipeline(class_labels=[3], seed=5).latents, before)
 
 
 def test_a_picture_that_comes_to_nothing_is_not_written(mixed: Made, tmp_path: Path) -> None:
-    words = ("--class-label", 1, "--guidance-scale", "3e38", "-o", tmp_path / "latents.safetensors")
-    answer = run_cli("generate", mixed.bundle, *words)
+    bundle = mixed.copy(tmp_path / "bundle")
+    tables = safetensors.numpy.load_file(bundle / RUNTIME_TABLES)
+    tables["coefficients"][:] *= np.float32(1e20)
+    (bundle / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(tables))
+    seal(bundle)
+    answer = run_cli("generate", bundle, "--class-label", 1, "-o", tmp_path / "latents.safetensors")
     assert answer.code == NotFiniteError.exit_code
     assert "not finite from step" in answer.error
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_latents_that_the_first_noise_level_takes_out_of_float32_are_refused(pixel: MadeByCommands) -> None:

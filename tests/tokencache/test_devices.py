@@ -20,6 +20,7 @@ from tc_deploy.models.scaling import by_moments
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import tprr
+from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.forward import run_cached, run_full, run_superposed
 from tc_deploy.tokencache.predictor import CachePredictor
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
@@ -95,10 +96,11 @@ def test_a_guided_run_makes_the_same_pictures_there(scheduler: Any) -> None:
     cache = _cache(here)
     importance = np.stack([spread_importance(blocks, tokens, step) for step in range(5)])
     index = token_index_from_importance(importance, cache.keep_counts, schedule)
+    tables = StepTables.polynomial(schedule, cache.forecast_order, index)
     noise, conditions = draw_batch(here, sampling, range(2))
 
     def run(model: DiffusionTransformer) -> Tensor:
-        return denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, index))
+        return denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, tables))
 
     expected = run(here)
     with elsewhere():

@@ -27,6 +27,7 @@ from tc_deploy.models.loading import load_model
 from tc_deploy.plan import CacheRecord, load_plan
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.samples import read_samples
+from tc_deploy.schedule import full_schedule
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.graphs import StepGraph
 from tc_deploy.tokencache.precision import half_products
@@ -343,7 +344,7 @@ def test_an_fp16_run_equals_pytorch_in_the_same_precision(fp16: Made, tmp_path: 
         found = torch.from_numpy(pipeline(class_labels=labels, seed=40, full=full).latents)
     model, (plan, tables) = load_model(fp16.model), load_plan(fp16.plan)
     conditions = {"class_labels": torch.tensor(labels, dtype=torch.int32)}
-    schedule = dataclasses.replace(plan.run_schedule(), k1=1) if full else plan.run_schedule()
+    schedule = full_schedule(plan.schedule.steps) if full else plan.run_schedule()
     with half_products(model, Precision.FP16):
         steps = TokenCachedSteps(model, plan.cache, schedule, plan.step_tables(tables))
         expected = denoise(model, sampling_from_plan(plan), noise, conditions, steps)
