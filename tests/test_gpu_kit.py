@@ -79,10 +79,20 @@ def test_a_part_keeps_every_answer_and_goes_on_with_what_is_missing(part: list[s
     assert part == ["plain"]
 
 
+def test_a_part_that_lacks_a_library_says_which_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(measure.PARTS, "runtime", "no_such_library")
+    answer = CliRunner().invoke(measure.main, [str(tmp_path), "--part", "runtime", "--within", "--end", "1e12"])
+    assert answer.exit_code == 1
+    assert answer.output.count("\n") == 1
+    assert "runtime: No module named 'no_such_library'" in answer.output
+    assert not (tmp_path / "runtime.json").exists()
+
+
 def test_the_kit_leaves_out_what_the_machine_brings_and_replaces_kits_only(tmp_path: Path) -> None:
     there = kit.present()
     assert {"torch", "numpy", "onnx", "huggingface-hub"} <= there
-    assert not {"diffusers", "pydantic", "pydantic-core", "tensorrt"} & there
+    # Without these the script itself would not start.
+    assert not {"diffusers", "pydantic", "pydantic-core", "tensorrt", "click", "safetensors", "rich"} & there
     asked = {kit.canonical(line.split(">")[0]) for line in kit.wanted()}
     assert {"diffusers", "pydantic", "safetensors", "torch"} <= asked
     (tmp_path / "mine").mkdir()

@@ -76,7 +76,10 @@ def answer_of(measurement: Any) -> dict[str, Any]:
 def run_part(part: str, file: Path, kit: Kit, end: float) -> None:
     """Run what of a part is not in its file yet, until the time is up."""
     torch = imported("torch")
-    module = importlib.import_module(PARTS[part])
+    try:
+        module = importlib.import_module(PARTS[part])
+    except ImportError as error:
+        raise click.ClickException(f"{part}: {first_line(error)}; the machine was to bring it (machine.txt)") from None
     measurements: Measurements = module.measurements(kit)
     without_gpu = getattr(module, "WITHOUT_GPU", ())
     document = document_of(file, part)
