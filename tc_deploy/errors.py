@@ -106,8 +106,8 @@ class Cancelled(TcDeployError):  # noqa: N818 - an outcome that the caller asked
 
 
 def printable(text: str) -> str:
-    """A text with what a terminal would obey written out, so that an escape sequence is read and not acted on."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """A text with what a terminal would obey or hide written out, so that it is read and not acted on."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def causes(error: BaseException, *, contexts: bool = True) -> Iterator[BaseException]:
@@ -140,4 +140,4 @@ def no_file(path: Path) -> str:
 def first_line(error: BaseException | str) -> str:
     """What a library's error says first, for our own one-line message; its class where it says nothing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return " ".join(line.split())
+    return printable(" ".join(line.split()))

@@ -193,3 +193,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     assert str(raised.value).startswith(f"{path}: {'a folder' if kind == 'folder' else 'n'}")
     assert "encode_prompts.py" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_library_says_of_a_file_is_one_line_that_can_be_printed(tmp_path: Path) -> None:
+    header = b'{"x": {"dtype": "\\u206e\\u001b[2J", "shape": [1], "data_offsets": [0, 4]}}'
+    path = tmp_path / "prompts.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UsageError) as raised:
+        read_conditions(path)
+    assert str(raised.value).isprintable()
+    assert "206e" in str(raised.value)
