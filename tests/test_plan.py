@@ -189,6 +189,7 @@ def test_a_phase_without_cached_steps_needs_no_table() -> None:
         (lambda d: d.pop("format_version"), "format_version: this key is required"),
         (lambda d: d.pop("model"), "model: this key is required"),
         (lambda d: d["schedule"].update(k1=0), "schedule.k1: .*greater than 0"),
+        (lambda d: d["schedule"].update(aRecord=0), "schedule.aRecord: unknown key"),
         (lambda d: d["schedule"].update(steps="10"), "schedule.steps: .*valid integer"),
         (lambda d: d["schedule"].update(boundary=-1), "schedule.boundary: "),
         (lambda d: d["cache"].update(forecast_order=3), "cache.forecast_order: "),

@@ -197,8 +197,10 @@ RECORD = "Record"
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Where the first thing lies that a document's class refuses, as a dotted key, and what is wrong with it."""
     first = error.errors(include_url=False)[0]
-    # Which of several classes a value was read as is no key of the document.
-    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part.endswith(RECORD)))
+    # Which of several classes a value was read as is no key of the document; a key that nobody knows is one.
+    unknown = first["loc"][-1:] if first["type"] == "extra_forbidden" else ()
+    known = first["loc"][: len(first["loc"]) - len(unknown)]
+    where = ".".join(map(str, [*(part for part in known if not str(part).endswith(RECORD)), *unknown]))
     found = repr(first["input"])
     found = found if len(found) < 80 else found[:77] + "…"
     match first["type"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from tc_deploy.errors import BackendError
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.loading import load_model
-from tc_deploy.tolerances import LARGEST_PSNR_DB
+from tc_deploy.quality.metrics import picture_psnr_db
 from tc_deploy.types import FloatArray
 
 EXAMPLE = ROOT / "examples" / "make_random_dit.py"
@@ -122,20 +121,14 @@ def latents_by_cpu(bundle: Path) -> dict[str, FloatArray]:
         }
 
 
-def psnr_db(mse: float) -> float:
-    """Of a mean squared error, the peak being 1; the largest that counts where there is no error."""
-    return min(LARGEST_PSNR_DB, -10 * math.log10(mse)) if mse else LARGEST_PSNR_DB
-
-
 def errors_to_cpu(bundle: Path, backend: str, reference: dict[str, FloatArray]) -> dict[str, dict[str, float]]:
     errors = {}
     with tc_deploy.load(bundle, backend) as pipeline:
         for name, expected in reference.items():
             found = pipeline(class_labels=[LABEL], seed=SEED, full=name == "full").latents
-            difference, span = found - expected, expected.max() - expected.min()
             errors[name] = {
-                "max_relative_error": float(np.abs(difference).max() / np.abs(expected).max()),
-                "psnr_db": psnr_db(float(np.square(difference / span).mean())),
+                "max_relative_error": float(np.abs(found - expected).max() / np.abs(expected).max()),
+                "psnr_db": picture_psnr_db(torch.from_numpy(found), torch.from_numpy(expected), pixels=False),
             }
     return errors
 

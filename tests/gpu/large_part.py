@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu.parts import ROOT, Kit, Measurements
+from gpu.parts import ROOT, Kit, Measurements, taken_bytes
 from torch import Tensor
 
 from tc_deploy.backends.torch import TorchBoundGraph, TorchBuffer, TorchDevice, TorchGraph
@@ -271,8 +271,7 @@ def memory(models: Models) -> dict[str, Any]:
     """What is taken of the GPU by the model with its plain step captured, and by all variants with their caches."""
     model, cache, _ = models.at(512)
     release()
-    free, total = torch.cuda.mem_get_info()
-    weights = total - free
+    weights = taken_bytes()
     device = TorchDevice(compiled=False, model=None)
     steps = Steps(model, cache, 1)
     caches = sum(
@@ -290,18 +289,17 @@ def memory(models: Models) -> dict[str, Any]:
     ).bind(buffers(inputs, model.input_names), buffers(steps.tensors, (SAMPLE,)))
     plain.run()
     release()
-    free, total = torch.cuda.mem_get_info()
-    with_plain = total - free - caches
+    with_plain = taken_bytes() - caches
     bound = [steps.bind(name) for name in NAMES]
     for one in bound:
         one.run()
     del plain
     release()
-    free, total = torch.cuda.mem_get_info()
+    all_variants = taken_bytes()
     return {
         "weights_and_context_bytes": weights,
         "plain_step_bytes": with_plain,
-        "all_variants_bytes": total - free,
+        "all_variants_bytes": all_variants,
         "caches_bytes": caches,
-        "ratio": round((total - free) / with_plain, 3),
+        "ratio": round(all_variants / with_plain, 3),
     }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "examples" / "digits-dit"
 """The demo's checkpoint; a bundle that was moved does not find it by itself."""
@@ -30,3 +32,9 @@ class Kit:
     """Of the large model."""
     rounds: int = 20
     """How often each contender of a comparison is timed."""
+
+
+def taken_bytes() -> int:
+    """What is taken of the GPU's memory, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free

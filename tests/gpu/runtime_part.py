@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gpu.captures import captured_and_launched
 from gpu.kernel_engines import kernel_engines, model_on_gpu, tensor_at
-from gpu.parts import DEMO_MODEL, Kit, Measurements
+from gpu.parts import DEMO_MODEL, Kit, Measurements, taken_bytes
 
 import tc_deploy
 from tc_deploy.backends.arena import ALIGNMENT_BYTES
@@ -47,12 +46,6 @@ def measurements(kit: Kit) -> Measurements:
         "two pipelines in two threads": lambda: two_threads(kit),
         "PyTorch's backend": lambda: pytorch_backend(kit),
     }
-
-
-def taken_bytes() -> int:
-    """What is taken of the GPU's memory, by whomever."""
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def resident_bytes() -> int:
