@@ -77,7 +77,8 @@ class ModelRecord(Document):
     model_class: str
     config: dict[str, Any]
     weights_sha256: str
-    blocks: Annotated[int, Field(gt=0, le=MAX_BLOCKS)]
+    blocks: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    """0 where the model is taken as one piece, of whose blocks nothing is known."""
     tokens: Size
     width: Size
     latent_size: Annotated[tuple[Size, ...], Field(max_length=MAX_AXES)] | None = None
@@ -89,12 +90,14 @@ class ModelRecord(Document):
     autoencoder: bool = False
     """Whether the pipeline that it was found in has an autoencoder, so that its latents are no pictures, whatever their
     channels."""
+    pipeline: str | None = None
+    """The class of that pipeline, where the model is taken as one piece: as it samples, the plan does."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what was not chosen, so that a plan without choices has the bytes that it always had."""
         fields: dict[str, Any] = handler(self)
-        chosen = ("latent_size", "text_tokens", "variant", "autoencoder")
+        chosen = ("latent_size", "text_tokens", "variant", "autoencoder", "pipeline")
         return {name: value for name, value in fields.items() if name not in chosen or value not in (None, False)}
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
@@ -34,7 +34,8 @@ FLUX = {**SMALL, "patch_size": 1, "in_channels": 16, "num_single_layers": 2, "jo
     "axes_dims_rope": (4, 6, 6),
 }
 
-MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
+Entry: TypeAlias = tuple[str, Mapping[str, Any], ModelOptions]
+MODELS: dict[str, Entry] = {
     "dit": ("DiTTransformer2DModel", {**IMAGE, "out_channels": 8, "num_embeds_ada_norm": 10}, ModelOptions()),
     "pixart": (
         "PixArtTransformer2DModel",
@@ -82,6 +83,28 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any], ModelOptions]] = {
         ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
     ),
 }
+WHOLE: dict[str, Entry] = {
+    "sana": (
+        "SanaTransformer2DModel",
+        {**SMALL, "in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 4, "cross_attention_head_dim": 16}
+        | {"cross_attention_dim": WIDTH, "caption_channels": 24, "sample_size": 8, "patch_size": 1},
+        ModelOptions(latent_size=(4, 6), text_tokens=5),
+    ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        {**SMALL, "in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "adaln_lora_dim": 4}
+        | {"patch_size": (1, 2, 2), "max_size": (4, 32, 32), "concat_padding_mask": False},
+        ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
+    ),
+    "allegro": (
+        "AllegroTransformer3DModel",
+        {**SMALL, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "caption_channels": 24}
+        | {"cross_attention_dim": 96, "sample_height": 8, "sample_width": 8, "sample_frames": 3},
+        ModelOptions(latent_size=(2, 4, 8), text_tokens=5),
+    ),
+}
+"""Of classes without a family, which are taken as one piece."""
+ALL = MODELS | WHOLE
 DIFFUSERS = tuple(MODELS)
 """Of diffusers' own classes."""
 NAMES = (*DIFFUSERS, "uvit")
@@ -101,7 +124,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 def save(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a model of :data:`MODELS`, with changes to its configuration, as a diffusers model folder."""
-    model_class, config, _ = MODELS[name]
+    model_class, config, _ = ALL[name]
     module = getattr(diffusers, model_class)(**{**config, **changes})
     randomise(module, seed)
     module.save_pretrained(folder)
@@ -112,8 +135,8 @@ def save(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 def model(name: str) -> DiffusionTransformer:
     """A loaded model; tests leave it as it is."""
     with tempfile.TemporaryDirectory() as folder:
-        if name in MODELS:
-            return load_model(save(name, Path(folder) / name), MODELS[name][2])
+        if name in ALL:
+            return load_model(save(name, Path(folder) / name), ALL[name][2])
         module = uvit().build(uvit().CONFIG)
         randomise(module, seed=0)
         return load_model(uvit().save(Path(folder) / name, module))

@@ -80,16 +80,23 @@ class CompiledAtLoad(ABC):
 
 
 def _run_once(device: Device, graph: Graph, record: GraphRecord, axes: Mapping[str, int], path: Path) -> None:
-    """Run a graph on zeros."""
+    """Run a graph on small numbers, none of them 0: a mask of zeros alone, or the norm of them, may well be NaN."""
 
     def buffers(tensors: tuple[TensorRecord, ...]) -> dict[str, Buffer]:
         specs = [BufferSpec(dtype=tensor.numpy_dtype, shape=tensor.shape_at(axes)) for tensor in tensors]
         return {tensor.name: buffer for tensor, buffer in zip(tensors, device.buffers(specs), strict=True)}
 
-    outputs = buffers(record.outputs)
-    graph.bind(buffers(record.inputs), outputs).run()
+    inputs, outputs = buffers(record.inputs), buffers(record.outputs)
+    for tensor in record.inputs:
+        # Whole numbers are labels and rows of tables, of which 0 is always one.
+        if not np.issubdtype(tensor.numpy_dtype, np.integer):
+            shape = tensor.shape_at(axes)
+            values = np.linspace(0.1, 1, num=int(np.prod(shape)), dtype=np.float32).reshape(shape)
+            inputs[tensor.name].write(values.astype(tensor.numpy_dtype))
+    graph.bind(inputs, outputs).run()
     for name, buffer in outputs.items():
         if not np.isfinite(buffer.read()).all():
             raise BackendError(
-                f"{path}: output {name} is not finite on a first run with zeros; the engine is not usable"
+                f"{path}: output {name} is not finite on a first run with numbers between 0 and 1; the engine is not"
+                " usable"
             )

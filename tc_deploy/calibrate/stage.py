@@ -23,6 +23,7 @@ from tc_deploy.calibrate.fitting import fit_forecast
 from tc_deploy.calibrate.measure import measure
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
+from tc_deploy.calibrate.whole import recipe_for
 from tc_deploy.conditions import NO_GUIDANCE
 from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
@@ -84,8 +85,8 @@ def calibrate(
 
     Raises:
         UsageError: there is no such device, the model needs prompts and the recipe names none that fit, the recipe does
-            not fit the model (keep counts) or itself (boundary), or forecasts are to be fitted and there is nothing to
-            fit, or too few samples.
+            not fit the model (keep counts, or any where its blocks are unknown) or itself (boundary), or forecasts are
+            to be fitted and there is nothing to fit, or too few samples.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         KeyboardInterrupt: it was interrupted; says where its state is.
@@ -165,6 +166,7 @@ def _calibrated(
     folder = model_folder(local_folder(Path(recipe.model), recipe.variant))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
+    recipe = recipe_for(model, recipe)
     sampling = sampling_from_recipe(recipe, model)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
     try:

@@ -29,7 +29,7 @@ from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, TensorRecord
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import known_families
+from tc_deploy.models.loading import family_of_class
 from tc_deploy.plan import ModelRecord
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import Bundle, read_bundle
@@ -98,7 +98,7 @@ class EngineTransformer(nn.Module):
         path = bundle.path
         warn_of_plan(bundle.plan, path)
         self.path, self._backend, self._plan = path, bundle.backend, bundle.plan
-        family = known_families().get(bundle.plan.model.model_class)
+        family = family_of_class(bundle.plan.model.model_class, bundle.plan.model.pipeline)
         if family is None:
             raise UsageError(
                 f"{path}: no family for model class {bundle.plan.model.model_class!r} here; install the package that"

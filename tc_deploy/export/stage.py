@@ -127,7 +127,7 @@ def _check_plan_allows(plan: Plan, where: Path, options: ExportOptions) -> None:
     if options.batch_size is not None:
         # One value of a token in each block, of which a step makes several.
         rows = options.batch_size * (1 if plan.sampling.guidance_scale is None else 2)
-        size_bytes = 4 * rows * plan.model.blocks * plan.model.tokens * plan.model.width
+        size_bytes = 4 * rows * max(plan.model.blocks, 1) * plan.model.tokens * plan.model.width
         check_fits_memory(size_bytes, f"a static batch of {options.batch_size}")
     if options.one_graph and not token_groups(plan.cache, plan.phases_used(), plan.model.tokens):
         raise UsageError(

@@ -136,3 +136,10 @@ class Convention:
                 f"{name} has no {missing[0]}, which {pipeline} needs of its scheduler; save another in the folder:"
                 f" FlowMatchEulerDiscrete {flow}"
             )
+
+
+CONVENTIONS: Mapping[str, Convention] = {
+    "SanaPipeline": Convention(pipelines=("SanaPipeline",)),
+    "SanaVideoPipeline": Convention(pipelines=("SanaVideoPipeline",)),
+}
+"""Of pipelines whose transformer has no family, by their class."""

@@ -128,7 +128,8 @@ class Family:
 
     model_class: str
     blocks: tuple[Block, ...]
-    """Kinds of blocks in the order in which they run."""
+    """Kinds of blocks in the order in which they run; none where the model is taken as one piece, of which no tokens
+    can be kept and no blocks skipped."""
     geometry: Callable[[nn.Module, ModelOptions], Geometry]
     """Sizes of a loaded module; raises ModelError where the options do not fit it."""
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = lambda config, pipeline: None
@@ -166,6 +167,8 @@ class DiffusionTransformer:
     weights_sha256: str
     options: ModelOptions
     """What the checkpoint left open and was chosen."""
+    pipeline: str | None = None
+    """The class of the pipeline that it was found in, where it is taken as one piece."""
 
     @cached_property
     def described_blocks(self) -> tuple[tuple[nn.Module, Block], ...]:
@@ -214,6 +217,7 @@ class DiffusionTransformer:
             text_tokens=self.options.text_tokens,
             variant=self.options.variant,
             autoencoder=self.geometry.autoencoder,
+            pipeline=self.pipeline,
         )
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:

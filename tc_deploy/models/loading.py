@@ -7,6 +7,7 @@ Out: the module in fp32 on the CPU, in evaluation mode, hashed. Never: reads a p
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from tc_deploy.bundle import path_from_here
 from tc_deploy.errors import ModelError, first_line
 from tc_deploy.models import dit, flux, pixart, sd3, wan
+from tc_deploy.models.convention import CONVENTIONS, Convention
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.files import (
     DIFFUSERS_WEIGHTS,
@@ -31,11 +33,14 @@ from tc_deploy.models.files import (
     refuse_single_file,
     weights_sha256,
 )
+from tc_deploy.models.generic import generic_family, is_transformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
 from tc_deploy.models.obstacles import check_fit, missing_library, refuse_loading
 from tc_deploy.models.pipeline_index import INDEX, TRANSFORMER, PipelineIndex
 from tc_deploy.models.weights import LOADING, check_finite, checked_weights, from_pretrained
+
+log = logging.getLogger(__name__)
 
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_class: module.FAMILY for module in (dit, pixart, sd3, flux, wan)}
 ENTRY_POINTS = "tc_deploy.families"
@@ -82,9 +87,12 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         geometry = family.geometry(module, options)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
+    pipeline = pipeline_of(folder)
+    if not family.blocks:
+        log.warning(_whole(family, pipeline))
     autoencoder = options.autoencoder
     if autoencoder is None:
-        autoencoder = pipeline_of(folder).has_autoencoder
+        autoencoder = pipeline.has_autoencoder
     geometry = dataclasses.replace(geometry, autoencoder=autoencoder)
     if options.text_tokens is not None and not geometry.text_tokens:
         raise ModelError(
@@ -98,6 +106,17 @@ def load_model(path: Path, options: ModelOptions | None = None) -> DiffusionTran
         config={key: value for key, value in config.items() if not key.startswith("_")},
         weights_sha256=weights_sha256(files),
         options=options,
+        pipeline=pipeline.class_name if not family.blocks else None,
+    )
+
+
+def _whole(family: Family, pipeline: PipelineIndex) -> str:
+    """What is to be known of a model that is taken as one piece."""
+    sampled = f"as {pipeline.class_name} does" if family.convention.pipelines else "by its scheduler's own timesteps"
+    return (
+        f"{family.model_class} has no family: it is taken as one piece, whose output cached steps forecast, and sampled"
+        f" {sampled}; no tokens can be kept and no blocks skipped (adapters.md in the documentation shows how to"
+        " describe it)"
     )
 
 
@@ -149,6 +168,22 @@ def known_families() -> dict[str, Family]:
     return {**installed, **_REGISTERED, **FAMILIES}
 
 
+def family_of_class(model_class: str, pipeline: str | None = None) -> Family | None:
+    """The family of a class: its own, or a generic one where it is some other transformer of diffusers.
+
+    Args:
+        model_class: its name.
+        pipeline: the class of the pipeline that it was found in, by which a generic family samples.
+
+    Returns:
+        None where nothing is known of the class.
+    """
+    family = known_families().get(model_class)
+    if family is None and is_transformer(getattr(diffusers, model_class, None)):
+        return generic_family(model_class, CONVENTIONS.get(pipeline or "", Convention()))
+    return family
+
+
 def family_of(config: Mapping[str, Any], where: Path) -> Family:
     """The family of a configuration.
 
@@ -159,14 +194,14 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     Raises:
         ModelError: the class has no family, or the configuration asks for what its family does not cover.
     """
-    name, known = config.get("_class_name"), known_families()
-    family = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else known.get(str(name))
+    name, pipeline = config.get("_class_name"), pipeline_of(where.parent)
+    own = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else None
+    family = own or family_of_class(str(name), pipeline.class_name)
     if family is None:
         raise ModelError(
-            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known))}; adapters.md in"
-            " the documentation shows how to describe another"
+            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known_families()))};"
+            " adapters.md in the documentation shows how to describe another"
         )
-    pipeline = pipeline_of(where.parent)
     family.convention.check_pipeline(pipeline.entries, str(where.parent.parent))
     uncovered = family.check(config, pipeline.entries)
     if uncovered is not None:

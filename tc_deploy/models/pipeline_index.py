@@ -43,6 +43,12 @@ class PipelineIndex:
         self.entries = read_json(self.path) if self.is_there else {}
 
     @property
+    def class_name(self) -> str | None:
+        """The pipeline's class; None where it is not said."""
+        name = self.entries.get("_class_name")
+        return name if isinstance(name, str) else None
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the pipeline has, as far as it says."""
         return tuple(name for name in self.entries if self.said(name) is Said.PRESENT)

@@ -85,7 +85,8 @@ class Baselines:
             )
             yield self.cached(schedule, cache, f"output reused, interval {interval}", Kind.SKIP_REUSE)
             for order in TAYLOR_ORDERS:
-                for skip, what in ((Skip.MODEL, "output"), (Skip.BLOCKS, "branches")):
+                skips = ((Skip.MODEL, "output"), (Skip.BLOCKS, "branches"))
+                for skip, what in skips if self.model.family.blocks else skips[:1]:
                     forecast = cache.model_copy(update={"forecast_order": order, "skip": skip})
                     name = f"{what} forecast, order {order}, interval {interval}"
                     yield self.cached(schedule, forecast, name, Kind.SKIP_FORECAST)
@@ -161,7 +162,7 @@ def settings_name(plan: Plan) -> str:
     """What a point of the search's space is called."""
     cache, schedule = plan.cache, plan.run_schedule()
     rule = schedule.rule
-    kept = [sum(counts) / (plan.model.blocks * plan.model.tokens) for counts in cache.keep_counts]
+    kept = [sum(counts) / max(plan.model.blocks * plan.model.tokens, 1) for counts in cache.keep_counts]
     with_tokens = cache.token_phases(schedule)
     steps = (
         f"{schedule.full_steps} full steps" if rule is None else f"K=({rule.k1}, {rule.k2}), boundary {rule.boundary}"

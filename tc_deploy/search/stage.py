@@ -42,6 +42,7 @@ from tc_deploy.calibrate.stage import (
     model_from_recipe,
     sampling_from_recipe,
 )
+from tc_deploy.calibrate.whole import recipe_for
 from tc_deploy.errors import PlanError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
@@ -120,6 +121,7 @@ def search_plan(
     with claimed(destination, PLAN_FOLDER, reads=[Path(recipe.model)]) as claim:
         report("loading the checkpoint", 0, 1)
         model = model_from_recipe(recipe, device)
+        recipe = recipe_for(model, recipe)
         if judge is not None:
             judge.check_fits(model.geometry.latent_shape)
         search = _Search(recipe, model, judge, claim, backend, batch_size, from_flops=from_flops, report=report)

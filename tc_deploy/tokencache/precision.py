@@ -76,6 +76,16 @@ class _HalfProducts(TorchFunctionMode):
         return value
 
 
+def block_names(model: DiffusionTransformer) -> tuple[str, ...]:
+    """The blocks by name; of a model that is taken as one piece, what stands in its lists of modules."""
+    if model.family.blocks:
+        return model.block_names
+    named = list(model.module.named_modules())
+    lists = [name for name, module in named if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(_is_within(name, other) for other in lists)]
+    return tuple(name for name, _ in named if name.rpartition(".")[0] in outermost)
+
+
 @contextlib.contextmanager
 def half_products(
     model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str] = (), *, stored: bool = True
@@ -113,11 +123,11 @@ def cast_products(
     Raises:
         UsageError: the model has no block of a name.
     """
-    unknown = [name for name in fp32_blocks if name not in model.block_names]
+    blocks = block_names(model)
+    unknown = [name for name in fp32_blocks if name not in blocks]
     if unknown:
-        raise UsageError(
-            f"the model has no block {unknown[0]}; its blocks are {model.block_names[0]} to {model.block_names[-1]}"
-        )
+        known = f"its blocks are {blocks[0]} to {blocks[-1]}" if blocks else "it has no list of blocks"
+        raise UsageError(f"the model has no block {unknown[0]}; {known}")
     if precision is Precision.FP32:
         return lambda: None
     half = _HALVES[precision]
@@ -148,11 +158,10 @@ def cast_products(
                 setattr(layer, name, nn.Parameter(cast, requires_grad=False))
                 if not stored:
                     rounded.add(id(layer.get_parameter(name)))
-        for block_name, (module, block) in zip(model.block_names, model.described_blocks, strict=True):
-            if block_name in fp32_blocks:
-                stack.callback(replace_forward(module, exact))
-                continue
-            for branch in block.branches:
+        for name in fp32_blocks:
+            stack.callback(replace_forward(model.module.get_submodule(name), exact))
+        for name, (module, block) in zip(model.block_names, model.described_blocks, strict=True):
+            for branch in () if name in fp32_blocks else block.branches:
                 stack.callback(replace_forward(module.get_submodule(branch.exit), leave))
         stack.callback(replace_forward(model.module, whole))
         return stack.pop_all().close
@@ -169,7 +178,7 @@ def overflow_refused(
     """
     hooks = []
     for name, layer in _layers(model, precision, fp32_blocks).items() if precision is not Precision.FP32 else ():
-        block = next((block for block in model.block_names if _is_within(name, block)), None)
+        block = next((block for block in block_names(model) if _is_within(name, block)), None)
         way_out = f"keep its block in fp32 with --fp32-block {block}" if block else "export in fp32"
         message = f"{name} overflows {precision.value} in a sampling run; {way_out}, or take --precision bf16"
 
@@ -187,7 +196,7 @@ def overflow_refused(
 
 def _layers(model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str]) -> dict[str, nn.Module]:
     """The layers whose weights become half, by name."""
-    roots = ("",) if precision is Precision.FP16 else model.block_names
+    roots = ("",) if precision is Precision.FP16 else block_names(model)
     return {
         name: layer
         for name, layer in model.module.named_modules()
