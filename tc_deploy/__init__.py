@@ -10,9 +10,8 @@
 Everything else is a command: see ``tc-deploy --help``. Importing the package imports no engine and no torch.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+# Not typing's: the command line begins here, and typing is much to import before it watches over what is imported.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from tc_deploy.runtime.pipeline import Pipeline as Pipeline
@@ -24,7 +23,7 @@ __version__ = "0.1.0"
 __all__ = ["Pipeline", "Result", "Step", "__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("Pipeline", "Result", "Step", "load"):
         from tc_deploy.runtime import pipeline
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tc_deploy import cli
 from tc_deploy.bundle import Document
 from tc_deploy.calibrate.recipe import Recipe
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.program import command_from_target, group
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_a_command_is_one_that_the_command_line_takes(line: str, alone: bool) ->
     name, *words = words_of(line)[len(before) :] or ["COMMAND"]
     if name == "COMMAND":
         return
-    command = command_from_target(cli.COMMANDS[name].target)
+    command = command_from_target(COMMANDS[name].target)
     try:
         command.make_context(name, list(words))
     except click.exceptions.Exit:

@@ -1,43 +1,16 @@
-"""The command line's door: the list of commands, and ``main``.
+"""The command line's door: ``main``, and what it says where nothing else can be imported.
 
-In: the words after ``tc-deploy``. Out: an exit code (``errors.py`` draws them). Never: imports click or a command's
-module before ``main`` watches for signals, so that Ctrl-C ends in one line from the first moment on.
+In: the words after ``tc-deploy``. Out: an exit code (``errors.py`` draws them). Never: imports anything before ``main``
+watches over it, so that Ctrl-C, and a process that gets no memory or no file to be imported from, ends in one line from
+the first moment on.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
+import os  # which Python has imported when it starts
 
 PROGRAM = "tc-deploy"
 
 
-class CommandEntry(NamedTuple):
-    """A command that is imported when it is called."""
-
-    target: str
-    """``module:attribute`` of a click command."""
-    help: str
-    """The line in the list of commands, kept here so that the list needs no import."""
-
-
-COMMANDS = {
-    "calibrate": CommandEntry("tc_deploy.cli.calibrate:command", "Make a plan from a checkpoint and a recipe."),
-    "plan": CommandEntry("tc_deploy.cli.plan:command", "Search for the best plan at a latency or a quality."),
-    "export": CommandEntry("tc_deploy.cli.export:command", "Export a plan and its checkpoint as ONNX graphs."),
-    "build": CommandEntry("tc_deploy.cli.build:command", "Build engines for this machine from exported graphs."),
-    "validate": CommandEntry("tc_deploy.cli.validate:command", "Compare built engines with PyTorch or each other."),
-    "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
-    "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
-    "report": CommandEntry("tc_deploy.cli.report:command", "Draw a plan or a bundle as one HTML page."),
-    "sign": CommandEntry("tc_deploy.cli.sign:sign", "Sign a bundle and the engines built in it."),
-    "verify": CommandEntry("tc_deploy.cli.sign:verify", "Check who signed a bundle, and that it is unchanged."),
-    "doctor": CommandEntry("tc_deploy.cli.doctor:command", "Say what this machine can run, and why not the rest."),
-    "bench": CommandEntry("tc_deploy.cli.bench:command", "Time full and cached engines, and a process's start."),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
@@ -57,3 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(arguments)
     except KeyboardInterrupt:  # before anything watches for it
         return 130
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line and an exit code
+        return _last_words(error)
+
+
+def _last_words(error: Exception) -> int:
+    """Show an error that not even the program's own words for it could be imported for; this imports nothing.
+
+    Returns:
+        Its exit code, as ``errors.py`` draws them.
+    """
+    words = ascii(f"{type(error).__name__}: {error}".removesuffix(": "))[1:-1]
+    # Python says SystemError where it gets no memory for a MemoryError; "map segment" says it of a library.
+    if isinstance(error, MemoryError | SystemError) or "map segment" in words:
+        code, hint = 10, "; give it more memory (see: ulimit -v)"
+    elif isinstance(error, OSError):
+        code, hint = 8, "; see: ulimit -n"
+    else:
+        code, hint = 70, ""
+    try:  # not contextlib's suppress, which would have to be imported
+        os.write(2, f"error: {PROGRAM} cannot be started: {words}{hint}\n".encode())
+    except OSError:
+        return code  # nobody hears it
+    return code

@@ -35,6 +35,8 @@ _OUT_OF_MEMORY = (
     "cannot allocate memory",
     "unable to allocate",
     "could not create a primitive",  # oneDNN, when it gets no memory for a kernel
+    "failed to map segment",  # the loader of libraries
+    *("without exception set", "without setting an exception"),  # Python, when it gets no memory for a MemoryError
 )
 """How libraries that know no MemoryError say it, in lower case."""
 _MACHINE_S = frozenset(
@@ -82,15 +84,13 @@ def failure_of(error: BaseException) -> Failure:
     """What an error means for the user."""
     try:
         return _explained(error)
-    except (MemoryError, OSError) as short:
+    except Exception as short:  # noqa: BLE001 - the explanation may not take the place of what it explains
         # What ran out for the command may be out for its explanation too, which looks for what is installed.
-        kind = OutOfMemoryError if _is_out_of_memory(short) else StorageError
+        kind = StorageError if _shortage(short) is None else OutOfMemoryError
         return Failure(f"{first_line(error)}; and to explain it: {first_line(short)}", kind.exit_code)
 
 
 def _explained(error: BaseException) -> Failure:
-    from tc_deploy.libraries import load_failure
-
     if (words := _interruption(error)) is not None:
         return Failure(words, Cancelled.exit_code)
     if isinstance(error, TcDeployError):
@@ -102,11 +102,14 @@ def _explained(error: BaseException) -> Failure:
         return Failure(error.format_message(), UsageError.exit_code)
     if isinstance(error, ReaderLeft | BrokenPipeError):
         return Failure("", READER_LEFT_EXIT_CODE)
-    if _is_out_of_memory(error):
+    if (shortage := _shortage(error)) is not None:
+        what = first_line(shortage)
         return Failure(
-            f"the machine's memory does not suffice: {first_line(error)}; a smaller batch, picture or model takes less",
+            f"the machine's memory does not suffice: {what}; a smaller batch, picture or model takes less",
             OutOfMemoryError.exit_code,
         )
+    from tc_deploy.libraries import load_failure  # not before: what memory ran out for is said without an import
+
     if (words := load_failure(error)) is not None:
         return Failure(words, BackendError.exit_code)
     if isinstance(error, OSError) and error.errno in _MACHINE_S:
@@ -134,10 +137,17 @@ def _interruption(error: BaseException) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+def _shortage(error: BaseException) -> BaseException | None:
+    """What of an error's causes says that memory ran out; the first one, for what is made of it says less."""
+    found: BaseException | None = None
+    for cause in causes(error, contexts=False):
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            found = cause
+        if isinstance(cause, RuntimeError | ImportError | SystemError) and any(
+            sign in str(cause).lower() for sign in _OUT_OF_MEMORY
+        ):
+            found = cause
+    return found
 
 
 def one_line(message: str) -> str:

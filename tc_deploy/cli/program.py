@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import click
 
 from tc_deploy import __version__
-from tc_deploy.cli import COMMANDS, PROGRAM
+from tc_deploy.cli import PROGRAM
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.failure import show_failure
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import UsageError, first_line
 
 
 class LazyGroup(click.Group):
@@ -71,31 +72,52 @@ def group(verbose: int, quiet: bool) -> None:
     _start_logging(-1 if quiet else verbose)
 
 
+class _Formatter(logging.Formatter):
+    """A log line; of a traceback that a library logs, the line that it ends in, unless details are asked for."""
+
+    def __init__(self, style: str, *, tracebacks: bool) -> None:
+        super().__init__(style)
+        self._tracebacks = tracebacks
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As the base class does."""
+        if self._tracebacks or record.exc_info is None or (error := record.exc_info[1]) is None:
+            return super().format(record)
+        # A copy: the text of a traceback is kept in the record, which all handlers share.
+        line = super().format(logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None}))
+        return f"{line}: {type(error).__name__}: {first_line(error)}"
+
+
 def _start_logging(verbosity: int) -> None:
     """Send the log to stderr: -1 errors, 0 our progress, 1 our details, 2 everybody's details."""
     from rich.console import Console
     from rich.logging import RichHandler
 
-    details = verbosity > 0
-    console = Console(stderr=True)
-    handler: logging.Handler = logging.StreamHandler()
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_time=details, show_level=details, show_path=False)
-    # In a file Rich would fill every line up with spaces.
-    in_full = details and not console.is_terminal
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if in_full else "%(message)s"))
-    handler.set_name(PROGRAM)
     ours, others = {
         -1: (logging.ERROR, logging.ERROR),
         0: (logging.INFO, logging.WARNING),
         1: (logging.DEBUG, logging.INFO),
     }.get(verbosity, (logging.DEBUG, logging.DEBUG))
+    details = verbosity > 0
+    console = Console(stderr=True)
+    if console.is_terminal:
+        rich = RichHandler(console=console, show_time=details, show_level=details, show_path=False)
+        _send_log_to(rich, "%(message)s", details=details)
+    else:  # in a file Rich would fill every line up with spaces
+        style = "%(asctime)s %(levelname)s %(message)s" if details else "%(message)s"
+        _send_log_to(logging.StreamHandler(), style, details=details)
+    logging.getLogger().setLevel(others)
+    logging.getLogger("tc_deploy").setLevel(ours)
+
+
+def _send_log_to(handler: logging.Handler, style: str, *, details: bool) -> None:
+    """Send the log there and, of what an earlier call in this process named, nowhere else."""
     root = logging.getLogger()
     for earlier in [earlier for earlier in root.handlers if earlier.get_name() == PROGRAM]:
-        root.removeHandler(earlier)  # a second call of main in one process must not print every line twice
+        root.removeHandler(earlier)
+    handler.set_name(PROGRAM)
+    handler.setFormatter(_Formatter(style, tracebacks=details))
     root.addHandler(handler)
-    root.setLevel(others)
-    logging.getLogger("tc_deploy").setLevel(ours)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -107,6 +129,8 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code; an error has been shown on stderr.
     """
+    # Until the options say more; a command is imported before that, and its libraries may have something to log.
+    _send_log_to(logging.StreamHandler(), "%(message)s", details=False)
     try:
         _check_words(arguments)
         result = _result(arguments)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from tc_deploy.cli import COMMANDS, PROGRAM
+from tc_deploy.cli import PROGRAM
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.program import command_from_target, group
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"

@@ -11,7 +11,8 @@ import click
 import pytest
 from bundles import Made, run_cli
 
-from tc_deploy import cli, errors
+from tc_deploy import errors
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.program import command_from_target
 
 AT_ONCE_S = 20.0
@@ -116,9 +117,9 @@ def test_another_guidance_than_the_plan_s_is_a_warning(mixed: Made, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_names_nothing_that_only_a_clone_has(name: str) -> None:
-    command = command_from_target(cli.COMMANDS[name].target)
+    command = command_from_target(COMMANDS[name].target)
     words = command.get_help(click.Context(command, info_name=name))
     assert not ONLY_IN_A_CLONE.search(words)
 

@@ -8,7 +8,7 @@ import sys
 import click
 import pytest
 
-from tc_deploy import cli
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.help import ADVANCED, COMMON, GroupedCommand, option
 from tc_deploy.cli.program import command_from_target
 
@@ -20,16 +20,16 @@ def help_of(command: click.Command, name: str) -> str:
     return command.get_help(click.Context(command, info_name=f"tc-deploy {name}", terminal_width=COLUMNS))
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_a_command_s_help_fits_a_screen(name: str) -> None:
-    lines = help_of(command_from_target(cli.COMMANDS[name].target), name).splitlines()
+    lines = help_of(command_from_target(COMMANDS[name].target), name).splitlines()
     assert len(lines) <= LINES
     assert max(map(len, lines)) <= COLUMNS
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_option_stands_there_once(name: str) -> None:
-    command = command_from_target(cli.COMMANDS[name].target)
+    command = command_from_target(COMMANDS[name].target)
     shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_of(command, name), re.MULTILINE)
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     declared = [next(word for word in one.opts if word.startswith("--")) for one in options if not one.hidden]

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from tc_deploy import __version__, cli, errors
+from tc_deploy.cli.commands import COMMANDS, CommandEntry
 from tc_deploy.cli.failure import failure_of
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def doctor_does(monkeypatch: pytest.MonkeyPatch, logging_restored: None) -> Call
         module = types.ModuleType("replaced")
         module.__dict__["command"] = click.command()(body)
         monkeypatch.setitem(sys.modules, "replaced", module)
-        monkeypatch.setitem(cli.COMMANDS, "doctor", cli.CommandEntry("replaced:command", ""))
+        monkeypatch.setitem(COMMANDS, "doctor", CommandEntry("replaced:command", ""))
 
     return replace
 
@@ -85,14 +86,14 @@ def test_help_is_instant() -> None:
 def test_help_lists_every_command_in_order() -> None:
     lines = run("--help").stdout.splitlines()
     first = lines.index("Commands:") + 1
-    assert [line.split()[0] for line in lines[first : first + len(cli.COMMANDS)]] == list(cli.COMMANDS)
+    assert [line.split()[0] for line in lines[first : first + len(COMMANDS)]] == list(COMMANDS)
 
 
 def test_help_imports_nothing_heavy() -> None:
     assert imported_by("--help") & HEAVY == set()
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_a_command_s_help_needs_no_engine_and_no_torch(name: str) -> None:
     assert imported_by(name, "--help") & ENGINES == set()
 
@@ -210,6 +211,11 @@ def test_our_own_bug_is_one_line_and_a_traceback_on_request(
             errors.OutOfMemoryError.exit_code,
             "memory does not suffice",
         ),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            errors.OutOfMemoryError.exit_code,
+            "memory does not suffice: libtorch_cpu.so",
+        ),
         (OSError(28, "No space left on device", "/tmp/x"), errors.StorageError.exit_code, "/tmp/x: No space left"),
         (OSError(24, "Too many open files"), errors.StorageError.exit_code, "error: Too many open files"),
         (
@@ -301,6 +307,24 @@ def log_everything() -> None:
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
             logging.getLogger(name).log(level, "%s %s", name, logging.getLevelName(level))
     raise errors.PlanError("at last")
+
+
+@pytest.mark.parametrize("options", [[], ["-v"]])
+def test_a_traceback_that_a_library_logs_is_a_detail(
+    options: list[str], doctor_does: Callable[[Body], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        try:
+            raise ValueError("of a library")
+        except ValueError:
+            logging.getLogger("some.library").exception("something failed")
+
+    doctor_does(body)
+    assert cli.main([*options, "doctor"]) == 0
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == (options == ["-v"])
+    assert "something failed" in said
+    assert said.endswith("ValueError: of a library\n")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import pytest
 from bundles import Made, run_cli
 from reliability import record
 
-from tc_deploy import cli, errors
+from tc_deploy import errors
+from tc_deploy.cli.commands import COMMANDS
 from tc_deploy.cli.program import command_from_target
 
 LIMIT_S = 300
@@ -62,7 +63,7 @@ def bad_values(kind: click.ParamType) -> list[str]:
 
 def cases(name: str) -> Iterator[tuple[str, list[str]]]:
     """Command lines of one command that are wrong in one place, each with a few words for what is wrong."""
-    command = command_from_target(cli.COMMANDS[name].target)
+    command = command_from_target(COMMANDS[name].target)
     base = WORDS[name]
     place = 0
     yield "nothing", []
@@ -85,7 +86,7 @@ def cases(name: str) -> Iterator[tuple[str, list[str]]]:
             yield f"{option} {value[:20]!a}", [*base, *given]
 
 
-ALL = [(name, what, words) for name in cli.COMMANDS for what, words in cases(name)]
+ALL = [(name, what, words) for name in COMMANDS for what, words in cases(name)]
 SOME = ALL[::31]
 
 

@@ -76,11 +76,61 @@ def test_an_encoding_that_lacks_a_character(mixed: Made, tmp_path: Path, environ
     assert "PyTorch" in answer.stdout
 
 
+# -------------------------------------------------------------------------------------------------------------- limits
+
+LIMITED = """
+import resource, sys
+from tc_deploy.cli import main
+limit, more = getattr(resource, sys.argv.pop(1)), int(sys.argv.pop(1))
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if limit == resource.RLIMIT_AS else 3
+resource.setrlimit(limit, (taken + more, taken + more))
+sys.exit(main())
+"""
+"""The command line's door is there, and from then on the process may take so much more."""
+
+
+def limited(limit: str, more: int, *words: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", LIMITED, limit, str(more), *map(str, words)]
+    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("kib", [0, 64, 256, 512, 1000, 2000, 3000, 4000, 6000, 8000, 12000, 16000, 20000])
+def test_a_process_that_gets_no_memory_ends_in_one_line(mixed: Made, kib: int) -> None:
+    """Wherever it runs out: at the first import, in the words for that, or in a library that cannot be mapped."""
+    answer = limited("RLIMIT_AS", kib * 1024, "inspect", mixed.plan)
+    assert answer.returncode == errors.OutOfMemoryError.exit_code, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert [line for line in answer.stderr.splitlines() if line.startswith("error: ")] == answer.stderr.splitlines()[
+        -1:
+    ]
+
+
+@pytest.mark.parametrize("descriptors", [0, 1, 2, 3])
+def test_a_process_that_gets_no_files_ends_in_one_line(mixed: Made, descriptors: int) -> None:
+    answer = limited("RLIMIT_NOFILE", descriptors, "inspect", mixed.plan)
+    if answer.returncode == 0:
+        assert descriptors > 0
+        return
+    assert answer.returncode in (errors.StorageError.exit_code, errors.BundleError.exit_code)
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Too many open files" in line
+
+
+def test_what_cannot_be_imported_is_one_line_of_an_internal_error(tmp_path: Path) -> None:
+    """A half-removed installation, say."""
+    (tmp_path / "click.py").write_text("raise ImportError('half of it')\n", encoding="utf-8")
+    answer = shell("", "--version", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert answer.returncode == errors.INTERNAL_EXIT_CODE
+    assert answer.stderr == "error: tc-deploy cannot be started: ImportError: half of it\n"
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 SLEEPS = """
 import sys, time, types, click
 from tc_deploy import cli
+from tc_deploy.cli.commands import COMMANDS, CommandEntry
 def body():
     try:
         print("begun", flush=True)
@@ -90,7 +140,7 @@ def body():
 module = types.ModuleType("replaced")
 module.command = click.command()(body)
 sys.modules["replaced"] = module
-cli.COMMANDS["doctor"] = cli.CommandEntry("replaced:command", "")
+COMMANDS["doctor"] = CommandEntry("replaced:command", "")
 sys.argv = ["tc-deploy", "doctor"]
 cli.main()
 """
