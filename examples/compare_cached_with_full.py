@@ -38,7 +38,7 @@ from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import places_read
 from tc_deploy.planned.model import sampling_from_plan
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.tokencache.sampler import denoise
 
 SEED = 0
@@ -106,10 +106,10 @@ def main(
         runs = interleaved(actions, rounds)
         pixels = pipeline.manifest.pixels
     times = {key: [wall_ms for wall_ms, _ in found] for key, found in runs.items()}
-    pictures = {key: torch.from_numpy(found[-1][1]) for key, found in runs.items()}
+    images = {key: torch.from_numpy(found[-1][1]) for key, found in runs.items()}
     best = min((key for key in times if key[1] == "full"), key=lambda key: statistics.median(times[key]))
-    reference = pictures["onnxruntime fp32", "full"]
-    psnr = functools.partial(picture_psnr_db, pixels=pixels)
+    reference = images["onnxruntime fp32", "full"]
+    psnr = functools.partial(image_psnr_db, pixels=pixels)
     rows = []
     for (name, kind), walls in times.items():
         rows.append(
@@ -118,8 +118,8 @@ def main(
                 "run": kind,
                 **latency_of(walls),
                 "speedup_to_best_full": ratio_of(times[best], walls),
-                "psnr_db_to_own_full": None if kind == "full" else psnr(pictures[name, kind], pictures[name, "full"]),
-                "psnr_db_to_fp32_full": psnr(pictures[name, kind], reference),
+                "psnr_db_to_own_full": None if kind == "full" else psnr(images[name, kind], images[name, "full"]),
+                "psnr_db_to_fp32_full": psnr(images[name, kind], reference),
             }
         )
         click.echo(rows[-1])

@@ -19,7 +19,7 @@ import torch
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.schedule import tprr
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.cost import count_flops
@@ -35,9 +35,9 @@ FIRST_SEED = 2_000_000
 class Choice:
     """One row; keep is the share of every block's tokens in a cached step of phases 1 and 2."""
 
-    k1: int = 4
-    k2: int = 2
-    boundary: float = 0.5
+    cache_interval_early: int = 4
+    cache_interval_late: int = 2
+    phase_start: float = 0.5
     keep: tuple[float, float] = (0.0, 0.0)
     order: int = 1
     attention: Attention = Attention.ALL
@@ -50,22 +50,22 @@ CHOICES = (
     Choice(order=0),
     Choice(order=2),
     Choice(reuse=Reuse.RESIDUAL),
-    Choice(k1=2, k2=4),
-    Choice(k1=3, k2=3),
-    Choice(k1=3, k2=2),
-    Choice(k1=5, k2=2),
-    Choice(boundary=0.4),
-    Choice(boundary=0.6),
-    Choice(boundary=0.7),
-    Choice(k1=6, k2=3),
-    Choice(k1=6, k2=3, boundary=0.7),
+    Choice(cache_interval_early=2, cache_interval_late=4),
+    Choice(cache_interval_early=3, cache_interval_late=3),
+    Choice(cache_interval_early=3, cache_interval_late=2),
+    Choice(cache_interval_early=5, cache_interval_late=2),
+    Choice(phase_start=0.4),
+    Choice(phase_start=0.6),
+    Choice(phase_start=0.7),
+    Choice(cache_interval_early=6, cache_interval_late=3),
+    Choice(cache_interval_early=6, cache_interval_late=3, phase_start=0.7),
     Choice(skip=Skip.MODEL, order=0),
     Choice(skip=Skip.MODEL),
     Choice(skip=Skip.MODEL, order=2),
-    Choice(skip=Skip.MODEL, k1=3, k2=2),
-    Choice(skip=Skip.MODEL, k1=3, k2=2, order=2),
-    Choice(skip=Skip.MODEL, k1=6, k2=4),
-    Choice(skip=Skip.MODEL, k1=6, k2=4, order=2),
+    Choice(skip=Skip.MODEL, cache_interval_early=3, cache_interval_late=2),
+    Choice(skip=Skip.MODEL, cache_interval_early=3, cache_interval_late=2, order=2),
+    Choice(skip=Skip.MODEL, cache_interval_early=6, cache_interval_late=4),
+    Choice(skip=Skip.MODEL, cache_interval_early=6, cache_interval_late=4, order=2),
     Choice(keep=(0.0, 0.125)),
     Choice(keep=(0.0, 0.25)),
     Choice(keep=(0.25, 0.25)),
@@ -73,7 +73,7 @@ CHOICES = (
     Choice(keep=(0.25, 0.25), order=0),
     Choice(keep=(0.25, 0.25), order=0, attention=Attention.KEPT, reuse=Reuse.RESIDUAL),
     Choice(keep=(0.5, 0.5)),
-    Choice(k1=6, k2=3, keep=(0.25, 0.25)),
+    Choice(cache_interval_early=6, cache_interval_late=3, keep=(0.25, 0.25)),
 )
 
 
@@ -99,14 +99,19 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
     click.echo("| choice | cost in full steps | PSNR dB |\n|---|---|---|")
 
     def row(name: str, cost: float, latents: torch.Tensor) -> None:
-        psnr = picture_psnr_db(latents, reference, pixels=model.geometry.pixels)
+        psnr = image_psnr_db(latents, reference, pixels=model.geometry.pixels)
         click.echo(f"| {name} | {cost:.1f} | {psnr:.1f} |")
 
     for share in FEWER_STEPS:
         count = round(share * steps)
         row(f"fewer steps: {count}", count, full(count))
     for choice in CHOICES:
-        schedule = tprr(steps=steps, boundary=round(choice.boundary * steps), k1=choice.k1, k2=choice.k2)
+        schedule = tprr(
+            steps=steps,
+            phase_start=round(choice.phase_start * steps),
+            cache_interval_early=choice.cache_interval_early,
+            cache_interval_late=choice.cache_interval_late,
+        )
         counts = [(round(ratio * tokens),) * blocks for ratio in choice.keep]
         cache = CacheRecord(
             reuse=choice.reuse,
@@ -120,12 +125,13 @@ def main(model_path: Path, steps: int, guidance_scale: float | None, samples: in
         cost = count_flops(model, cache).in_full_steps(schedule)
         tables = StepTables.polynomial(schedule, cache.forecast_order, index)
         latents = denoise(model, sampling, noise, conditions, TokenCachedSteps(model, cache, schedule, tables))
+        rule = f"K=({choice.cache_interval_early}, {choice.cache_interval_late}), phase start {schedule.phase_start}"
         name = (
-            f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"
+            f"{rule}, keep {choice.keep[0]:g}/{choice.keep[1]:g},"
             f" order {choice.order}, attention {choice.attention}, reuse {choice.reuse}"
         )
         if choice.skip is Skip.MODEL:
-            name = f"K=({choice.k1}, {choice.k2}), boundary {schedule.boundary}, order {choice.order}, model skipped"
+            name = f"{rule}, order {choice.order}, model skipped"
         row(name, cost, latents)
 
 

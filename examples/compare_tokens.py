@@ -24,7 +24,7 @@ from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.schedule import Schedule, tprr
 from tc_deploy.search.baselines import evenly
 from tc_deploy.tables import StepTables
@@ -47,7 +47,7 @@ INTERVALS = (
     (5, 4, 0.5),
     (6, 4, 0.5),
 )
-"""K_1, K_2 and the boundary as a share of the steps, of the runs without tokens."""
+"""K_1, K_2 and the start of phase 2 as a share of the steps, of the runs without tokens."""
 FEWER_STEPS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -79,7 +79,9 @@ def main(
     sampling = Sampling(scheduler=scheduler, steps=steps, guidance_scale=guidance_scale, set_timesteps_kwargs={})
     noise, conditions = draw_batch(model, sampling, range(FIRST_SEED, FIRST_SEED + samples))
     blocks, tokens = len(model.blocks), model.geometry.tokens
-    schedule = tprr(steps=steps, boundary=steps // 2, k1=intervals[0], k2=intervals[1])
+    schedule = tprr(
+        steps=steps, phase_start=steps // 2, cache_interval_early=intervals[0], cache_interval_late=intervals[1]
+    )
     nothing = CacheRecord(
         reuse=Reuse.BRANCH,
         attention=Attention.ALL,
@@ -94,7 +96,7 @@ def main(
     reference = full(sampling)
 
     def psnr_db(latents: torch.Tensor) -> float:
-        return picture_psnr_db(latents, reference, pixels=model.geometry.pixels)
+        return image_psnr_db(latents, reference, pixels=model.geometry.pixels)
 
     def cached(cache: CacheRecord, schedule: Schedule, importance: FloatArray) -> tuple[float, float]:
         index = token_index_from_importance(importance, cache.keep_counts, schedule)
@@ -109,12 +111,17 @@ def main(
         count = round(share * steps)
         others["fewer"].append((count, psnr_db(full(with_steps(model, sampling, count)))))
         click.echo(f"| fewer steps: {count} | {count} | {others['fewer'][-1][1]:.1f} |")
-    for k1, k2, share in INTERVALS:
-        other = tprr(steps=steps, boundary=round(share * steps), k1=k1, k2=k2)
+    for early, late, share in INTERVALS:
+        other = tprr(
+            steps=steps,
+            phase_start=round(share * steps),
+            cache_interval_early=early,
+            cache_interval_late=late,
+        )
         for order in (1, 2):
             found = cached(nothing.model_copy(update={"forecast_order": order}), other, random)
             others["skip"].append(found)
-            what = f"K=({k1}, {k2}), boundary {other.boundary}, order {order}, model skipped"
+            what = f"K=({early}, {late}), phase start {other.phase_start}, order {order}, model skipped"
             click.echo(f"| {what} | {found[0]:.1f} | {found[1]:.1f} |")
 
     def best(kind: str, cost: float) -> str:

@@ -32,7 +32,7 @@ from tc_deploy.hardware import hardware_line
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import places_read
 from tc_deploy.planned.model import sampling_from_plan
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.sheet import sheet_of
 from tc_deploy.tokencache.sampler import denoise
 
@@ -111,9 +111,9 @@ def main(bundle: Path, count: int, seed: int, force: bool) -> None:
         "cached_s": round(cached_s, 4),
         "time_ratio": round(cached_s / full_s, 4),
         "cost_ratio": round(plan.cost_ratio(), 4),
-        "psnr_db": round(picture_psnr_db(cached, full, pixels=True), 2),
+        "psnr_db": round(image_psnr_db(cached, full, pixels=True), 2),
         "fewer_steps": affordable,
-        "fewer_steps_psnr_db": round(picture_psnr_db(fewer, full, pixels=True), 2),
+        "fewer_steps_psnr_db": round(image_psnr_db(fewer, full, pixels=True), 2),
         "class_accuracy": class_accuracy(cached.numpy(), np.array(labels)),
         "pictures": count,
         "batch_size": BATCH,

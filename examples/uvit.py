@@ -176,14 +176,14 @@ def main(folder: Path) -> None:
     """Make a random checkpoint, a plan and a bundle of it."""
     import diffusers
 
+    from tc_deploy.calibrate.calibration import calibrate
     from tc_deploy.calibrate.recipe import Recipe
-    from tc_deploy.calibrate.stage import calibrate
-    from tc_deploy.export.stage import export_bundle
+    from tc_deploy.export.bundle_export import export_bundle
 
     model = save(folder / "model", build(CONFIG))
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(model / "scheduler")
     settings = {
-        "sampling": {"steps": 10},
+        "sampling": {"num_inference_steps": 10},
         "cache": {"keep_counts": ((8,), (0,))},
         "measure": {"samples": 0},
     }

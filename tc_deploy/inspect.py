@@ -15,6 +15,7 @@ from tc_deploy.backends.arena import ALIGNMENT_BYTES
 from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError, counted
+from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     ENGINE_SUFFIX,
@@ -28,7 +29,6 @@ from tc_deploy.manifest import (
 from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan
 from tc_deploy.remarks import remark_on, saves_steps
 from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
-from tc_deploy.samples import sampled_on_in_words
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 

@@ -51,7 +51,7 @@ from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, check_tables, tables_
 from tc_deploy.tensors import read_tensors
 from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 PLAN: Final = PLAN_DOCUMENT
 TABLES = "tables.safetensors"
 VARIANT: Final = r"^[A-Za-z0-9_-]+$"
@@ -127,9 +127,9 @@ class ScheduleRecord(Document):
     """TPRR as stored: the four integers of :func:`tc_deploy.schedule.tprr`."""
 
     steps: Steps
-    boundary: Step
-    k1: Steps
-    k2: Steps
+    phase_start: Step
+    cache_interval_early: Steps
+    cache_interval_late: Steps
 
     def schedule(self) -> Schedule:
         """The list that they make.
@@ -177,7 +177,12 @@ def schedule_record(schedule: Schedule) -> AnySchedule:
     if schedule.rule is None:
         return ListedScheduleRecord(variants=schedule.line())
     rule = schedule.rule
-    return ScheduleRecord(steps=schedule.steps, boundary=rule.boundary, k1=rule.k1, k2=rule.k2)
+    return ScheduleRecord(
+        steps=schedule.steps,
+        phase_start=rule.phase_start,
+        cache_interval_early=rule.cache_interval_early,
+        cache_interval_late=rule.cache_interval_late,
+    )
 
 
 class CacheRecord(Document):
@@ -265,7 +270,7 @@ class Plan(Document):
     """The plan document."""
 
     kind: Literal["plan"]
-    format_version: Literal[2]
+    format_version: Literal[3]
     model: ModelRecord
     sampling: SamplingRecord
     schedule: AnySchedule
@@ -480,12 +485,10 @@ def load_plan_as_written(folder: Path) -> tuple[Plan, dict[str, FloatArray | Int
     return plan, tables
 
 
+_KEYS = frozenset({"format_version", "model", "sampling", "schedule", "cache", "cost", "origin", "measured", "tables"})
 _EARLIER = {
-    1: Earlier(
-        required=frozenset(
-            {"format_version", "model", "sampling", "schedule", "cache", "cost", "origin", "measured", "tables"}
-        )
-    )
+    1: Earlier(required=_KEYS),
+    2: Earlier(required=_KEYS | {"kind"}, optional=frozenset({"forecast"})),
 }
 _SEARCHES = {
     version: Earlier(
@@ -495,7 +498,7 @@ _SEARCHES = {
             | {"screened", "points", "remarks", "samples"}
         )
     )
-    for version in (1, 2)
+    for version in (1, 2, 3)
 }
 """The record's class is in a room above; here it is known by its keys."""
 

@@ -21,9 +21,9 @@ def remark_on(plan: Plan) -> str | None:
     """What speaks against a plan by its own figures, as one line; None where nothing does."""
     schedule, found = plan.run_schedule(), plan.measured
     if schedule.full_steps == schedule.steps:
-        return "nothing is cached: all steps run in full, so this is the full run; more steps, k1 or k2 change that"
+        return "nothing is cached: all steps run in full, so this is the full run; longer intervals change that"
     if not saves_steps(plan):
-        return f"by FLOPs this plan saves less than one of its {schedule.steps} steps; keep less, or raise k1 or k2"
+        return f"by FLOPs this plan saves less than one of its {schedule.steps} steps; keep less or lengthen intervals"
     if (verdict := verdict_against(plan)) is not None:
         return verdict
     if found is None:

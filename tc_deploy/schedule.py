@@ -26,9 +26,9 @@ _BAR = "|"
 class RoundRobin:
     """The integers of :func:`tprr` that a schedule was made of."""
 
-    boundary: int
-    k1: int
-    k2: int
+    phase_start: int
+    cache_interval_early: int
+    cache_interval_late: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Schedule:
     @property
     def phase_start(self) -> int | None:
         """The first step of phase 2; None where there are no two phases."""
-        start = 0 if self.rule is None else self.rule.boundary
+        start = 0 if self.rule is None else self.rule.phase_start
         return start if 0 < start < self.steps else None
 
     def polynomial_weights(self, order: int) -> FloatArray:
@@ -116,28 +116,37 @@ class Schedule:
         return weights
 
 
-def tprr(*, steps: int, boundary: int, k1: int, k2: int) -> Schedule:
+def tprr(*, steps: int, phase_start: int, cache_interval_early: int, cache_interval_late: int) -> Schedule:
     """Two-Phase Round-Robin: in each phase one full step, then cached ones, over and over.
 
     Args:
         steps: T, denoising steps of the run, at least 1.
-        boundary: first step of phase 2, 0 <= boundary <= T. 0 leaves phase 1 empty, T leaves phase 2 empty.
-        k1: interval of phase 1, at least 1: one full step, then ``k1 - 1`` cached ones. 1 means no caching.
-        k2: interval of phase 2, likewise.
+        phase_start: first step of phase 2, 0 <= phase_start <= T. 0 leaves phase 1 empty, T leaves phase 2 empty.
+        cache_interval_early: K_1, interval of phase 1, at least 1: one full step, then K_1 - 1 cached ones. 1 means no
+            caching.
+        cache_interval_late: K_2, interval of phase 2, likewise.
 
     Raises:
         PlanError: a number is outside its range; the message names it.
     """
     if steps < 1:
         raise PlanError(f"schedule: steps must be at least 1, found {steps}")
-    if not 0 <= boundary <= steps:
-        raise PlanError(f"schedule: boundary must lie in 0..{steps} (the step count), found {boundary}")
-    for name, interval in (("k1", k1), ("k2", k2)):
+    if not 0 <= phase_start <= steps:
+        raise PlanError(f"schedule: phase_start must lie in 0..{steps} (the step count), found {phase_start}")
+    for name, interval in (
+        ("cache_interval_early", cache_interval_early),
+        ("cache_interval_late", cache_interval_late),
+    ):
         if interval < 1:
             raise PlanError(f"schedule: {name} must be at least 1 (1 means every step is full), found {interval}")
-    first = tuple(FULL if step % k1 == 0 else 1 for step in range(boundary))
-    second = tuple(FULL if step % k2 == 0 else 2 for step in range(steps - boundary))
-    return Schedule(variants=first + second, rule=RoundRobin(boundary=boundary, k1=k1, k2=k2))
+    first = tuple(FULL if step % cache_interval_early == 0 else 1 for step in range(phase_start))
+    second = tuple(FULL if step % cache_interval_late == 0 else 2 for step in range(steps - phase_start))
+    return Schedule(
+        variants=first + second,
+        rule=RoundRobin(
+            phase_start=phase_start, cache_interval_early=cache_interval_early, cache_interval_late=cache_interval_late
+        ),
+    )
 
 
 def schedule_from_line(line: str) -> Schedule:
@@ -160,4 +169,4 @@ def full_schedule(steps: int) -> Schedule:
     Raises:
         PlanError: ``steps`` is below 1.
     """
-    return tprr(steps=steps, boundary=steps, k1=1, k2=1)
+    return tprr(steps=steps, phase_start=steps, cache_interval_early=1, cache_interval_late=1)

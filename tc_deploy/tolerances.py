@@ -29,7 +29,7 @@ The metrics of ``tc-deploy validate``, against PyTorch in fp32 or another engine
     Least signal-to-quantisation-noise ratio and least cosine of an output.
 ``drift_rel_l2``
     Largest relative L2 difference of the latents after any step of a sampling run.
-``picture_psnr_db``
+``image_psnr_db``
     Least PSNR of the final pictures or latents.
 """
 
@@ -51,9 +51,9 @@ _VALIDATION = {
     "bf16": {"output_max_rel": 0.5, "output_sqnr_db": 20.0, "output_cosine": 0.99},
 }
 _TRAJECTORIES = {
-    "fp32": {"drift_rel_l2": 1e-4, "picture_psnr_db": 80.0},
-    "fp16": {"drift_rel_l2": 0.02, "picture_psnr_db": 40.0},
-    "bf16": {"drift_rel_l2": 0.1, "picture_psnr_db": 25.0},
+    "fp32": {"drift_rel_l2": 1e-4, "image_psnr_db": 80.0},
+    "fp16": {"drift_rel_l2": 0.02, "image_psnr_db": 40.0},
+    "bf16": {"drift_rel_l2": 0.1, "image_psnr_db": 25.0},
 }
 
 TOLERANCES = {

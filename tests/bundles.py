@@ -23,10 +23,10 @@ from kept import Keep
 from tc_deploy import cli
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import MANIFEST, canonical_json, file_records, sha256_of_bytes
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_manifest
 from tc_deploy.plan import PLAN, TABLES
 from tc_deploy.types import Precision
@@ -35,20 +35,20 @@ SaveDit = Callable[..., Path]
 
 MIXED = {
     # F c1 c1 | F c2 F c2 F c2 F: phase 1 never fills the history that its forecast would like, phase 2 does.
-    "sampling": {"steps": 10, "guidance_scale": 2.0},
-    "schedule": {"boundary": 3, "k1": 3, "k2": 2},
+    "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
+    "schedule": {"phase_start": 3, "cache_interval_early": 3, "cache_interval_late": 2},
     "cache": {"keep_counts": ((0, 16, 8), (8, 0, 4)), "attention": "all", "reuse": "branch", "forecast_order": 1},
 }
 MULTISTEP = {
     # F c1 c1 F | F c2 F c2: the cached steps of phase 2 skip the model.
-    "sampling": {"steps": 8, "guidance_scale": 1.5},
-    "schedule": {"boundary": 4, "k1": 3, "k2": 2},
+    "sampling": {"num_inference_steps": 8, "guidance_scale": 1.5},
+    "schedule": {"phase_start": 4, "cache_interval_early": 3, "cache_interval_late": 2},
     "cache": {"keep_counts": ((8,), (0,)), "reuse": "branch", "forecast_order": 0, "skip": "model"},
 }
 HALF = {
     # F c1 F c1 F c1; each cached step skips, prunes and keeps blocks.
-    "sampling": {"steps": 6, "guidance_scale": 1.5},
-    "schedule": {"boundary": 6, "k1": 2, "k2": 1},
+    "sampling": {"num_inference_steps": 6, "guidance_scale": 1.5},
+    "schedule": {"phase_start": 6, "cache_interval_early": 2, "cache_interval_late": 1},
     "cache": {"keep_counts": ((0, 8, 16), (0,)), "attention": "all", "reuse": "branch", "forecast_order": 1},
 }
 PIXEL_BATCH = 2
@@ -263,7 +263,7 @@ def pixel(kept: Keep, tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDi
     def make(folder: Path) -> None:
         model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
         save_scheduler(model, diffusers.EulerDiscreteScheduler())
-        schedule = ("--steps", 9, "--boundary", 9, "--k1", 2, "--k2", 1)
+        schedule = ("--steps", 9, "--phase-start", 9, "--cache-interval-early", 2, "--cache-interval-late", 1)
         cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
         plan, bundle = folder / "plan", folder / "bundle"
         answers = {

@@ -15,8 +15,8 @@ from bundles import make_plan
 from torch import Tensor, nn
 
 from tc_deploy.backends.build import build_target
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan

@@ -33,7 +33,7 @@ STEPS, TEXT, CLIP = 4, 5, 6
 PROMPTS = ["a cat on a mat", "a red bridge"]
 BATCH = len(PROMPTS)
 # F c F c, and no phase 2.
-SCHEDULE = {"boundary": STEPS, "k1": 2, "k2": 1}
+SCHEDULE = {"phase_start": STEPS, "cache_interval_early": 2, "cache_interval_late": 1}
 FLUX_SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 
@@ -92,16 +92,16 @@ CASES = {
         changes={"num_layers": 1, "use_additional_conditions": False},
         make=_pixart,
         keep=(8,),
-        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        sampling={"num_inference_steps": STEPS, "guidance_scale": 3.0},
         arguments={"negative_prompt": "a dog", "guidance_scale": 3.0, "use_resolution_binning": False},
         size=(16, 24),
-        given={"negative_prompts": "a dog"},
+        given={"negative_prompt": "a dog"},
     ),
     "flux": Case(
         changes={"num_layers": 1, "num_single_layers": 1},
         make=_flux,
         keep=(8, 5),
-        sampling={"steps": STEPS},
+        sampling={"num_inference_steps": STEPS},
         arguments={"guidance_scale": 2.0},
         size=(8, 12),
         given={"guidance_scale": 2.0},
@@ -110,22 +110,22 @@ CASES = {
         changes={"num_layers": 1},
         make=_sd3,
         keep=(8,),
-        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        sampling={"num_inference_steps": STEPS, "guidance_scale": 3.0},
         arguments={"negative_prompt": ["a dog"] * BATCH, "guidance_scale": 3.0},
         size=(16, 24),
-        given={"negative_prompts": ["a dog"] * BATCH},
+        given={"negative_prompt": ["a dog"] * BATCH},
         plan={"text_tokens": CLIP + TEXT},
     ),
     "wan": Case(
         changes={"num_layers": 1},
         make=_wan,
         keep=(8,),
-        sampling={"steps": STEPS, "guidance_scale": 3.0},
+        sampling={"num_inference_steps": STEPS, "guidance_scale": 3.0},
         arguments={"negative_prompt": ["a dog"] * BATCH, "guidance_scale": 3.0, "num_frames": 9},
         size=(32, 64),
         # The tiny autoencoder enlarges less than the real one.
         shape=(5, 8, 16, 3),
-        given={"negative_prompts": "a dog"},
+        given={"negative_prompt": "a dog"},
         plan={"latent_size": (3, 4, 8)},
     ),
 }
@@ -183,9 +183,9 @@ def _make(name: str, folder: Path) -> None:
     assert answer.code == 0, answer.err
 
 
-def pictures(made: Prompted, backend: str | None = None, *, full: bool, noise: NDArray[np.float32]) -> Any:
+def images(made: Prompted, backend: str | None = None, *, full: bool, noise: NDArray[np.float32]) -> Any:
     with tc_deploy.load(made.bundle, backend, batch_size=BATCH) as pipeline:
-        return pipeline(prompts=PROMPTS, **made.case.given, latents=noise, full=full)
+        return pipeline(prompt=PROMPTS, **made.case.given, latents=noise, full=full)
 
 
 def noise_of(made: Prompted) -> NDArray[np.float32]:

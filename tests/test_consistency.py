@@ -52,15 +52,15 @@ def test_a_bundle_as_it_was_exported_agrees_with_itself(mixed: Made, multistep: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["schedule"].update(k2=1), "exported from another plan"),
-        (lambda d: d["schedule"].update(k2=3), "table|exported from another plan"),
+        (lambda d: d["schedule"].update(cache_interval_late=1), "exported from another plan"),
+        (lambda d: d["schedule"].update(cache_interval_late=3), "table|exported from another plan"),
         (lambda d: d["cache"].update(forecast_order=2), "exported from another plan"),
         (lambda d: d["cache"]["keep_counts"][1].reverse(), "table|exported from another plan"),
         (lambda d: d["sampling"].update(guidance_scale=-7.0), "guidance_scale: must be greater than or equal to 0"),
         (lambda d: d["sampling"].update(guidance_scale=7.0), "exported from another plan"),
         (lambda d: d["sampling"]["timesteps"].__setitem__(0, 901.0), "exported from another plan"),
         (lambda d: d["sampling"]["timesteps"].__setitem__(0, 1e39), "timesteps.0: must be less than"),
-        (lambda d: d["schedule"].update(steps=10**6, boundary=10**6), "schedule.steps: must be less than or equal"),
+        (lambda d: d["schedule"].update(steps=10**6, phase_start=10**6), "schedule.steps: must be less than or equal"),
         (lambda d: d["model"].update(blocks=10**9), "model.blocks: must be less than or equal"),
         (lambda d: d["model"].update(tokens=10**12), "model.tokens: must be less than or equal"),
         (lambda d: d["cost"].update(full_flops=10**400), "full_flops"),

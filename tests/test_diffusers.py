@@ -24,8 +24,8 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.diffusers.transformer import _usual_call
 from tc_deploy.errors import UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.models import dit
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -163,7 +163,7 @@ def test_the_page_s_snippet_runs(folder: Path, bundle: Path, tmp_path: Path, mon
     (tmp_path / "engines").mkdir()
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "dit").symlink_to(folder)
-    settings = {**MIXED, "sampling": {"steps": 50, "guidance_scale": 4.0}}
+    settings = {**MIXED, "sampling": {"num_inference_steps": 50, "guidance_scale": 4.0}}
     settings["cache"] = MIXED["cache"] | {"keep_counts": ((0, 8), (8, 4))}
     plan = make_plan(folder, tmp_path / "plan", **settings)
     export_bundle(plan, tmp_path / "engines" / "mine", ExportOptions(check=False, graphs_from=bundle))

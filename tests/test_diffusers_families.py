@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tc_deploy.backends.build import build_target
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_engine_record, read_manifest
 
 STEPS = 6
@@ -36,8 +36,8 @@ PLAN = {
     "latent_size": (8, 12),
     "text_tokens": TEXT_TOKENS,
     # F c c F c c, and no phase 2: two graphs are enough to see a family's calls.
-    "sampling": {"steps": STEPS, "guidance_scale": 3.0},
-    "schedule": {"boundary": STEPS, "k1": 3, "k2": 1},
+    "sampling": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
+    "schedule": {"phase_start": STEPS, "cache_interval_early": 3, "cache_interval_late": 1},
     "cache": {"attention": "all", "forecast_order": 1},
 }
 
@@ -148,7 +148,7 @@ CASES = {
         pipeline=_flux,
         size={"height": 8, "width": 12},
         arguments={**_prompts(24), **_pooled(20), "true_cfg_scale": 2.0},
-        plan={"sampling": {"steps": STEPS}},
+        plan={"sampling": {"num_inference_steps": STEPS}},
         unguided={"true_cfg_scale": 1.0},
     ),
     "sana": Case(

@@ -33,8 +33,8 @@ PLAN = {
     "latent_size": (8, 12),
     "text_tokens": 5,
     # F c c F c c
-    "sampling": {"steps": STEPS, "guidance_scale": 3.0},
-    "schedule": {"boundary": STEPS, "k1": 3, "k2": 1},
+    "sampling": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
+    "schedule": {"phase_start": STEPS, "cache_interval_early": 3, "cache_interval_late": 1},
 }
 SHIFTED = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -176,7 +176,7 @@ def test_two_calls_a_step_without_a_word_are_told_apart(tmp_path: Path) -> None:
     def parts(kind: Any, transformer: Any, scheduler: Any) -> Any:
         return kind(scheduler, shifted_autoencoder(4, 1), *[None] * 4, transformer)
 
-    flux = made(tmp_path, "flux", DYNAMIC, {"height": 8, "width": 12}, parts, sampling={"steps": STEPS})
+    flux = made(tmp_path, "flux", DYNAMIC, {"height": 8, "width": 12}, parts, sampling={"num_inference_steps": STEPS})
     given = {"image": torch.full((1, 3, 8, 12), 0.5), "strength": 1.0, "true_cfg_scale": 1.5}
     full = EngineTransformer(flux.bundle, full=True)
     kind = diffusers.FluxImg2ImgPipeline

@@ -38,8 +38,8 @@ SEQUENCES = int(os.environ.get("TC_DEPLOY_SEQUENCES", "40"))
 EQUAL = tolerance("onnxruntime", "fp32", "trajectory_max_rel")
 PLAN = {
     # F c1 F c2: a run that goes on with another's caches shows it from the second step on.
-    "sampling": {"steps": STEPS, "guidance_scale": 2.0},
-    "schedule": {"boundary": 2, "k1": 2, "k2": 2},
+    "sampling": {"num_inference_steps": STEPS, "guidance_scale": 2.0},
+    "schedule": {"phase_start": 2, "cache_interval_early": 2, "cache_interval_late": 2},
     "cache": {"keep_counts": ((4,), (0,)), "attention": "all", "forecast_order": 1},
 }
 PLANNED = diffusers.DDIMScheduler(clip_sample=False)

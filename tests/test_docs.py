@@ -28,7 +28,7 @@ README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 GUIDES = [page for page in PAGES if page.name not in ("CHANGELOG.md", "cli.md")]
 """The changelog names what was, and cli.md is written from the commands themselves."""
-README_LINES, README_WIDTH = 130, 140
+README_LINES, README_WIDTH = 130, 155
 CODE = re.compile(r"^(?:```(\w*)\n(.*?)^```|((?: {4,}\S[^\n]*\n)+))", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 

@@ -20,22 +20,22 @@ from validate import faults
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.diffusers import EngineTransformer
-from tc_deploy.export.stage import export_bundle
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, TABLES, load_plan
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 SETTINGS: dict[str, Any] = {
     # F c1 c1 F c1 c1 | F c2 F c2: phase 1 skips the model and is fitted, phase 2 computes tokens and is not.
     "seed": 5,
-    "sampling": {"steps": 10, "guidance_scale": 2.0},
-    "schedule": {"boundary": 6, "k1": 3, "k2": 2},
+    "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
+    "schedule": {"phase_start": 6, "cache_interval_early": 3, "cache_interval_late": 2},
     "cache": {"keep_counts": ((0, 0), (8, 4)), "forecast_order": 1},
     "forecast": {"fit_samples": 8},
 }
@@ -97,7 +97,20 @@ def test_a_plan_is_measured_with_its_weights_and_on_other_seeds_than_the_fit_s(
 
 
 def test_the_command_line_fits_shows_it_and_prints_a_recipe_that_does_it_again(made: Made, tmp_path: Path) -> None:
-    words = ("--steps", 10, "--guidance-scale", 2, "--boundary", 6, "--k1", 3, "--k2", 2, "--forecast-order", 1)
+    words = (
+        "--steps",
+        10,
+        "--guidance-scale",
+        2,
+        "--phase-start",
+        6,
+        "--cache-interval-early",
+        3,
+        "--cache-interval-late",
+        2,
+        "--forecast-order",
+        1,
+    )
     counts = ("--keep-counts", "0", "8,4", "--samples", 0, "--seed", 5, "--fit-samples", 8)
     answer = run_cli("calibrate", made.model, "-o", tmp_path / "plan", *words, *counts)
     assert answer.code == 0, answer.err

@@ -15,18 +15,18 @@ from tolerances import tolerance
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
-from tc_deploy.export.stage import export_bundle
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import PLAN, ListedScheduleRecord, load_plan
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 # Both kinds of cached step in turn, full steps side by side, and no full step where the kind changes.
 LINE = "F F c2 F c1 c2 c1 F F c1"
 SETTINGS: dict[str, Any] = {
     "seed": 5,
-    "sampling": {"steps": 10, "guidance_scale": 2.0},
+    "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
     "schedule": {"variants": LINE},
     "cache": {"keep_counts": ((0, 0), (8, 4)), "forecast_order": 1},
     "forecast": {"fit_samples": 8},
@@ -75,11 +75,11 @@ def test_it_is_shown_without_intervals(made: Made, tmp_path: Path) -> None:
     assert f"schedule  {LINE}" in run_cli("inspect", made.plan).out.splitlines()
     shown = json.loads(run_cli("inspect", made.plan, "--json").out)
     assert (shown["schedule"], shown["steps"], shown["steps_full"]) == (LINE, 10, 5)
-    assert not {"boundary", "k1", "k2"} & shown.keys()
+    assert not {"phase_start", "cache_interval_early", "cache_interval_late"} & shown.keys()
     assert run_cli("report", made.plan, "-o", tmp_path / "report.html").code == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "5 full and 5 cached steps" in page
-    assert "boundary" not in page.partition("</style>")[2]
+    assert "phase_start" not in page.partition("</style>")[2]
     assert "variants" in page
 
 
@@ -88,14 +88,20 @@ def test_it_is_shown_without_intervals(made: Made, tmp_path: Path) -> None:
     [
         ({"variants": "c1 F"}, "schedule.variants: step 0 must be a full step"),
         ({"variants": "F c3"}, "schedule.variants: step 1: expected F, c1, c2, found 'c3'"),
-        ({"variants": "F c1"}, "schedule.variants: expected 10 marks (sampling.steps), found 2; .* --steps 2"),
-        ({"variants": LINE, "k1": 3}, "schedule: variants and k1 exclude each other; give one"),
+        (
+            {"variants": "F c1"},
+            "schedule.variants: expected 10 marks (sampling.num_inference_steps), found 2; .* --steps 2",
+        ),
+        (
+            {"variants": LINE, "cache_interval_early": 3},
+            "schedule: variants and cache_interval_early exclude each other; give one",
+        ),
     ],
 )
 def test_a_recipe_s_list_that_does_not_fit_is_one_line(
     made: Made, tmp_path: Path, schedule: dict[str, Any], message: str
 ) -> None:
-    lines = [f'model = "{made.model}"', "[sampling]", "steps = 10", "[schedule]"]
+    lines = [f'model = "{made.model}"', "[sampling]", "num_inference_steps = 10", "[schedule]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in schedule.items()]
     (tmp_path / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
     answer = run_cli("calibrate", tmp_path / "recipe.toml", "-o", tmp_path / "plan")

@@ -70,7 +70,7 @@ def make_plan(tables: Tables, **changes: Any) -> Plan:
             timesteps=tuple(float(t) for t in range(900, -100, -100)),
             guidance_scale=1.5,
         ),
-        "schedule": ScheduleRecord(steps=10, boundary=4, k1=2, k2=3),
+        "schedule": ScheduleRecord(steps=10, phase_start=4, cache_interval_early=2, cache_interval_late=3),
         "cache": CacheRecord(reuse=Reuse.BRANCH, attention=Attention.ALL, forecast_order=1, keep_counts=KEEP_COUNTS),
         "cost": CostRecord(full_flops=1000, cached_flops=(400, 50)),
         "origin": OriginRecord(method="predictor", seed=0, settings={"iterations": 10}),
@@ -170,7 +170,7 @@ def test_what_a_plan_says_of_itself() -> None:
 
 
 def test_a_phase_without_cached_steps_needs_no_table() -> None:
-    schedule = ScheduleRecord(steps=10, boundary=4, k1=1, k2=3)
+    schedule = ScheduleRecord(steps=10, phase_start=4, cache_interval_early=1, cache_interval_late=3)
     assert make_plan({}, schedule=schedule).phases_used() == (2,)
 
 
@@ -184,14 +184,14 @@ def test_a_phase_without_cached_steps_needs_no_table() -> None:
         (lambda d: d["model"].update(colour="red"), "model.colour: unknown key"),
         (lambda d: d.update(kind="bundle"), "kind: must be 'plan', found 'bundle'"),
         (lambda d: d.pop("kind"), "kind: this key is required"),
-        (lambda d: d.update(format_version=1), "a plan of format 1, and this tc-deploy reads format 2"),
-        (lambda d: d.update(format_version="2"), "format_version: must be 2, found '2'"),
+        (lambda d: d.update(format_version=1), "a plan of format 1, and this tc-deploy reads format 3"),
+        (lambda d: d.update(format_version="3"), "format_version: must be 3, found '3'"),
         (lambda d: d.pop("format_version"), "format_version: this key is required"),
         (lambda d: d.pop("model"), "model: this key is required"),
-        (lambda d: d["schedule"].update(k1=0), "schedule.k1: .*greater than 0"),
+        (lambda d: d["schedule"].update(cache_interval_early=0), "schedule.cache_interval_early: .*greater than 0"),
         (lambda d: d["schedule"].update(aRecord=0), "schedule.aRecord: unknown key"),
         (lambda d: d["schedule"].update(steps="10"), "schedule.steps: .*valid integer"),
-        (lambda d: d["schedule"].update(boundary=-1), "schedule.boundary: "),
+        (lambda d: d["schedule"].update(phase_start=-1), "schedule.phase_start: "),
         (lambda d: d["cache"].update(forecast_order=3), "cache.forecast_order: "),
         (lambda d: d["cache"].update(reuse="magic"), "cache.reuse: .*'branch' or 'residual'"),
         (lambda d: d["cache"]["keep_counts"].append([]), "cache.keep_counts"),
@@ -211,7 +211,7 @@ def test_json_that_is_no_plan(folder: Path, change: Callable[[dict[str, Any]], o
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["schedule"].update(boundary=11), "boundary must lie in 0..10 .*found 11"),
+        (lambda d: d["schedule"].update(phase_start=11), "phase_start must lie in 0..10 .*found 11"),
         (lambda d: d["sampling"]["timesteps"].pop(), "9 timesteps for 10 steps"),
         (lambda d: d["cache"]["keep_counts"][1].pop(), "phase 2: expected one keep count .*4 blocks, found 3"),
         (
@@ -222,7 +222,10 @@ def test_json_that_is_no_plan(folder: Path, change: Callable[[dict[str, Any]], o
             lambda d: d["cache"]["keep_counts"][1].__setitem__(0, 4),
             r"token_index_2: expected \(4, 4\) int32, found noth",
         ),
-        (lambda d: d["schedule"].update(k1=4), r"token_index_1: expected \(3, 5\) int32, found \(2, 5\) int32"),
+        (
+            lambda d: d["schedule"].update(cache_interval_early=4),
+            r"token_index_1: expected \(3, 5\) int32, found \(2, 5\) int32",
+        ),
         (lambda d: d["model"].update(tokens=7), "phase 1, block 2: keep count must lie in 0..7, found 8"),
     ],
 )
@@ -385,7 +388,7 @@ def test_a_plan_without_a_fit_forecasts_by_polynomials_and_says_nothing_of_it(fo
         lambda d: d["sampling"].update(guidance_scale=None),
         lambda d: d["sampling"].update(scheduler_class="EulerDiscreteScheduler"),
         lambda d: d["sampling"]["timesteps"].__setitem__(3, 601.0),
-        lambda d: d["schedule"].update(k2=2),
+        lambda d: d["schedule"].update(cache_interval_late=2),
         lambda d: d["cache"].update(forecast_order=2),
         lambda d: d["model"].update(weights_sha256="1" * 64),
         lambda d: d["forecast"].update(fitted_for="0" * 64),

@@ -15,7 +15,7 @@ import onnx_ir
 import openvino
 import pytest
 from bundles import edit_manifest, reseal, run_cli, snapshot
-from prompted import BATCH, PROMPTS, Prompted, noise_of, pictures
+from prompted import BATCH, PROMPTS, Prompted, images, noise_of
 from tolerances import tolerance
 
 import tc_deploy
@@ -29,12 +29,12 @@ from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bench.measure import bench_bundles
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import DECODER, FP32_GRAPHS, TEXT_ENCODER, read_manifest
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 WIDE = 16
 ONE = pytest.mark.parametrize("prompted", ["pixart"], indirect=True)
@@ -63,8 +63,8 @@ def test_the_plan_s_transformer_is_free_before_a_text_encoder_is_loaded(prompted
     build_target(tmp_path / "bundle", options={"threads": 1})
     noise = noise_of(prompted)
     with tc_deploy.load(tmp_path / "bundle", batch_size=BATCH) as pipeline:
-        found = pipeline(prompts=PROMPTS, **prompted.case.given, latents=noise, full=False).images
-    assert np.array_equal(found, pictures(prompted, "onnxruntime", full=False, noise=noise).images)
+        found = pipeline(prompt=PROMPTS, **prompted.case.given, latents=noise, full=False).images
+    assert np.array_equal(found, images(prompted, "onnxruntime", full=False, noise=noise).images)
 
 
 @pytest.mark.slow
@@ -82,10 +82,10 @@ def test_half_precision_leaves_them_in_fp32(prompted: Prompted, tmp_path: Path) 
     noise = noise_of(prompted)
     with tc_deploy.load(tmp_path / "bundle") as pipeline:
         # One more than a batch holds: what fills it up is cut off.
-        found = pipeline(prompts=[*PROMPTS, PROMPTS[0]], **prompted.case.given, seed=3).images
+        found = pipeline(prompt=[*PROMPTS, PROMPTS[0]], **prompted.case.given, seed=3).images
         assert found.shape == (BATCH + 1, *prompted.shape)
-        half = pipeline(prompts=PROMPTS, **prompted.case.given, latents=noise, full=True).latents
-    exact = pictures(prompted, "onnxruntime", full=True, noise=noise).latents
+        half = pipeline(prompt=PROMPTS, **prompted.case.given, latents=noise, full=True).latents
+    exact = images(prompted, "onnxruntime", full=True, noise=noise).latents
     assert np.abs(half - exact).max() / np.abs(exact).max() <= tolerance("onnxruntime", "fp16", "trajectory_max_rel")
     words = ("build", tmp_path / "bundle", "--backend", "tensorrt-rtx", "--compute-capability", "7.5")
     assert "this bundle's decoder is in fp32; leave 7.5 out, or export without" in run_cli(*words).error
@@ -180,10 +180,10 @@ def test_each_text_is_encoded_once(prompted: Prompted) -> None:
 
     engines = (device, {**graphs, TEXT_ENCODER: Counted()})
     with Pipeline(prompted.bundle, "onnxruntime", batch_size=1, engines=engines) as pipeline:
-        pipeline(prompts=["a cat", "a dog", "a cat", "a cat"], negative_prompts="a dog")
+        pipeline(prompt=["a cat", "a dog", "a cat", "a cat"], negative_prompt="a dog")
         assert len(runs) == 2
-        stepped = [step.read_latents() for step in pipeline.steps(prompts=["a cat"], negative_prompts="a dog", seed=2)]
-        whole = pipeline(prompts=["a cat"], negative_prompts="a dog", seed=2).latents
+        stepped = [step.read_latents() for step in pipeline.steps(prompt=["a cat"], negative_prompt="a dog", seed=2)]
+        whole = pipeline(prompt=["a cat"], negative_prompt="a dog", seed=2).latents
     assert np.array_equal(stepped[-1], whole)
 
 
@@ -236,7 +236,7 @@ def test_prompts_without_their_library(prompted: Prompted, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with tc_deploy.load(prompted.bundle, "onnxruntime") as pipeline:
         with pytest.raises(BackendError, match=r"tokenizers is not installed: pip install 'tokenizers>="):
-            pipeline(prompts=["a cat"])
+            pipeline(prompt=["a cat"])
         # Who gives arrays needs none, and the failed request holds nothing.
         assert pipeline(**pipeline.placeholders(1)).images.shape == (1, *prompted.shape)
 

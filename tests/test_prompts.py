@@ -15,7 +15,7 @@ import torch
 from bundles import SaveDit, make_plan, run_cli
 from diffusers_pipelines import tiny_autoencoder
 from PIL import Image
-from prompted import BATCH, PROMPTS, SCHEDULE, STEPS, TEXT, Prompted, noise_of, pictures
+from prompted import BATCH, PROMPTS, SCHEDULE, STEPS, TEXT, Prompted, images, noise_of
 from tolerances import tolerance
 
 import tc_deploy
@@ -24,7 +24,7 @@ from tc_deploy.errors import UsageError
 from tc_deploy.manifest import DECODER, TEXT_ENCODER, read_manifest
 from tc_deploy.runtime.request import checked_request
 from tc_deploy.sheet import GAP
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 
 def test_prompts_become_the_pipeline_s_pictures(prompted: Prompted) -> None:
@@ -41,26 +41,26 @@ def test_prompts_become_the_pipeline_s_pictures(prompted: Prompted) -> None:
         output_type="np",
         return_dict=False,
     )[0]
-    full = pictures(prompted, full=True, noise=noise)
+    full = images(prompted, full=True, noise=noise)
     assert (full.images.dtype, full.images.shape) == (np.uint8, (BATCH, *prompted.shape))
     assert (full.steps_full, full.steps_cached) == (STEPS, 0)
     # Rounding to bytes moves a value by half a step, and one between two bytes to either.
     assert np.abs(full.images / 255 - made_by_it).max() <= 1.5 / 255
-    cached = pictures(prompted, full=False, noise=noise)
+    cached = images(prompted, full=False, noise=noise)
     assert (cached.steps_full, cached.steps_cached) == (2, 2)
     assert np.abs(cached.latents - full.latents).max() > 100 * tolerance("onnxruntime", "fp32", "trajectory_max_abs")
 
 
 def test_prompts_alone_are_told_apart(prompted: Prompted) -> None:
     noise = np.repeat(noise_of(prompted)[:1], BATCH, axis=0)
-    first, second = pictures(prompted, full=False, noise=noise).latents
+    first, second = images(prompted, full=False, noise=noise).latents
     assert np.abs(first - second).max() > tolerance("onnxruntime", "fp32", "trajectory_max_abs")
 
 
 def test_openvino_makes_the_same(prompted: Prompted) -> None:
     noise = noise_of(prompted)
     build_target(prompted.bundle, "openvino", {"threads": 1, "precision": "f32"})
-    expected, found = (pictures(prompted, name, full=False, noise=noise) for name in ("onnxruntime", "openvino"))
+    expected, found = (images(prompted, name, full=False, noise=noise) for name in ("onnxruntime", "openvino"))
     error = np.abs(found.latents - expected.latents).max() / np.abs(expected.latents).max()
     assert error <= tolerance("openvino", "fp32", "trajectory_max_rel")
     assert np.abs(found.images.astype(int) - expected.images).max() <= 1
@@ -87,7 +87,7 @@ for name in ("torch", "diffusers", "transformers"):
     sys.modules[name] = None
 import tc_deploy
 with tc_deploy.load(sys.argv[1], "onnxruntime") as pipeline:
-    result = pipeline(prompts=["a cat"], seed=1)
+    result = pipeline(prompt="a cat", seed=1)
 print(json.dumps([list(result.images.shape), result.steps_cached]))
 """
     words = [sys.executable, "-c", program, str(prompted.bundle)]
@@ -121,11 +121,11 @@ def test_the_command_line_takes_prompts(prompted: Prompted, tmp_path: Path) -> N
 def test_what_does_not_go_with_prompts_is_refused(prompted: Prompted) -> None:
     with tc_deploy.load(prompted.bundle, "onnxruntime") as pipeline:
         for given, message in (
-            ({"prompts": "a cat"}, "prompts must be a list"),
-            ({"prompts": []}, "no text in prompts"),
-            ({"prompts": [3]}, "prompts must hold text"),
-            ({"prompts": ["a cat"], "class_labels": [1]}, "one of them"),
-            ({"prompts": ["a cat"], "conditions": {"encoder_hidden_states": np.zeros(1)}}, "not for a request to give"),
+            ({"prompt": 3}, "prompt must be a text or a list of texts"),
+            ({"prompt": []}, "no text in prompt"),
+            ({"prompt": [3]}, "prompt must hold text"),
+            ({"prompt": ["a cat"], "class_labels": [1]}, "one of them"),
+            ({"prompt": ["a cat"], "conditions": {"encoder_hidden_states": np.zeros(1)}}, "not for a request to give"),
         ):
             with pytest.raises(UsageError, match=message):
                 pipeline(**given)
@@ -139,7 +139,7 @@ def test_labels_become_the_pipeline_s_pictures(save_dit: SaveDit, tmp_path: Path
     plan = make_plan(
         folder,
         tmp_path / "plan",
-        sampling={"steps": STEPS, "guidance_scale": 2.0},
+        sampling={"num_inference_steps": STEPS, "guidance_scale": 2.0},
         schedule=SCHEDULE,
         cache={"keep_counts": ((0,), (0,))},
     )
@@ -150,7 +150,7 @@ def test_labels_become_the_pipeline_s_pictures(save_dit: SaveDit, tmp_path: Path
         result = pipeline(class_labels=[3, 1], latents=noise.numpy(), full=True)
         assert pipeline(class_labels=[3], seed=5, decode=False).images is None
         with pytest.raises(UsageError, match="this bundle takes class labels, no prompts"):
-            pipeline(prompts=["a cat"])
+            pipeline(prompt=["a cat"])
     transformer = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
     pipe = diffusers.DiTPipeline(transformer.eval(), autoencoder, scheduler)
@@ -163,7 +163,7 @@ def test_labels_become_the_pipeline_s_pictures(save_dit: SaveDit, tmp_path: Path
 
 def test_a_bundle_without_a_text_encoder_says_how_to_have_one(prompted: Prompted) -> None:
     manifest = read_manifest(prompted.bundle).model_copy(update={"text": None})
-    nothing = dict.fromkeys(("class_labels", "negative_prompts", "conditions", "unconditional", "latents"))
+    nothing = dict.fromkeys(("class_labels", "negative_prompt", "conditions", "unconditional", "latents"))
     nothing |= dict.fromkeys(("count", "guidance_scale", "true_cfg_scale"))
     with pytest.raises(UsageError, match=r"no text encoder.*--with-text-encoder"):
-        checked_request(manifest, prompts=PROMPTS, **nothing, seed=0)
+        checked_request(manifest, prompt=PROMPTS, **nothing, seed=0)

@@ -20,7 +20,20 @@ def worse(tmp_path_factory: pytest.TempPathFactory, mixed: Made) -> Made:
     """A plan that was measured to be worse than fewer steps; not exported yet. The figures are written in by hand."""
     folder = tmp_path_factory.mktemp("worse")
     answer = run_cli(
-        *("calibrate", mixed.model, "-o", folder / "plan", "--steps", 6, "--boundary", 6, "--k1", 6, "--k2", 1),
+        *(
+            "calibrate",
+            mixed.model,
+            "-o",
+            folder / "plan",
+            "--steps",
+            6,
+            "--phase-start",
+            6,
+            "--cache-interval-early",
+            6,
+            "--cache-interval-late",
+            1,
+        ),
         *("--keep-counts", "0", "0", "--forecast-order", 0, "--samples", 2),
     )
     assert answer.code == 0, answer.err

@@ -33,7 +33,7 @@ def cached_steps(schedule: Schedule) -> list[int]:
 
 
 def test_the_example_that_defines_it() -> None:
-    schedule = tprr(steps=10, boundary=4, k1=2, k2=3)
+    schedule = tprr(steps=10, phase_start=4, cache_interval_early=2, cache_interval_late=3)
     assert schedule.line() == "F c1 F c1 | F c2 c2 F c2 c2"
     assert schedule.variants == (0, 1, 0, 1, 0, 2, 2, 0, 2, 2)
     assert schedule.cached_steps(1) == (1, 3)
@@ -52,9 +52,9 @@ class Numbers:
     """What TPRR makes a list of."""
 
     steps: int
-    boundary: int
-    k1: int
-    k2: int
+    phase_start: int
+    cache_interval_early: int
+    cache_interval_late: int
 
     @property
     def schedule(self) -> Schedule:
@@ -71,43 +71,47 @@ def numbers(draw: st.DrawFn, max_steps: int = 120) -> Numbers:
 @given(numbers())
 def test_each_phase_starts_in_full(given: Numbers) -> None:
     assert given.schedule.variants[0] == FULL
-    if given.boundary < given.steps:
-        assert given.schedule.variants[given.boundary] == FULL
+    if given.phase_start < given.steps:
+        assert given.schedule.variants[given.phase_start] == FULL
 
 
 @given(numbers())
 def test_a_cached_step_runs_its_own_phase(given: Numbers) -> None:
-    assert all(step < given.boundary for step in given.schedule.cached_steps(1))
-    assert all(step >= given.boundary for step in given.schedule.cached_steps(2))
+    assert all(step < given.phase_start for step in given.schedule.cached_steps(1))
+    assert all(step >= given.phase_start for step in given.schedule.cached_steps(2))
 
 
 @given(numbers())
 def test_a_cache_is_never_older_than_its_interval(given: Numbers) -> None:
     for step in cached_steps(given.schedule):
-        interval = given.k1 if given.schedule.variants[step] == 1 else given.k2
+        interval = given.cache_interval_early if given.schedule.variants[step] == 1 else given.cache_interval_late
         assert step - history(given.schedule, step, 0)[0] <= interval - 1
 
 
 @given(numbers())
 def test_interval_one_means_no_caching(given: Numbers) -> None:
-    first = dataclasses.replace(given, k1=1).schedule
+    first = dataclasses.replace(given, cache_interval_early=1).schedule
     assert first.cached_steps(1) == ()
     assert first.cached_steps(2) == given.schedule.cached_steps(2)
-    assert dataclasses.replace(given, k1=1, k2=1).schedule == full_schedule(given.steps)
+    assert dataclasses.replace(given, cache_interval_early=1, cache_interval_late=1).schedule == full_schedule(
+        given.steps
+    )
 
 
 @given(numbers())
 def test_full_steps_by_formula(given: Numbers) -> None:
-    later = given.steps - given.boundary
-    assert given.schedule.full_steps == math.ceil(given.boundary / given.k1) + math.ceil(later / given.k2)
+    later = given.steps - given.phase_start
+    assert given.schedule.full_steps == math.ceil(given.phase_start / given.cache_interval_early) + math.ceil(
+        later / given.cache_interval_late
+    )
     assert given.schedule.full_steps + len(cached_steps(given.schedule)) == given.steps
 
 
 @given(numbers())
 def test_the_line_of_two_phases_has_a_bar(given: Numbers) -> None:
     marks = given.schedule.line().split()
-    if 0 < given.boundary < given.steps:
-        assert marks.index("|") == given.boundary == given.schedule.phase_start
+    if 0 < given.phase_start < given.steps:
+        assert marks.index("|") == given.phase_start == given.schedule.phase_start
     else:
         assert "|" not in marks
         assert given.schedule.phase_start is None
@@ -176,17 +180,27 @@ def test_order_zero_reuses(schedule: Schedule) -> None:
 
 
 def test_linear_forecast_by_hand() -> None:
-    weights: FloatArray = tprr(steps=6, boundary=0, k1=1, k2=3).polynomial_weights(1)
+    weights: FloatArray = tprr(
+        steps=6, phase_start=0, cache_interval_early=1, cache_interval_late=3
+    ).polynomial_weights(1)
     thirds = [[1, 0], [1, 0], [1, 0], [1, 0], [4 / 3, -1 / 3], [5 / 3, -2 / 3]]
     np.testing.assert_array_equal(weights, np.array(thirds, dtype=np.float32))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("steps", -3), ("boundary", -1), ("boundary", 11), ("k1", 0), ("k1", -2), ("k2", 0)],
+    [
+        ("steps", 0),
+        ("steps", -3),
+        ("phase_start", -1),
+        ("phase_start", 11),
+        ("cache_interval_early", 0),
+        ("cache_interval_early", -2),
+        ("cache_interval_late", 0),
+    ],
 )
 def test_bad_numbers_are_named(field: str, value: int) -> None:
-    numbers = {"steps": 10, "boundary": 4, "k1": 2, "k2": 3} | {field: value}
+    numbers = {"steps": 10, "phase_start": 4, "cache_interval_early": 2, "cache_interval_late": 3} | {field: value}
     with pytest.raises(PlanError, match=rf"\b{field}\b.*found {value}"):
         tprr(**numbers)
 

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.signing import PASSWORD_VARIABLE, SIGNATURE, sign_bundle, verify_bundle
 
 

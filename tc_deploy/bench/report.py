@@ -32,7 +32,7 @@ def runs_report(
         batch_size: pictures that a run makes.
 
     Returns:
-        By kind of run the latency, ``pictures_per_s`` at its median, and the ratios of its time to the full run's
+        By kind of run the latency, ``images_per_s`` at its median, and the ratios of its time to the full run's
         (``ratio_to_full``) and to the first contender's run of the same kind (``ratio_to_first``).
     """
     walls_ms = {kind: [run.wall_ms for run in runs[kind]] for kind in (PLAN_RUN, FULL_RUN)}
@@ -40,7 +40,7 @@ def runs_report(
     for kind, times_ms in walls_ms.items():
         latency = latency_of(times_ms)
         found[kind] = latency | {
-            "pictures_per_s": round(1e3 * batch_size / latency["p50_ms"], DIGITS),
+            "images_per_s": round(1e3 * batch_size / latency["p50_ms"], DIGITS),
             "ratio_to_full": ratio_of(times_ms, walls_ms[FULL_RUN]),
             "ratio_to_first": ratio_of(times_ms, [run.wall_ms for run in first[kind]]),
         }

@@ -11,7 +11,7 @@ import torch
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.schedule import Schedule
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import OWN_REMEDY, PLAN_REMEDY, Sampling, TokenCachedSteps, denoise, finite_steps
@@ -71,9 +71,9 @@ def measure(
     return MeasuredRecord(
         plan_sha256=plan_sha256,
         seeds=seeds,
-        psnr_db=round(picture_psnr_db(found, reference, pixels=pixels), 2),
+        psnr_db=round(image_psnr_db(found, reference, pixels=pixels), 2),
         fewer_steps=fewer_steps,
-        fewer_steps_psnr_db=round(picture_psnr_db(torch.cat(shortened), reference, pixels=pixels), 2),
+        fewer_steps_psnr_db=round(image_psnr_db(torch.cat(shortened), reference, pixels=pixels), 2),
     )
 
 

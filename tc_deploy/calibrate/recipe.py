@@ -3,13 +3,13 @@
     model = "../../examples/digits-dit"     # relative to the recipe
 
     [sampling]
-    steps = 50
+    num_inference_steps = 50
     guidance_scale = 2.0
 
     [schedule]
-    boundary = 25
-    k1 = 4
-    k2 = 2
+    phase_start = 25
+    cache_interval_early = 4
+    cache_interval_late = 2
 
     [cache]
     keep_ratio = [0.0, 0.25]                # phase 1, phase 2: share of all tokens that a cached step computes
@@ -59,7 +59,7 @@ _ALTERNATIVES = {"cache.keep_ratio": "cache.keep_counts", "cache.keep_counts": "
 class SamplingRecipe(Document):
     """The sampling run that the plan is for."""
 
-    steps: Steps = 50
+    num_inference_steps: Steps = 50
     guidance_scale: Guidance | None = None
     """As the family's pipeline of diffusers means it: classifier-free guidance, where 1 and less are none (one model
     call per sample); for FLUX the strength of the distilled guidance."""
@@ -72,16 +72,16 @@ class SamplingRecipe(Document):
 class ScheduleRecipe(Document):
     """TPRR, whose defaults are those of docs/quality.md; or a list, step by step."""
 
-    boundary: Step | None = None
+    phase_start: Step | None = None
     """First step of phase 2; None means half of the steps."""
-    k1: Steps = 4
-    k2: Steps = 2
+    cache_interval_early: Steps = 4
+    cache_interval_late: Steps = 2
     variants: Annotated[str, Field(max_length=4 * MAX_STEPS)] | None = None
     """``F c1 c1 F c2``: one mark for each step, set by hand."""
 
     @model_validator(mode="after")
     def _check_one_way(self) -> Self:
-        others = sorted(self.model_fields_set & {"boundary", "k1", "k2"})
+        others = sorted(self.model_fields_set & {"phase_start", "cache_interval_early", "cache_interval_late"})
         if self.variants is not None and others:
             raise ValueError(f"variants and {others[0]} exclude each other; give one")
         return self
@@ -149,10 +149,10 @@ class MeasureRecipe(Document):
 class SearchRecipe(Document):
     """What ``tc-deploy plan`` tries: every combination, or as many as ``trials`` allows."""
 
-    boundary: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    phase_start: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     """First step of phase 2, as a share of the steps."""
-    k1: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
-    k2: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8)
+    cache_interval_early: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
+    cache_interval_late: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8)
     keep_ratio: tuple[Ratio, ...] = (0.0, 0.125, 0.25, 0.5)
     """Each phase takes one."""
     forecast_order: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (1, 2)
@@ -221,8 +221,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
     Args:
         path: a ``.toml`` file, or a model folder, which is a recipe with defaults only.
-        overrides: the command line's options as dotted keys, for example ``{"schedule.k1": 4}``; None values are
-            passed over.
+        overrides: the command line's options as dotted keys, for example ``{"schedule.phase_start": 4}``; None values
+            are passed over.
 
     Raises:
         UsageError: the file is missing or no TOML, a key is unknown, or a value is out of range.

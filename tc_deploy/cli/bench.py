@@ -73,7 +73,7 @@ def _show_runs(contenders: list[dict[str, Any]], rounds: int, *, compared: bool)
             times = [f"{run[name]:.1f}" for name in shown.values()]
             ratios = [_spread(run["ratio_to_full"]), *([_spread(run["ratio_to_first"])] if compared else [])]
             what = [*_names(contender), contender["precision"], kind, steps[kind]]
-            rows.append([*what, *times, f"{run['pictures_per_s']:.2f}", *ratios])
+            rows.append([*what, *times, f"{run['images_per_s']:.2f}", *ratios])
     head = ["engines", "batch", "precision", "run", "full + cached", *shown, "pictures/s", "to full (IQR)"]
     _show_table([*head, *(["to first (IQR)"] if compared else [])], rows)
 

@@ -36,7 +36,13 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.command(cls=GroupedCommand)
 @click.argument("source", metavar="RECIPE|MODEL", type=MODEL_PATH)
 @option("-o", "--output", required=True, type=NEW_PATH, help="Plan folder, calibration/NAME.")
-@option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@option(
+    "--steps",
+    "--num-inference-steps",
+    "sampling__num_inference_steps",
+    type=int,
+    help="Denoising steps of the sampling run.",
+)
 @guidance_option
 @true_cfg_option
 @size_option
@@ -44,9 +50,11 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @conditions_option
 @variant_option
 @device_option
-@option("--boundary", "schedule__boundary", type=int, help="First step of phase 2.")
-@option("--k1", "schedule__k1", type=int, help="Phase 1: one step in so many is full.")
-@option("--k2", "schedule__k2", type=int, help="Phase 2, likewise.")
+@option("--phase-start", "schedule__phase_start", type=int, help="First step of phase 2.")
+@option(
+    "--cache-interval-early", "schedule__cache_interval_early", type=int, help="Phase 1: one step in so many is full."
+)
+@option("--cache-interval-late", "schedule__cache_interval_late", type=int, help="Phase 2, likewise.")
 @option(
     "--keep-ratio",
     "cache__keep_ratio",
@@ -101,8 +109,8 @@ def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
     the recipe. A run that was stopped leaves its state in .NAME.tc-deploy beside the plan, and goes on when it is
     started again.
     """
+    from tc_deploy.calibrate.calibration import calibrate
     from tc_deploy.calibrate.recipe import read_recipe
-    from tc_deploy.calibrate.stage import calibrate
     from tc_deploy.errors import Cancelled
     from tc_deploy.inspect import measurement_of
     from tc_deploy.remarks import remark_on

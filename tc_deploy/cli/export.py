@@ -12,9 +12,9 @@ from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
+from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.inspect import departure
 from tc_deploy.plan import RANDOM
-from tc_deploy.samples import sampled_on_in_words
 from tc_deploy.types import Precision
 
 
@@ -94,8 +94,8 @@ def command(
 
     PLAN is a folder calibration/NAME. An existing bundle is replaced, with the engines built from it.
     """
+    from tc_deploy.export.bundle_export import export_bundle
     from tc_deploy.export.options import ExportOptions
-    from tc_deploy.export.stage import export_bundle
 
     lost = [kind for kind in BACKENDS if (output / kind / MANIFEST).is_file()]
     manifest = export_bundle(

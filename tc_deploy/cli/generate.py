@@ -34,7 +34,7 @@ LARGEST_DEFAULT_BATCH = 16
 PNG = ".png"
 LATENTS = (".safetensors", ".npy")
 OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
-MOST_PICTURES = 1_000_000
+MOST_IMAGES = 1_000_000
 """Of one call, each with a seed of its own; memory has its say before."""
 
 
@@ -54,7 +54,7 @@ MOST_PICTURES = 1_000_000
 @option(
     "-n",
     "--count",
-    type=click.IntRange(1, MOST_PICTURES),
+    type=click.IntRange(1, MOST_IMAGES),
     help="Pictures to make, labels or prompts in turn; one of each if not given.",
 )
 @option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Picture i has seed SEED + i.")
@@ -165,7 +165,7 @@ def command(
         if labels:
             request = {"class_labels": [labels[turn] for turn in turns]}
         elif prompts:
-            request = {"prompts": [prompts[turn] for turn in turns], "negative_prompts": negative_prompt}
+            request = {"prompt": [prompts[turn] for turn in turns], "negative_prompt": negative_prompt}
         elif file is None:
             request = {"count": count}
         else:
@@ -227,12 +227,12 @@ def _check_frozen(bundle: Path, *, steps: int | None, height: int | None, width:
             f" plan's, and built in; leave --height and --width out, or make another plan: {again} --latent-size HxW,"
             " then export and build it"
         )
-    latents = pictures = manifest.latent_shape[-2:]
+    latents = images = manifest.latent_shape[-2:]
     if manifest.decoder is not None:
-        pictures = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))[-2:]
-    if (height or pictures[0], width or pictures[1]) != tuple(pictures):
+        images = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))[-2:]
+    if (height or images[0], width or images[1]) != tuple(images):
         raise UsageError(
-            f"{bundle} makes pictures of {pictures[0]}x{pictures[1]} from latents of {'x'.join(map(str, latents))}: the"
+            f"{bundle} makes pictures of {images[0]}x{images[1]} from latents of {'x'.join(map(str, latents))}: the"
             f" size is the plan's, and built in; for another make another: {again} --latent-size HxW, then export and"
             " build it"
         )

@@ -122,7 +122,11 @@ def _show_plan(plan: dict[str, Any]) -> None:
     if plan["conditions"] is not None:
         _line("prompts", _prompts(plan["conditions"]))
     _line("schedule", plan["schedule"])
-    rule = f"boundary {plan['boundary']}, K = ({plan['k1']}, {plan['k2']}), " if "boundary" in plan else ""
+    rule = (
+        f"phase start {plan['phase_start']}, K = ({plan['cache_interval_early']}, {plan['cache_interval_late']}), "
+        if "phase_start" in plan
+        else ""
+    )
     _line("", f"{rule}{plan['steps_full']} full", nl=False)
     click.echo(f" + {plan['steps_cached']} cached steps")
     _line("cache", f"reuse {plan['reuse']}, attention {plan['attention']}, forecast order {plan['forecast_order']}")

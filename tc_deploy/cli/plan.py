@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 @option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run.")
 @option("--from-flops", advanced=True, is_flag=True, help="Take FLOPs for latency; nothing is timed.")
 @option("--trials", "search__trials", advanced=True, type=int, help="Candidates to sample with.")
-@option("--steps", "sampling__steps", type=int, help="Denoising steps of the sampling run.")
+@option(
+    "--steps",
+    "--num-inference-steps",
+    "sampling__num_inference_steps",
+    type=int,
+    help="Denoising steps of the sampling run.",
+)
 @guidance_option
 @true_cfg_option
 @size_option
@@ -58,7 +64,7 @@ def command(
     from_flops: bool,
     as_json: bool,
     search__trials: int | None,
-    sampling__steps: int | None,
+    sampling__num_inference_steps: int | None,
     sampling__guidance_scale: float | None,
     sampling__true_cfg_scale: float | None,
     latent_size: list[int] | None,
@@ -80,8 +86,8 @@ def command(
     from tc_deploy.calibrate.recipe import read_recipe
     from tc_deploy.plan import PLAN_FOLDER, SEARCH
     from tc_deploy.search.choose import Wish, choose_again, current_point
+    from tc_deploy.search.plan_search import search_plan
     from tc_deploy.search.record import read_search
-    from tc_deploy.search.stage import search_plan
 
     if target_psnr is not None and max_latency_ms is not None:
         raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")
@@ -93,7 +99,7 @@ def command(
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
         sizes = (latent_size, text_tokens, conditions, variant)
         guidance = (sampling__guidance_scale, sampling__true_cfg_scale)
-        settings = (backend, search__trials, sampling__steps, *guidance, seed, *sizes)
+        settings = (backend, search__trials, sampling__num_inference_steps, *guidance, seed, *sizes)
         if from_flops or any(value is not None for value in settings):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
@@ -103,7 +109,7 @@ def command(
             raise click.UsageError("missing option -o, the plan folder to write")
         overrides = {
             "search.trials": search__trials,
-            "sampling.steps": sampling__steps,
+            "sampling.num_inference_steps": sampling__num_inference_steps,
             "sampling.guidance_scale": sampling__guidance_scale,
             "sampling.true_cfg_scale": sampling__true_cfg_scale,
             "latent_size": latent_size,

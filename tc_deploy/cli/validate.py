@@ -42,7 +42,7 @@ def command(
 
     Every graph, the whole trajectory, and what each step reads. Exits with 1 if anything lies outside its tolerance.
     """
-    from tc_deploy.validate.stage import validate_bundle
+    from tc_deploy.validate.validation import validate_bundle
 
     if output is not None:
         reads = [*places_read(bundle), *([] if model is None else [model])]
@@ -75,8 +75,8 @@ def _show(record: ValidationRecord) -> None:
         console.print(line, markup=False, soft_wrap=True)
     drift = record.drift
     console.print(
-        f"final picture of this run: {_number(drift.picture_psnr_db, 1)} dB to PyTorch's under the plan,"
-        f" {_number(drift.picture_psnr_to_full_db, 1)} dB to the full run's (calibrate gives a mean of many pictures)",
+        f"final picture of this run: {_number(drift.image_psnr_db, 1)} dB to PyTorch's under the plan,"
+        f" {_number(drift.image_psnr_to_full_db, 1)} dB to the full run's (calibrate gives a mean of many pictures)",
         soft_wrap=True,
     )
     console.print(_verdict(record.passed))

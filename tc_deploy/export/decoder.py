@@ -19,6 +19,7 @@ from tc_deploy.export.check import check_outputs
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.saving import ExportedPart, saved_graph
 from tc_deploy.export.weights import WeightsFile
+from tc_deploy.golden import GoldenGraph, Trajectory
 from tc_deploy.manifest import (
     BATCH,
     DECODER,
@@ -32,7 +33,6 @@ from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.pipeline_index import AUTOENCODER
-from tc_deploy.samples import GraphSamples, Trajectory
 from tc_deploy.tokencache.graphs import NamedGraph
 
 
@@ -114,7 +114,7 @@ def export_decoder(
     samples = None
     if trajectory is not None:
         read, made = {LATENTS: real.numpy()}, {IMAGES: images[: len(real)].numpy()}
-        samples = GraphSamples(steps=(len(trajectory.cached) - 1,), inputs=(read,), outputs=(made,))
+        samples = GoldenGraph(steps=(len(trajectory.cached) - 1,), inputs=(read,), outputs=(made,))
     return ExportedPart(graph=record.model_copy(update={"max_abs_error": error}), samples=samples), component
 
 

@@ -14,11 +14,11 @@ from tc_deploy.errors import UsageError
 from tc_deploy.export.decoder import check_decoder, export_decoder
 from tc_deploy.export.saving import ExportedPart
 from tc_deploy.export.text import export_text_encoder, text_plan
+from tc_deploy.golden import Trajectory
 from tc_deploy.manifest import DECODER, TEXT_ENCODER, ComponentRecord, TextRecord
 from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
-from tc_deploy.samples import Trajectory
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from tc_deploy.golden import GoldenGraph
 from tc_deploy.manifest import ONNX_FOLDER, GraphRecord, TensorRecord
-from tc_deploy.samples import GraphSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class ExportedPart:
     """A graph that was exported beside the steps'."""
 
     graph: GraphRecord
-    samples: GraphSamples | None
+    samples: GoldenGraph | None
     """What engines are validated by; None where there is nothing to compare with."""
 
 

@@ -19,13 +19,14 @@ from tc_deploy.bundle import reading
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
+from tc_deploy.export.golden import samples_of
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.samples import samples_of
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.figures import other_timesteps
+from tc_deploy.golden import GoldenGraph, Trajectory
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     FP32_GRAPHS,
@@ -41,7 +42,6 @@ from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import Plan, PromptsRecord
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.planned.prompts import prompts_of_plan, sampled_on
-from tc_deploy.samples import GraphSamples, Trajectory
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.graphs import ModelGraph, step_graphs
 from tc_deploy.tokencache.precision import half_products, overflow_refused
@@ -54,7 +54,7 @@ class ExportedSteps:
 
     records: dict[str, GraphRecord]
     solver: SolverTable
-    samples: dict[str, GraphSamples]
+    samples: dict[str, GoldenGraph]
     """By graph; empty where none are wanted."""
     trajectory: Trajectory | None
     sampled_on: PromptsRecord | Literal["random", "labels"]

@@ -25,6 +25,7 @@ from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.merge import merged_model
 from tc_deploy.export.saving import ExportedPart, saved_graph
 from tc_deploy.export.weights import WeightsFile
+from tc_deploy.golden import GoldenGraph
 from tc_deploy.manifest import (
     BATCH,
     ONNX_FOLDER,
@@ -39,7 +40,6 @@ from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.text import TextEncoding, TextPart
-from tc_deploy.samples import GraphSamples
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.tokenization import Tokenizers, clean
 
@@ -209,7 +209,7 @@ def export_text_encoder(
         progress(f"comparing {TEXT_ENCODER} with PyTorch")
         error = check_outputs(path, feed, conditions)
         graph = graph.model_copy(update={"max_abs_error": error})
-        samples = GraphSamples(steps=(0,), inputs=(_arrays(feed),), outputs=(_arrays(conditions),))
+        samples = GoldenGraph(steps=(0,), inputs=(_arrays(feed),), outputs=(_arrays(conditions),))
     return ExportedPart(graph=graph, samples=samples), record.model_copy(update={"components": tuple(components)})
 
 

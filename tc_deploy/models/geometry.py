@@ -130,10 +130,10 @@ class Geometry:
     @property
     def pixels(self) -> bool:
         """Whether the latents are pictures in [-1, 1]: of one or three channels, and no autoencoder to decode them."""
-        return not self.autoencoder and self.picture_like
+        return not self.autoencoder and self.image_like
 
     @property
-    def picture_like(self) -> bool:
+    def image_like(self) -> bool:
         """Whether they have a picture's channels, as the latents of some autoencoders do too."""
         return len(self.latent_shape) == 3 and self.latent_shape[0] in (1, 3)
 

@@ -55,7 +55,7 @@ def check_model(plan: Plan, model: DiffusionTransformer, where: str) -> None:
     # A newer diffusers may save settings that the older one did not know.
     for key in sorted(plan.model.config.keys() & found.config.keys()):
         facts[f"config.{key}"] = (plan.model.config[key], found.config[key])
-    if model.geometry.picture_like:
+    if model.geometry.image_like:
         # What is a picture was measured as one.
         facts["autoencoder"] = (plan.model.autoencoder, found.autoencoder)
     for what, (expected, present) in facts.items():

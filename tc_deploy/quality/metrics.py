@@ -42,7 +42,7 @@ def sample_psnrs_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> Tens
     return -10 * torch.log10(relative_errors.clamp_min(10 ** (-LARGEST_PSNR_DB / 10)))
 
 
-def picture_psnr_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> float:
+def image_psnr_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> float:
     """PSNR of what is seen: the mean over samples of :func:`sample_psnrs_db`."""
     return float(sample_psnrs_db(latents, reference, pixels=pixels).mean())
 

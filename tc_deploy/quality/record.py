@@ -9,7 +9,7 @@ class Quality(Document):
     """How far pictures are from their reference; None where a figure cannot be had."""
 
     psnr_db: float
-    """Mean over samples, as :func:`tc_deploy.quality.metrics.picture_psnr_db`."""
+    """Mean over samples, as :func:`tc_deploy.quality.metrics.image_psnr_db`."""
     psnr_db_std: float
     """Standard deviation over samples, of these samples alone (divided by B): 0 for a single one."""
     ssim: float | None

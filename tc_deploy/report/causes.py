@@ -75,7 +75,7 @@ def cause_chart(validation: ValidationRecord | None, phase_start: int | None) ->
             for power in range(math.ceil(low), math.floor(high) + 1)
         ),
         curves=tuple(curves),
-        rule=None if phase_start is None else Tick(at=across(phase_start + 0.5), label="boundary"),
+        rule=None if phase_start is None else Tick(at=across(phase_start + 0.5), label="phase 2"),
     )
 
 

@@ -67,7 +67,7 @@ class Chart:
     """SVG path of the Pareto front."""
     lines: tuple[Line, ...] = ()
     rule: Tick | None = None
-    """A vertical line with a label: the full run, or the boundary."""
+    """A vertical line with a label: the full run, or the start of phase 2."""
     kinds: tuple[Kind, ...] = ()
     """The kinds that appear, for the legend."""
 
@@ -137,7 +137,7 @@ def drift_chart(source: Source) -> Chart | None:
         x_ticks=tuple(Tick(at=across(value), label=label) for value, label in linear_ticks(max(1.0, first), last)),
         y_ticks=tuple(Tick(at=up(value), label=label) for value, label in linear_ticks(0.0, highest)),
         lines=tuple(lines),
-        rule=None if start is None else Tick(at=across(start + 0.5), label="boundary"),
+        rule=None if start is None else Tick(at=across(start + 0.5), label="phase 2"),
     )
 
 

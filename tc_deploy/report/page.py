@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tc_deploy.bundle import FileKind, check_output, write_output
 from tc_deploy.plan import places_read
-from tc_deploy.report import causes, charts, pictures, provenance, tokens, words
+from tc_deploy.report import causes, charts, images, provenance, tokens, words
 from tc_deploy.report.source import Source, source_from_folder
 from tc_deploy.search.record import Kind
 
@@ -82,8 +82,8 @@ def page_from_source(source: Source) -> str:
         heat=tokens.heat_columns(source.plan),
         heat_size=tokens,
         grids=tokens.token_grids(source.plan, source.tables),
-        sheet=pictures.sample_sheet(source),
-        needs_decoder=pictures.needs_decoder(source),
+        sheet=images.sample_sheet(source),
+        needs_decoder=images.needs_decoder(source),
         foreign={point.kind for point in source.in_pytorch},
         points=sorted(points, key=lambda point: point.latency_ratio),
         facts=provenance.facts_from_source(source),

@@ -113,7 +113,7 @@ def toml_from_plan(plan: Plan) -> str:
     if sampling.true_cfg:
         guidance = {"guidance_scale": sampling.embedded_guidance, "true_cfg_scale": sampling.guidance_scale}
     tables: dict[str, dict[str, Any]] = {
-        "sampling": {"steps": plan.schedule.steps, **guidance},
+        "sampling": {"num_inference_steps": plan.schedule.steps, **guidance},
         "schedule": plan.schedule.model_dump(exclude={"steps"}),
         "cache": cache.model_dump(mode="json", exclude={"keep_counts"}),
         "forecast": {"fit_samples": 0 if plan.forecast is None else plan.forecast.samples},

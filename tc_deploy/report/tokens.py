@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tc_deploy.plan import Plan
-from tc_deploy.report.pictures import png_uri
+from tc_deploy.report.images import png_uri
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks, token_index_name
 from tc_deploy.types import FloatArray, IntArray

@@ -180,8 +180,8 @@ class Pipeline:
         self,
         *,
         class_labels: Sequence[int] | None = None,
-        prompts: Sequence[str] | None = None,
-        negative_prompts: Sequence[str] | str | None = None,
+        prompt: Sequence[str] | str | None = None,
+        negative_prompt: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
         count: int | None = None,
@@ -199,12 +199,12 @@ class Pipeline:
         Without ``on_step`` and ``should_cancel`` the steps of a batch are queued at once and waited for at its end.
 
         Args:
-            class_labels: n labels, for a model that takes labels. Give these, ``prompts`` or ``conditions``.
-            prompts: n texts, for a bundle with a text encoder. One that is longer than a tokenizer's limit is cut, with
-                a warning in the log, as diffusers does.
-            negative_prompts: what guidance goes away from: one text for all pictures, or n; "" if not given.
+            class_labels: n labels, for a model that takes labels. Give these, ``prompt`` or ``conditions``.
+            prompt: a text, or n, for a bundle with a text encoder. One that is longer than a tokenizer's limit is cut,
+                with a warning in the log, as diffusers does.
+            negative_prompt: what guidance goes away from: one text for all pictures, or n; "" if not given.
             conditions: by the name that the manifest has, (n, ...), such as prompt embeddings and their masks; beside
-                ``prompts`` those that no text makes, such as the distilled ``guidance`` of FLUX.
+                ``prompt`` those that no text makes, such as the distilled ``guidance`` of FLUX.
             unconditional: the same for the unconditional half of a guided batch, (n, ...) or (1, ...) for all pictures
                 alike; labels may be left out, which means "no class".
             count: pictures to make with a model that takes no condition, 1 if not given.
@@ -228,8 +228,8 @@ class Pipeline:
         request = checked_request(
             self.manifest,
             class_labels=class_labels,
-            prompts=prompts,
-            negative_prompts=negative_prompts,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             conditions=conditions,
             unconditional=unconditional,
             count=count,
@@ -270,8 +270,8 @@ class Pipeline:
         self,
         *,
         class_labels: Sequence[int] | None = None,
-        prompts: Sequence[str] | None = None,
-        negative_prompts: Sequence[str] | str | None = None,
+        prompt: Sequence[str] | str | None = None,
+        negative_prompt: Sequence[str] | str | None = None,
         conditions: Arrays | None = None,
         unconditional: Arrays | None = None,
         count: int | None = None,
@@ -285,8 +285,8 @@ class Pipeline:
 
         Args:
             class_labels: at most ``batch_size`` labels.
-            prompts: as for a call, at most ``batch_size``.
-            negative_prompts: as for a call.
+            prompt: as for a call, at most ``batch_size``.
+            negative_prompt: as for a call.
             conditions: as for a call, for at most ``batch_size`` pictures.
             unconditional: as for a call.
             count: as for a call.
@@ -306,8 +306,8 @@ class Pipeline:
         request = checked_request(
             self.manifest,
             class_labels=class_labels,
-            prompts=prompts,
-            negative_prompts=negative_prompts,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             conditions=conditions,
             unconditional=unconditional,
             count=count,

@@ -78,7 +78,7 @@ class Request:
         for texts in (self.prompts.given, self.prompts.negative):
             rows = {name: np.stack([made[text][name] for text in texts]) for name in made[texts[0]]} if texts else {}
             halves.append({**rows, **self.prompts.more})
-        checked = checked_conditions(manifest.conditions, *halves, guided=manifest.guided, where="prompts")
+        checked = checked_conditions(manifest.conditions, *halves, guided=manifest.guided, where="prompt")
         return dataclasses.replace(self, conditions=checked)
 
     def count_in(self, part: slice) -> int:
@@ -95,8 +95,8 @@ def checked_request(
     manifest: Manifest,
     *,
     class_labels: Sequence[int] | None,
-    prompts: Sequence[str] | None,
-    negative_prompts: Sequence[str] | str | None,
+    prompt: Sequence[str] | str | None,
+    negative_prompt: Sequence[str] | str | None,
     conditions: Arrays | None,
     unconditional: Arrays | None,
     count: int | None,
@@ -112,18 +112,18 @@ def checked_request(
     """
     needed, guided = manifest.conditions, manifest.guided
     cfg, embedded = _checked_guidance(manifest, guidance_scale, true_cfg_scale)
-    kinds = [class_labels, conditions] if prompts is None else [prompts, class_labels]
+    kinds = [class_labels, conditions] if prompt is None else [prompt, class_labels]
     if not needed:
-        if class_labels is not None or prompts is not None or conditions:
+        if class_labels is not None or prompt is not None or conditions:
             raise UsageError("this model takes no condition; give count (-n), how many pictures to make")
     elif count is not None:
         raise UsageError("count is for a model without conditions; this one makes a picture per label, prompt or row")
     elif sum(kind is not None for kind in kinds) != 1:
-        raise UsageError("give class_labels, prompts or conditions, one of them")
-    if (unconditional is not None or negative_prompts is not None) and not guided:
+        raise UsageError("give class_labels, prompt or conditions, one of them")
+    if (unconditional is not None or negative_prompt is not None) and not guided:
         raise UsageError("this bundle was exported without guidance, so it has no unconditional half; leave it out")
-    if prompts is None and negative_prompts is not None:
-        raise UsageError("negative_prompts go with prompts; give unconditional beside conditions")
+    if prompt is None and negative_prompt is not None:
+        raise UsageError("negative_prompt goes with prompt; give unconditional beside conditions")
     if conditions is not None and not isinstance(conditions, Mapping):
         raise UsageError(f"conditions must be arrays by name, found {type(conditions).__name__}")
     checked = texts = None
@@ -133,8 +133,8 @@ def checked_request(
         if count < 1:
             raise UsageError(f"count must be at least 1, found {count}")
         checked = Conditions(count=count, given={}, unconditional={})
-    elif prompts is not None:
-        texts = _checked_prompts(manifest, prompts, negative_prompts, conditions, unconditional, embedded)
+    elif prompt is not None:
+        texts = _checked_prompts(manifest, prompt, negative_prompt, conditions, unconditional, embedded)
         count = len(texts.given)
     elif class_labels is not None:
         if unconditional is not None:
@@ -172,7 +172,7 @@ def checked_request(
 
 def _checked_prompts(
     manifest: Manifest,
-    prompts: Sequence[str],
+    prompt: Sequence[str] | str,
     negative: Sequence[str] | str | None,
     conditions: Arrays | None,
     unconditional: Arrays | None,
@@ -187,16 +187,14 @@ def _checked_prompts(
             " conditions, which the source's encode_prompts.py makes"
         )
     if unconditional is not None:
-        raise UsageError("with prompts the unconditional half is that of negative_prompts; leave out unconditional")
-    given = _texts(prompts, "prompts")
+        raise UsageError("with prompt the unconditional half is that of negative_prompt; leave out unconditional")
+    given = _texts([prompt] if isinstance(prompt, str) else prompt, "prompt")
     other: tuple[str, ...] = ()
     if manifest.guided:
         negative = "" if negative is None else negative
-        other = _texts([negative] if isinstance(negative, str) else negative, "negative_prompts")
+        other = _texts([negative] if isinstance(negative, str) else negative, "negative_prompt")
         if len(other) not in (1, len(given)):
-            raise UsageError(
-                f"negative_prompts: expected one, or {len(given)} as there are prompts, found {len(other)}"
-            )
+            raise UsageError(f"negative_prompt: expected one, or {len(given)} as there are prompts, found {len(other)}")
         other = other * len(given) if len(other) == 1 else other
     more = dict(conditions or {})
     for name in sorted(more.keys() - record.defaults.keys()):
@@ -222,8 +220,8 @@ def _checked_prompts(
 
 
 def _texts(given: Sequence[str], what: str) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise UsageError(f"{what} must be a list, found {given!r}; for one picture give a list of one")
+    if not isinstance(given, Sequence):
+        raise UsageError(f"{what} must be a text or a list of texts, found {given!r}")
     for text in given:
         if not isinstance(text, str):
             raise UsageError(f"{what} must hold text, found {text!r}")

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from tc_deploy.calibrate.calibration import assemble_plan
 from tc_deploy.calibrate.measure import own_arguments, with_steps
-from tc_deploy.calibrate.stage import assemble_plan
 from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import CacheRecord, OriginRecord, Plan
 from tc_deploy.schedule import Schedule, full_schedule, tprr
-from tc_deploy.search.points import PlannedPoint
+from tc_deploy.search.built_points import PlannedPoint
 from tc_deploy.search.record import Kind
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling
@@ -75,7 +75,7 @@ class Baselines:
             yield self._full_steps(sampling, f"DPM-Solver++, {count} steps", Kind.BETTER_SOLVER)
         nothing = (0,) * len(self.model.blocks)
         for interval in (interval for interval in INTERVALS if interval < steps):
-            schedule = tprr(steps=steps, boundary=steps, k1=interval, k2=1)
+            schedule = tprr(steps=steps, phase_start=steps, cache_interval_early=interval, cache_interval_late=1)
             cache = CacheRecord(
                 reuse=Reuse.BRANCH,
                 attention=Attention.ALL,
@@ -165,7 +165,9 @@ def settings_name(plan: Plan) -> str:
     kept = [sum(counts) / max(plan.model.blocks * plan.model.tokens, 1) for counts in cache.keep_counts]
     with_tokens = cache.token_phases(schedule)
     steps = (
-        f"{schedule.full_steps} full steps" if rule is None else f"K=({rule.k1}, {rule.k2}), boundary {rule.boundary}"
+        f"{schedule.full_steps} full steps"
+        if rule is None
+        else f"K=({rule.cache_interval_early}, {rule.cache_interval_late}), phase start {rule.phase_start}"
     )
     parts = [f"{steps}, order {cache.forecast_order}"]
     if with_tokens:

@@ -25,7 +25,7 @@ from tc_deploy.plan import (
     load_plan,
     write_plan_files,
 )
-from tc_deploy.search.points import PlannedPoint
+from tc_deploy.search.built_points import PlannedPoint
 from tc_deploy.search.record import (
     FULL_POINT,
     LatencySource,

@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from tc_deploy.calibrate.calibration import Report
 from tc_deploy.calibrate.recipe import SearchRecipe
-from tc_deploy.calibrate.stage import Report
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import content_sha256
 from tc_deploy.planned.prompts import tensors_of
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.quality.compare import compare
-from tc_deploy.quality.metrics import drift, picture_psnr_db
+from tc_deploy.quality.metrics import drift, image_psnr_db
 from tc_deploy.runtime.request import noise_of
+from tc_deploy.search.built_points import Images, Latency, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.peer import PeerRun, cache_dit_runs
-from tc_deploy.search.points import Latency, Pictures, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.record import FULL_POINT, Kind, PointRecord, SettingsRecord
 from tc_deploy.search.remarks import front_names
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray
 
 FIRST_SEED = 3_000_000
-SAMPLE_PICTURES = 8
+SAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Confirmation:
         Raises:
             NotFiniteError: the full run's pictures are not finite.
         """
-        full = self.maker.pictures(planned[0], self.asked, FIRST_SEED)
+        full = self.maker.images(planned[0], self.asked, FIRST_SEED)
         if not np.isfinite(full.latents).all():
             where = f"{self.model.source} on {self.maker.backend}"
             raise NotFiniteError(f"{where}: the full run's pictures are not finite; use another backend")
@@ -102,35 +102,33 @@ class Confirmation:
         points += [self._peer_point(run, full, exact) for run in peers if run.latents.isfinite().all()]
         on_front = front_names(points)
         points = [point.model_copy(update={"on_front": point.name in on_front}) for point in points]
-        latents = {name: pictures.latents for name, pictures in made.items()}
+        latents = {name: images.latents for name, images in made.items()}
         latents |= {run.name: run.latents.numpy() for run in peers}
         found = {point.name for point in points}
         return Confirmed(
             points=(points[0], *sorted(points[1:], key=lambda point: point.latency_ratio)),
             lost=tuple(name for name in latents if name not in found),
-            samples={name: np.ascontiguousarray(latents[name][:SAMPLE_PICTURES]) for name in latents if name in found},
+            samples={name: np.ascontiguousarray(latents[name][:SAMPLE_IMAGES]) for name in latents if name in found},
         )
 
-    def _exact(self, converged: PlannedPoint) -> Pictures | None:
+    def _exact(self, converged: PlannedPoint) -> Images | None:
         what = "making the converged run's pictures"
         self.report(what, 0, 1)
-        exact = self.maker.pictures(
-            converged, self.asked, FIRST_SEED, lambda done, total: self.report(what, done, total)
-        )
+        exact = self.maker.images(converged, self.asked, FIRST_SEED, lambda done, total: self.report(what, done, total))
         return exact if np.isfinite(exact.latents).all() else None
 
-    def _made(self, planned: Sequence[PlannedPoint]) -> tuple[dict[str, Pictures], dict[str, Latency]]:
+    def _made(self, planned: Sequence[PlannedPoint]) -> tuple[dict[str, Images], dict[str, Latency]]:
         """Pictures and, where they are measured, latencies by name; points whose graphs are alike one after another."""
         what = "building points and baselines, making pictures" + (", timing" if self.rounds else "")
-        pictures: dict[str, Pictures] = {}
+        images: dict[str, Images] = {}
         latencies: dict[str, Latency] = {}
         for done, point in enumerate(sorted(planned, key=self.maker.graphs_key)):
             self.report(what, done, len(planned))
-            pictures[point.name] = self.maker.pictures(point, self.asked, FIRST_SEED)
+            images[point.name] = self.maker.images(point, self.asked, FIRST_SEED)
             if self.rounds:
                 latencies[point.name] = self.maker.latency(point, self.rounds)
         self.report(what, len(planned), len(planned))
-        return {point.name: pictures[point.name] for point in planned}, latencies
+        return {point.name: images[point.name] for point in planned}, latencies
 
     def _peers(self) -> tuple[PeerRun, ...]:
         """cache-dit in PyTorch on the same noise and conditions; nothing where it is not installed."""
@@ -145,7 +143,7 @@ class Confirmation:
             progress=lambda done, total: self.report("sampling under cache-dit", done, total),
         )
 
-    def _peer_point(self, run: PeerRun, full: Pictures, exact: Pictures | None) -> PointRecord:
+    def _peer_point(self, run: PeerRun, full: Images, exact: Images | None) -> PointRecord:
         ratio = run.cost_in_full_steps / self.sampling.steps if run.latency_ratio is None else run.latency_ratio
         return PointRecord(
             name=run.name,
@@ -167,9 +165,9 @@ class Confirmation:
     def _point(
         self,
         point: PlannedPoint,
-        made: Pictures,
-        full: Pictures,
-        exact: Pictures | None,
+        made: Images,
+        full: Images,
+        exact: Images | None,
         latency: Latency | None,
         full_ms: float | None,
     ) -> PointRecord:
@@ -197,11 +195,11 @@ class Confirmation:
             **self._figures(torch.from_numpy(made.latents), full, exact),
         )
 
-    def _figures(self, latents: torch.Tensor, full: Pictures, exact: Pictures | None) -> dict[str, Any]:
+    def _figures(self, latents: torch.Tensor, full: Images, exact: Images | None) -> dict[str, Any]:
         """A point's quality, to the full run and to the converged one."""
         pixels = self.model.geometry.pixels
         quality = compare(latents, torch.from_numpy(full.latents), self.labels, pixels=pixels, judge=self.judge)
         converged = None
         if exact is not None:
-            converged = round(picture_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2)
+            converged = round(image_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2)
         return {"quality": quality, "converged_psnr_db": converged}

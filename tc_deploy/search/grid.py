@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from tc_deploy.calibrate.calibration import Report
 from tc_deploy.calibrate.recipe import SearchRecipe
-from tc_deploy.calibrate.stage import Report
 from tc_deploy.manifest import SOLVER
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import tprr
 from tc_deploy.search.baselines import Baselines
+from tc_deploy.search.built_points import PlannedPoint, PointMaker
 from tc_deploy.search.cost import Setting, variant_cost
-from tc_deploy.search.points import PlannedPoint, PointMaker
 from tc_deploy.search.record import Kind, VariantCost
 from tc_deploy.search.space import Candidate
 from tc_deploy.types import Skip
@@ -90,7 +90,7 @@ def _grid_point(baselines: Baselines, setting: Setting, counts: tuple[int, int],
         keep_counts=((counts[0],) * len(model.blocks), (counts[1],) * len(model.blocks)),
         skip=skip,
     )
-    schedule = tprr(steps=steps, boundary=steps // 2, k1=interval, k2=interval)
+    schedule = tprr(steps=steps, phase_start=steps // 2, cache_interval_early=interval, cache_interval_late=interval)
     return GridPoint(
         setting=None if skip is Skip.MODEL else setting,
         keep_ratios=(counts[0] / model.geometry.tokens, counts[1] / model.geometry.tokens),

@@ -15,7 +15,7 @@ from tc_deploy.bundle import Document, FileRecord, read_document
 from tc_deploy.plan import SEARCH, AnySchedule, CacheRecord, ModelRecord, Plan
 from tc_deploy.quality.record import Quality
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""
 
@@ -59,7 +59,7 @@ class PointRecord(Document):
     """One way to make pictures, run on seeds that the search did not see."""
 
     name: str
-    """Unique and readable: ``K=(4, 2), boundary 25, order 2``."""
+    """Unique and readable: ``K=(4, 2), phase start 25, order 2``."""
     kind: Kind
     runtime: Runtime
     """What made its pictures, and in what it was timed. PyTorch's latency ratio is to PyTorch's own full run: shown
@@ -112,9 +112,9 @@ class VariantCost(Document):
 class ScreenedRecord(Document):
     """One candidate that the search looked at, on the screening seeds."""
 
-    boundary: NonNegativeInt
-    k1: PositiveInt
-    k2: PositiveInt
+    phase_start: NonNegativeInt
+    cache_interval_early: PositiveInt
+    cache_interval_late: PositiveInt
     keep_ratio: tuple[float, float]
     forecast_order: NonNegativeInt
     reuse: str
@@ -128,7 +128,7 @@ class SearchRecord(Document):
     """A search."""
 
     kind: Literal["search"]
-    format_version: Literal[2]
+    format_version: Literal[3]
     made_by: str
     date: str
     model: ModelRecord

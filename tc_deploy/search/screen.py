@@ -13,7 +13,7 @@ from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
+from tc_deploy.quality.metrics import LARGEST_PSNR_DB, image_psnr_db
 from tc_deploy.search.cost import CostModel
 from tc_deploy.search.space import Candidate, Judged
 from tc_deploy.tables import StepTables
@@ -107,6 +107,6 @@ class Screen:
         steps = TokenCachedSteps(self.model, cache, schedule, self.tables(candidate))
         found = denoise(self.model, self.sampling, self.noise, self.conditions, steps)
         pixels = self.model.geometry.pixels
-        psnr_db = picture_psnr_db(found, self.reference, pixels=pixels) if found.isfinite().all() else NOT_FINITE_DB
+        psnr_db = image_psnr_db(found, self.reference, pixels=pixels) if found.isfinite().all() else NOT_FINITE_DB
         write_state(path, json.dumps(psnr_db).encode())
         return psnr_db

@@ -29,9 +29,9 @@ ASKS_PER_TRIAL = 10
 class Candidate:
     """A schedule and cache settings; keep counts follow from the ratio and the importance of blocks."""
 
-    boundary: int
-    k1: int
-    k2: int
+    phase_start: int
+    cache_interval_early: int
+    cache_interval_late: int
     keep_ratio: tuple[float, float]
     forecast_order: int
     reuse: Reuse
@@ -40,7 +40,12 @@ class Candidate:
 
     def schedule(self, steps: int) -> Schedule:
         """Its TPRR schedule."""
-        return tprr(steps=steps, boundary=self.boundary, k1=self.k1, k2=self.k2)
+        return tprr(
+            steps=steps,
+            phase_start=self.phase_start,
+            cache_interval_early=self.cache_interval_early,
+            cache_interval_late=self.cache_interval_late,
+        )
 
     @property
     def keeps_tokens(self) -> bool:
@@ -159,22 +164,28 @@ def _asked(recipe: SearchRecipe, steps: int, seed: int, judged: dict[tuple[Any, 
 def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
     """Where the optimiser starts, by position in each list.
 
-    The lowest keep ratio at the middle boundary; for every forecast order and way to skip, each interval above 1 in
-    phase 1 with the same and with half of it in phase 2. Then each interval with tokens kept in both phases: left to
-    itself the optimiser may never ask for any where skipping alone does well, and what they are worth stays unknown.
+    The lowest keep ratio at the middle start of phase 2; for every forecast order and way to skip, each interval above
+    1 in phase 1 with the same and with half of it in phase 2. Then each interval with tokens kept in both phases: left
+    to itself the optimiser may never ask for any where skipping alone does well, and what they are worth stays unknown.
     """
-    fixed = dict.fromkeys(dimensions, 0) | {"boundary": len(dimensions["boundary"]) // 2}
+    fixed = dict.fromkeys(dimensions, 0) | {"phase_start": len(dimensions["phase_start"]) // 2}
     for order, skip in product(range(len(dimensions["forecast_order"])), range(len(dimensions["skip"]))):
-        for position, k1 in enumerate(dimensions["k1"]):
-            for k2 in dict.fromkeys((k1, max(1, k1 // 2))):
-                if k1 > 1 and k2 in dimensions["k2"]:
-                    intervals = {"k1": position, "k2": dimensions["k2"].index(k2)}
+        for position, cache_interval_early in enumerate(dimensions["cache_interval_early"]):
+            for cache_interval_late in dict.fromkeys((cache_interval_early, max(1, cache_interval_early // 2))):
+                if cache_interval_early > 1 and cache_interval_late in dimensions["cache_interval_late"]:
+                    intervals = {
+                        "cache_interval_early": position,
+                        "cache_interval_late": dimensions["cache_interval_late"].index(cache_interval_late),
+                    }
                     yield fixed | intervals | {"forecast_order": order, "skip": skip}
     kept = next((position for position, ratio in enumerate(dimensions["keep_1"]) if ratio), None)
     if kept:
-        for position, k1 in enumerate(dimensions["k1"]):
-            if k1 > 1 and k1 in dimensions["k2"]:
-                intervals = {"k1": position, "k2": dimensions["k2"].index(k1)}
+        for position, cache_interval_early in enumerate(dimensions["cache_interval_early"]):
+            if cache_interval_early > 1 and cache_interval_early in dimensions["cache_interval_late"]:
+                intervals = {
+                    "cache_interval_early": position,
+                    "cache_interval_late": dimensions["cache_interval_late"].index(cache_interval_early),
+                }
                 yield (
                     fixed
                     | intervals
@@ -184,12 +195,12 @@ def _starts(dimensions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, int]]:
 
 
 def _dimensions(recipe: SearchRecipe, steps: int) -> dict[str, tuple[Any, ...]]:
-    """The recipe's lists without repetitions, keep ratios from the lowest on, boundaries in steps."""
+    """The recipe's lists without repetitions, keep ratios from the lowest on, starts of phase 2 in steps."""
     keep = tuple(sorted(set(recipe.keep_ratio)))
     return {
-        "boundary": tuple(sorted({round(share * steps) for share in recipe.boundary})),
-        "k1": tuple(sorted(set(recipe.k1))),
-        "k2": tuple(sorted(set(recipe.k2))),
+        "phase_start": tuple(sorted({round(share * steps) for share in recipe.phase_start})),
+        "cache_interval_early": tuple(sorted(set(recipe.cache_interval_early))),
+        "cache_interval_late": tuple(sorted(set(recipe.cache_interval_late))),
         "keep_1": keep,
         "keep_2": keep,
         "forecast_order": tuple(sorted(set(recipe.forecast_order))),

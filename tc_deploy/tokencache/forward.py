@@ -21,6 +21,7 @@ from tc_deploy.groups import TokenGroup
 from tc_deploy.models.family import Block, DiffusionTransformer
 from tc_deploy.plan import CacheRecord
 from tc_deploy.tables import pruned_blocks
+from tc_deploy.tokencache.cache_points import BLOCK, cache_points
 from tc_deploy.tokencache.passes import (
     KEY,
     VALUE,
@@ -34,7 +35,6 @@ from tc_deploy.tokencache.passes import (
     text_is_read,
     text_part,
 )
-from tc_deploy.tokencache.points import BLOCK, cache_points
 from tc_deploy.types import Attention, Reuse
 
 OUTPUT = "cache.output"

@@ -1,7 +1,7 @@
 """What one forward pass does at a model's cache points: note everything, reuse what is cached, or mix the two.
 
-Each class here is a :class:`~tc_deploy.tokencache.points.CachePoints` for one pass. In: the settings of the plan and,
-but for a full pass, the caches of earlier full steps. Never: knows a model, a schedule or a sampler.
+Each class here is a :class:`~tc_deploy.tokencache.cache_points.CachePoints` for one pass. In: the settings of the plan
+and, but for a full pass, the caches of earlier full steps. Never: knows a model, a schedule or a sampler.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tc_deploy.models.rows import Rows, Streams
 from tc_deploy.plan import CacheRecord
-from tc_deploy.tokencache.points import BLOCK, CachePoints
+from tc_deploy.tokencache.cache_points import BLOCK, CachePoints
 from tc_deploy.types import Attention
 
 Cache = Mapping[str, Tensor]

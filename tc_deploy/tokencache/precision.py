@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.tokencache.points import replace_forward
+from tc_deploy.tokencache.cache_points import replace_forward
 from tc_deploy.types import Precision
 
 _HALVES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}

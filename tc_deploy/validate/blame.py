@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
 from tc_deploy.backends.base import Device
-from tc_deploy.samples import Feed, quiet_polygraphy
+from tc_deploy.golden import Feed, quiet_polygraphy
 from tc_deploy.validate.marking import MarkableGraph, module_of
 from tc_deploy.validate.metrics import is_close
 from tc_deploy.validate.record import BlameRecord

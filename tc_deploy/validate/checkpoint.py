@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.conditions import Conditions
+from tc_deploy.golden import Feed, Trajectory
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.planned.model import model_of_plan, sampling_from_plan
 from tc_deploy.planned.prompts import tensors_of
-from tc_deploy.samples import Feed, Trajectory
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.graphs import ModelGraph, step_graphs
 from tc_deploy.tokencache.precision import half_products

@@ -60,8 +60,8 @@ def drift_of(runs: Runs, *, pixels: bool) -> DriftRecord:
         engine=_engine_column(runs),
         precision=_precision_column(runs),
         total=_column(runs.target, runs.exact),
-        picture_psnr_db=psnr_db(runs.target[-1], runs.exact[-1], pixels=pixels),
-        picture_psnr_to_full_db=psnr_db(runs.target[-1], runs.full[-1], pixels=pixels),
+        image_psnr_db=psnr_db(runs.target[-1], runs.exact[-1], pixels=pixels),
+        image_psnr_to_full_db=psnr_db(runs.target[-1], runs.full[-1], pixels=pixels),
         exceeded=(),
     )
 
@@ -91,10 +91,10 @@ def excesses(drift: DriftRecord, backend: str, own_precision: str, precision: st
     return tuple(found)
 
 
-def picture_failures(drift: DriftRecord, backend: str, precision: str) -> tuple[str, ...]:
+def image_failures(drift: DriftRecord, backend: str, precision: str) -> tuple[str, ...]:
     """In words, a final picture that is too far from PyTorch's."""
-    least = tolerance(backend, precision, "picture_psnr_db")
-    found = drift.picture_psnr_db
+    least = tolerance(backend, precision, "image_psnr_db")
+    found = drift.image_psnr_db
     if found is not None and found >= least:
         return ()
     text = "not finite" if found is None else f"at {found:.1f} dB to PyTorch's"

@@ -18,7 +18,7 @@ from tc_deploy.bundle import (
     write_output,
 )
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 class Metrics(Document):
@@ -99,9 +99,9 @@ class DriftRecord(Document):
     against PyTorch in fp32."""
     total: tuple[float | None, ...]
     """The target against PyTorch in fp32, both cached."""
-    picture_psnr_db: float | None
+    image_psnr_db: float | None
     """Of the target's final latents to PyTorch's, both cached."""
-    picture_psnr_to_full_db: float | None
+    image_psnr_to_full_db: float | None
     """Of the target's final latents to the full run's in PyTorch: what a viewer gets."""
     exceeded: tuple[str, ...]
     """In words, where a column first exceeds its share, and by which block; and a picture that is too far off."""
@@ -146,7 +146,7 @@ class ValidationRecord(Document):
     """A validation."""
 
     kind: Literal["validation"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     made_by: str
     date: str
     hardware: str

@@ -16,8 +16,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from tc_deploy.backends.base import BufferSpec, Device, Graph
+from tc_deploy.golden import Feed
 from tc_deploy.manifest import GraphRecord, TensorRecord
-from tc_deploy.samples import Feed
 
 
 class BackendRunner(BaseRunner):  # type: ignore[misc]  # polygraphy comes without types

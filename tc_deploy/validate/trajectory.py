@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.golden import Feed, Trajectory
 from tc_deploy.manifest import history_of
 from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.runtime.program import STEP_TABLES
-from tc_deploy.samples import Feed, Trajectory
 from tc_deploy.types import FloatArray
 
 Engines: TypeAlias = tuple[Device, Mapping[str, Graph]]

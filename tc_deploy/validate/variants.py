@@ -15,7 +15,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, RunResults
 
-from tc_deploy.samples import RUNNER, GraphSamples, quiet_polygraphy
+from tc_deploy.golden import RUNNER, GoldenGraph, quiet_polygraphy
 from tc_deploy.validate.metrics import failures_of, metrics_of
 from tc_deploy.validate.record import Metrics, OutputRecord, VariantRecord, badness
 
@@ -32,7 +32,7 @@ class _Compared:
 
 
 def compare_graph(
-    name: str, samples: GraphSamples, target: BaseRunner, reference: BaseRunner | None, backend: str, precision: str
+    name: str, samples: GoldenGraph, target: BaseRunner, reference: BaseRunner | None, backend: str, precision: str
 ) -> VariantRecord:
     """Compare one graph.
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tc_deploy.golden import Trajectory
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import CACHE_PREFIX, COMPUTED, SAMPLE, TOKEN_INDEX, cached_name, history_of, variant_name
 from tc_deploy.plan import Plan
 from tc_deploy.runtime.program import STEP_TABLES
-from tc_deploy.samples import Trajectory
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import token_index_name
 from tc_deploy.validate.record import WiringFault

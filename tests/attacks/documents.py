@@ -196,13 +196,13 @@ VALUES: dict[str, tuple[str, Damage]] = {
     "built-backend": ("another engine's manifest", put(BUILT, "backend", "openvino")),
     "built-key-twice": ("a key twice in an engine's manifest", first_key_twice(BUILT)),
     "built-from-another": ("an engine that was built from another plan", unstamped),
-    "plan-k2": ("k2 edited", put(PLAN, "schedule.k2", 1)),
+    "plan-interval": ("an interval edited", put(PLAN, "schedule.cache_interval_late", 1)),
     "plan-list": ("a list of other steps", put(PLAN, "schedule", {"variants": "F F F F F F F F F c2"})),
     "plan-list-cached-first": ("a list that begins cached", put(PLAN, "schedule", {"variants": "c1" + " F" * 9})),
     "plan-list-unknown": ("a list with an unknown step", put(PLAN, "schedule", {"variants": "F c9" + " F" * 8})),
     "plan-list-long": ("a list of a million steps", put(PLAN, "schedule", {"variants": "F " * 10**6})),
-    "plan-boundary": ("the boundary moved", put(PLAN, "schedule.boundary", 6)),
-    "plan-boundary-beyond": ("a boundary beyond the steps", put(PLAN, "schedule.boundary", 99)),
+    "plan-phase-start": ("the start of phase 2 moved", put(PLAN, "schedule.phase_start", 6)),
+    "plan-phase-start-beyond": ("a start of phase 2 beyond the steps", put(PLAN, "schedule.phase_start", 99)),
     "plan-forecast": ("forecast_order edited", put(PLAN, "cache.forecast_order", 2)),
     "plan-keep": ("keep_counts edited", put(PLAN, "cache.keep_counts.0.1", 8)),
     "plan-keep-beyond": ("more tokens kept than there are", put(PLAN, "cache.keep_counts.0.1", 10**6)),
@@ -282,5 +282,5 @@ VALUES: dict[str, tuple[str, Damage]] = {
     ),
 }
 
-QUICK = frozenset({"guidance-negative", "key-twice", "plan-k2", "table-nan", "header-10-gb", "deep", "escape"})
+QUICK = frozenset({"guidance-negative", "key-twice", "plan-interval", "table-nan", "header-10-gb", "deep", "escape"})
 """They run by default."""

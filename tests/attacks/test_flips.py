@@ -203,14 +203,14 @@ def test_bytes_of_a_target_s_manifest(bundle: Path, monkeypatch: pytest.MonkeyPa
 
     flip(path, FLIPS, lambda: is_reached(bundle, "onnxruntime"), seen)
     monkeypatch.undo()
-    pictures = []
+    images = []
     for document in (good, *options.values()):
         path.write_bytes(document)
         with tc_deploy.load(bundle, "onnxruntime") as pipeline:
-            pictures.append(pipeline(class_labels=[1]).latents)
+            images.append(pipeline(class_labels=[1]).latents)
     path.write_bytes(good)
-    for picture in pictures:
-        COUNTS["other pictures"] += not np.array_equal(picture, pictures[0])
+    for picture in images:
+        COUNTS["other pictures"] += not np.array_equal(picture, images[0])
     assert COUNTS["other pictures"] == 0
 
 

@@ -22,14 +22,14 @@ import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, STEPS, read_engine_record, read_manifest
 from tc_deploy.runtime import binding
 from tc_deploy.runtime.binding import read_bundle
 from tc_deploy.runtime.stepper import Engines
 from tc_deploy.types import FloatArray, Precision
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 VARIANTS = ("full", "cached-1", "cached-2")
 LABELS = [1, 2, 3]

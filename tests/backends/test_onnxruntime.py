@@ -21,8 +21,8 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.backends.onnxruntime import PROVIDERS, OnnxRuntime, OrtDevice
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.golden import POLYGRAPHY
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, read_manifest, read_target
-from tc_deploy.samples import POLYGRAPHY
 
 ROWS = 2
 

@@ -20,8 +20,8 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, ModelError, PlanError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.types import FloatArray
 
 LABELS = [3, 9]

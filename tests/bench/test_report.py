@@ -24,7 +24,7 @@ def test_whole_runs() -> None:
     other = {"plan": runs(5, 60, 20), "full": runs(20, 100, 40)}
     found = runs_report(other, first, batch_size=4)
     assert found["plan"]["p50_ms"] == 20
-    assert found["plan"]["pictures_per_s"] == 200
+    assert found["plan"]["images_per_s"] == 200
     assert found["plan"]["ratio_to_full"]["median"] == 0.5  # of 5/20, 60/100, 20/40
     assert found["plan"]["ratio_to_first"]["median"] == 1  # of 5/10, 60/30, 20/20
     assert found["full"]["ratio_to_full"] == {"median": 1, "iqr": 0}

@@ -12,9 +12,9 @@ from bundles import snapshot
 from elsewhere import DEVICE, elsewhere
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tc_deploy.calibrate import stage
+from tc_deploy.calibrate import calibration
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.tokencache.sampler import device_of
@@ -33,10 +33,10 @@ SCHEDULERS = {
 def test_a_plan_is_the_same_on_another_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trajectories, training, cost and measurement of every family: noise is the CPU's, and so are all bytes."""
     recipe = _recipe(name, tmp_path / "model")
-    monkeypatch.setattr(stage, "check_device", lambda device: None)
+    monkeypatch.setattr(calibration, "check_device", lambda device: None)
     # Loaded before: diffusers loads by way of the device that plays the GPU here.
     model = load_model(Path(recipe.model), ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens))
-    monkeypatch.setattr(stage, "load_model", lambda *_: model)
+    monkeypatch.setattr(calibration, "load_model", lambda *_: model)
     # One kernel for both: which one attention takes depends on the device.
     with sdpa_kernel(SDPBackend.MATH):
         calibrate(recipe, tmp_path / "here")
@@ -64,8 +64,8 @@ def _recipe(name: str, folder: Path) -> Recipe:
         {
             "model": str(folder),
             "conditions": "random",
-            "sampling": {"steps": 5, guidance: 2.0},
-            "schedule": {"boundary": 3, "k1": 2, "k2": 2},
+            "sampling": {"num_inference_steps": 5, guidance: 2.0},
+            "schedule": {"phase_start": 3, "cache_interval_early": 2, "cache_interval_late": 2},
             "cache": {"keep_ratio": [0.5, 0.5], "multiple": 4, "forecast_order": 1, "attention": "all"},
             "predictor": {"trajectories": 2, "iterations": 3, "batch_size": 2},
             "measure": {"samples": 2},

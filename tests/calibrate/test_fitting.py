@@ -27,7 +27,7 @@ from tc_deploy.types import Attention, FloatArray, Reuse, Skip
 
 BLOCKS, TOKENS, SAMPLES = 3, 16, 12
 NOTHING = (0,) * BLOCKS
-ROUND_ROBIN = tprr(steps=12, boundary=6, k1=3, k2=2)
+ROUND_ROBIN = tprr(steps=12, phase_start=6, cache_interval_early=3, cache_interval_late=2)
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
     "euler": diffusers.EulerDiscreteScheduler,
@@ -71,7 +71,7 @@ def test_the_first_fit_is_least_squares_on_the_model_s_own_run(
     tiny_dit: DiffusionTransformer, first: int, order: int, guidance_scale: float | None
 ) -> None:
     """Until then all steps are full, so that what is wanted of the forecast is the model's own output."""
-    schedule = tprr(steps=first + 1, boundary=first - 1, k1=1, k2=2)
+    schedule = tprr(steps=first + 1, phase_start=first - 1, cache_interval_early=1, cache_interval_late=2)
     assert schedule.variants == (*(0,) * first, 2)
     sampling = make_sampling(schedule, guidance_scale=guidance_scale)
     seen: list[NDArray[np.float64]] = []
@@ -205,7 +205,7 @@ def test_a_plan_with_nothing_to_fit_is_refused(tiny_dit: DiffusionTransformer, c
 
 
 def test_a_schedule_of_full_steps_has_nothing_to_fit(tiny_dit: DiffusionTransformer) -> None:
-    schedule = tprr(steps=4, boundary=2, k1=1, k2=1)
+    schedule = tprr(steps=4, phase_start=2, cache_interval_early=1, cache_interval_late=1)
     with pytest.raises(UsageError, match="nothing can be fitted"):
         fit(tiny_dit, make_sampling(schedule), schedule, make_cache())
 

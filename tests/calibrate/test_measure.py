@@ -14,7 +14,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model, load_scheduler
 from tc_deploy.plan import CacheRecord, MeasuredRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.quality.metrics import LARGEST_PSNR_DB, picture_psnr_db
+from tc_deploy.quality.metrics import LARGEST_PSNR_DB, image_psnr_db
 from tc_deploy.schedule import Schedule, full_schedule, tprr
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, denoise
@@ -49,14 +49,20 @@ def test_full_steps_only_are_the_full_run(tiny_dit: DiffusionTransformer, sampli
 def test_cached_steps_that_keep_every_token_are_the_full_run(
     tiny_dit: DiffusionTransformer, sampling: Sampling
 ) -> None:
-    schedule = tprr(steps=STEPS, boundary=3, k1=3, k2=2)
+    schedule = tprr(steps=STEPS, phase_start=3, cache_interval_early=3, cache_interval_late=2)
     assert run(tiny_dit, sampling, schedule, keep=TOKENS, cost=float(STEPS)).psnr_db == LARGEST_PSNR_DB
 
 
 def test_caching_costs_quality_and_the_longer_interval_more(tiny_dit: DiffusionTransformer, sampling: Sampling) -> None:
     short, long = (
-        run(tiny_dit, sampling, tprr(steps=STEPS, boundary=STEPS, k1=k1, k2=1), keep=0, cost=3.0).psnr_db
-        for k1 in (2, STEPS)
+        run(
+            tiny_dit,
+            sampling,
+            tprr(steps=STEPS, phase_start=STEPS, cache_interval_early=cache_interval_early, cache_interval_late=1),
+            keep=0,
+            cost=3.0,
+        ).psnr_db
+        for cache_interval_early in (2, STEPS)
     )
     assert long < short < LARGEST_PSNR_DB
 
@@ -78,7 +84,7 @@ def test_fewer_steps_are_the_plain_run_with_that_step_count(tiny_dit: DiffusionT
         plain = dataclasses.replace(sampling, steps=steps)
         return denoise(tiny_dit, plain, noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
 
-    assert measured.fewer_steps_psnr_db == round(picture_psnr_db(denoised(2), denoised(STEPS), pixels=False), 2)
+    assert measured.fewer_steps_psnr_db == round(image_psnr_db(denoised(2), denoised(STEPS), pixels=False), 2)
 
 
 def test_timesteps_that_are_listed_one_by_one_become_fewer_too(tiny_dit: DiffusionTransformer) -> None:
@@ -95,14 +101,14 @@ def test_timesteps_that_are_listed_one_by_one_become_fewer_too(tiny_dit: Diffusi
         denoise(tiny_dit, sampling, noise, conditions, lambda _, inputs: tiny_dit.forward(inputs))
         for sampling in (listed, half)
     )
-    assert measured.fewer_steps_psnr_db == round(picture_psnr_db(fewer, full, pixels=False), 2)
+    assert measured.fewer_steps_psnr_db == round(image_psnr_db(fewer, full, pixels=False), 2)
     assert measured.fewer_steps_psnr_db < LARGEST_PSNR_DB
 
 
 def test_every_sample_has_a_seed_of_its_own_in_batches_or_not(
     tiny_dit: DiffusionTransformer, sampling: Sampling
 ) -> None:
-    schedule = tprr(steps=STEPS, boundary=STEPS, k1=STEPS, k2=1)
+    schedule = tprr(steps=STEPS, phase_start=STEPS, cache_interval_early=STEPS, cache_interval_late=1)
     samples = BATCH + 1
     assert run(tiny_dit, sampling, schedule, 0, 1.0, samples).seeds == tuple(range(FIRST_SEED, FIRST_SEED + samples))
     both, again = (draw_batch(tiny_dit, sampling, [FIRST_SEED, FIRST_SEED + 1])[0] for _ in range(2))

@@ -17,14 +17,14 @@ model = "../models/dit"
 seed = 7
 
 [sampling]
-steps = 20
+num_inference_steps = 20
 guidance_scale = 2.5
 set_timesteps_kwargs = {mu = 1.15}
 
 [schedule]
-boundary = 8
-k1 = 4
-k2 = 2
+phase_start = 8
+cache_interval_early = 4
+cache_interval_late = 2
 
 [cache]
 keep_ratio = [0.0, 0.25]
@@ -62,9 +62,13 @@ def error_of(path: Path, overrides: dict[str, Any], *parts: str) -> None:
 def test_every_key_is_read(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, TOML), {})
     assert recipe.seed == 7
-    assert (recipe.sampling.steps, recipe.sampling.guidance_scale) == (20, 2.5)
+    assert (recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale) == (20, 2.5)
     assert recipe.sampling.set_timesteps_kwargs == {"mu": 1.15}
-    assert (recipe.schedule.boundary, recipe.schedule.k1, recipe.schedule.k2) == (8, 4, 2)
+    assert (recipe.schedule.phase_start, recipe.schedule.cache_interval_early, recipe.schedule.cache_interval_late) == (
+        8,
+        4,
+        2,
+    )
     assert recipe.cache.keep_ratio == (0.0, 0.25)
     assert recipe.cache.multiple == 16
     assert (recipe.cache.reuse, recipe.cache.attention) == (Reuse.RESIDUAL, Attention.KEPT)
@@ -95,7 +99,7 @@ def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_read_and_their_search_has_candidates(path: Path) -> None:
     recipe = read_recipe(path, {})
-    assert candidates(recipe.search, recipe.sampling.steps)
+    assert candidates(recipe.search, recipe.sampling.num_inference_steps)
     # One whose checkpoint is not shipped says so, and where to put it.
     assert Path(recipe.model).exists() or "Needs your own checkpoint" in path.read_text(encoding="utf-8")
 
@@ -106,7 +110,12 @@ def test_a_classifiers_path_is_relative_to_the_recipe(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_leaves_nothing_to_search(tmp_path: Path) -> None:
-    error_of(write(tmp_path, 'model = "m"\n[search]\nk1 = []'), {}, "search", "k1 must list at least one value")
+    error_of(
+        write(tmp_path, 'model = "m"\n[search]\ncache_interval_early = []'),
+        {},
+        "search",
+        "cache_interval_early must list at least one value",
+    )
 
 
 def test_an_absolute_path_stays_as_it_is(tmp_path: Path) -> None:
@@ -119,16 +128,20 @@ def test_a_model_folder_is_a_recipe_of_defaults() -> None:
 
 def test_overrides_win_and_none_is_passed_over(tmp_path: Path) -> None:
     overrides = {
-        "schedule.k1": 6,
-        "schedule.k2": None,
+        "schedule.cache_interval_early": 6,
+        "schedule.cache_interval_late": None,
         "predictor.learning_rate": 0.5,
         "seed": 1,
-        "sampling.steps": None,
+        "sampling.num_inference_steps": None,
     }
     recipe = read_recipe(write(tmp_path, TOML), overrides)
-    assert (recipe.schedule.k1, recipe.schedule.k2, recipe.schedule.boundary) == (6, 2, 8)
+    assert (recipe.schedule.cache_interval_early, recipe.schedule.cache_interval_late, recipe.schedule.phase_start) == (
+        6,
+        2,
+        8,
+    )
     assert (recipe.predictor.learning_rate, recipe.predictor.iterations) == (0.5, 30)
-    assert (recipe.seed, recipe.sampling.steps) == (1, 20)
+    assert (recipe.seed, recipe.sampling.num_inference_steps) == (1, 20)
 
 
 def test_overrides_make_the_tables_that_a_model_folder_lacks() -> None:
@@ -178,13 +191,13 @@ def test_an_unknown_table(tmp_path: Path) -> None:
         ("seed", -1),
         ("seed", MAX_SEED + 1),
         ("seed", 1.5),
-        ("sampling.steps", 0),
-        ("sampling.steps", "many"),
+        ("sampling.num_inference_steps", 0),
+        ("sampling.num_inference_steps", "many"),
         ("sampling.guidance_scale", float("inf")),
         ("sampling.guidance_scale", -0.5),
-        ("schedule.boundary", -1),
-        ("schedule.k1", 0),
-        ("schedule.k2", -2),
+        ("schedule.phase_start", -1),
+        ("schedule.cache_interval_early", 0),
+        ("schedule.cache_interval_late", -2),
         ("cache.keep_ratio", [0.5]),
         ("cache.keep_ratio", [0.0, 1.01]),
         ("cache.keep_ratio", [-0.1, 0.0]),
@@ -210,7 +223,7 @@ def test_a_value_where_a_table_belongs(tmp_path: Path) -> None:
     path = write(tmp_path, "model = 'a'\nschedule = 4")
     error_of(path, {}, "schedule: ", "found 4")
     with pytest.raises(UsageError, match=r"recipe\.toml: schedule: expected a table \[schedule\], found 4"):
-        read_recipe(path, {"schedule.k1": 3})
+        read_recipe(path, {"schedule.cache_interval_early": 3})
 
 
 def test_training_and_measurement_never_share_a_seed() -> None:
@@ -240,9 +253,18 @@ def test_one_way_on_the_command_line_replaces_the_other_in_the_recipe(tmp_path: 
         ("model = 'm'\n[predictor]\nlearning_rate = inf", "predictor.learning_rate: must be a finite number"),
         ("model = 'm'\n[predictor]\nlearning_rate = nan", "predictor.learning_rate: must be a finite number"),
         ("model = 'm'\n[predictor]\nbudget_weight = 1e300", "predictor.budget_weight: must be less than"),
-        ("model = 'm'\n[sampling]\nsteps = 1000000", "sampling.steps: must be less than or equal to 10000"),
-        ("model = 'm'\n[sampling]\nsteps = true", "sampling.steps: must be a valid integer, found True"),
-        ("model = 'm'\n[sampling]\nsteps = '50'", "sampling.steps: must be a valid integer, found '50'"),
+        (
+            "model = 'm'\n[sampling]\nnum_inference_steps = 1000000",
+            "sampling.num_inference_steps: must be less than or equal to 10000",
+        ),
+        (
+            "model = 'm'\n[sampling]\nnum_inference_steps = true",
+            "sampling.num_inference_steps: must be a valid integer, found True",
+        ),
+        (
+            "model = 'm'\n[sampling]\nnum_inference_steps = '50'",
+            "sampling.num_inference_steps: must be a valid integer, found '50'",
+        ),
         ("model = 'm'\n[sampling]\nguidance_scale = 1e39", "sampling.guidance_scale: must be less than"),
         ("model = 'm'\n[sampling]\nguidance_scale = '2'", "sampling.guidance_scale: must be a valid number"),
         (
@@ -259,7 +281,7 @@ def test_one_way_on_the_command_line_replaces_the_other_in_the_recipe(tmp_path: 
         ),
         ("model = 'm'\nconditions = \"\\u001b[31m\"", "conditions: expected text without control characters"),
         (
-            "model = 'm'\n[search]\nk1 = " + str(list(range(1, 9999))),
+            "model = 'm'\n[search]\ncache_interval_early = " + str(list(range(1, 9999))),
             r"search: the lists make .* combinations",
         ),
         ("model = 'm'\n[search]\ntrials = 1000000000", "search.trials: must be less than"),

@@ -22,7 +22,7 @@ from tc_deploy.tokencache.selection import keep_counts_from_importance, select_t
 from tc_deploy.types import Attention, Reuse
 
 BLOCKS, TOKENS, WIDTH, BATCH = 3, 16, 64, 4
-SCHEDULE = tprr(steps=6, boundary=3, k1=3, k2=3)
+SCHEDULE = tprr(steps=6, phase_start=3, cache_interval_early=3, cache_interval_late=3)
 CACHED_STEPS = [1, 2, 4, 5]
 TIMESTEPS = torch.tensor([900.0, 750.0, 600.0, 450.0, 300.0, 150.0])
 MOVING = [5, 6, 9, 10]

@@ -25,7 +25,12 @@ from typing import Any, NoReturn
 IMPORTED_ONCE = (
     *("tc_deploy.cli.program", "tc_deploy.cli.failure"),
     *(f"tc_deploy.cli.{name}" for name in ("build", "calibrate", "export", "generate", "inspect", "plan", "report")),
-    *("tc_deploy.calibrate.stage", "tc_deploy.export.stage", "tc_deploy.search.stage", "tc_deploy.report.page"),
+    *(
+        "tc_deploy.calibrate.calibration",
+        "tc_deploy.export.bundle_export",
+        "tc_deploy.search.plan_search",
+        "tc_deploy.report.page",
+    ),
     *("tc_deploy.backends.build", "tc_deploy.runtime.pipeline", "tc_deploy.backends.onnxruntime"),
     *("torch.export", "torch._dynamo", "torch._export.utils", "torch.onnx._internal.exporter._core"),
     *("diffusers", "diffusers.models.transformers.dit_transformer_2d", "diffusers.schedulers", "safetensors.torch"),

@@ -25,7 +25,7 @@ RECIPE = """
 model = "model"
 
 [sampling]
-steps = 4
+num_inference_steps = 4
 guidance_scale = 1.5
 
 [cache]
@@ -41,9 +41,9 @@ batch_size = 2
 samples = 2
 
 [search]
-boundary = [0.5]
-k1 = [2]
-k2 = [2]
+phase_start = [0.5]
+cache_interval_early = [2]
+cache_interval_late = [2]
 keep_ratio = [0.5]
 forecast_order = [1]
 skip = ["model"]
@@ -52,7 +52,19 @@ confirmation_samples = 2
 points = 1
 latency_rounds = 1
 """
-BY_HAND = ("--boundary", 4, "--k1", 2, "--k2", 1, "--keep-counts", "0", "0", "--samples", 0)
+BY_HAND = (
+    "--phase-start",
+    4,
+    "--cache-interval-early",
+    2,
+    "--cache-interval-late",
+    1,
+    "--keep-counts",
+    "0",
+    "0",
+    "--samples",
+    0,
+)
 PLAN = ("calibrate", "model", "--steps", 4, *BY_HAND)
 OTHER_PLAN = ("calibrate", "model", "--steps", 6, *BY_HAND)
 SEARCH = ("plan", "recipe.toml", "-o", "cal", "--from-flops", "--target-psnr", 0)
@@ -80,7 +92,7 @@ class Stage:
 _CALIBRATE = ("calibrate", "recipe.toml", "-o", "cal")
 _EXPORT = ("export", "cal", "-o", "bundle")
 _BUILD = ("build", "bundle", "--threads", 1)
-_PICTURE = ("generate", "bundle", "--class-label", 1, "-o", "made/x.png")
+_IMAGE = ("generate", "bundle", "--class-label", 1, "-o", "made/x.png")
 _LATENTS = ("generate", "bundle", "--class-label", 1, "--full", "-o", "x.safetensors")
 _REPORT = ("report", "cal", "-o", "report.html")
 _MODEL = {"model": "model", "recipe.toml": "recipe.toml"}
@@ -100,7 +112,7 @@ STAGES = {
         Stage(name="build over", words=_BUILD, output="bundle/onnxruntime", found={"bundle": "built"}),
         Stage(name="report", words=_REPORT, output="report.html", found={"cal": "search"}),
         Stage(name="report over", words=_REPORT, output="report.html", found={"cal": "search", "report.html": "page"}),
-        Stage(name="generate", words=_PICTURE, output="made/x.png", found={"bundle": "built"}),
+        Stage(name="generate", words=_IMAGE, output="made/x.png", found={"bundle": "built"}),
         Stage(
             name="generate over",
             words=_LATENTS,

@@ -19,8 +19,8 @@ EXPORT = ("export", "cal", "-o", "bundle")
 HALF = ("export", "cal", "-o", "bundle", "--static-batch", 2)
 BUILD = ("build", "bundle", "--threads", 1)
 BUILD_TOO = ("build", "bundle", "--threads", 2)
-PICTURE = ("generate", "bundle", "--class-label", 1, "-o", "x.safetensors")
-PICTURE_TOO = ("generate", "bundle", "--class-label", 2, "-o", "x.safetensors")
+IMAGE = ("generate", "bundle", "--class-label", 1, "-o", "x.safetensors")
+IMAGE_TOO = ("generate", "bundle", "--class-label", 2, "-o", "x.safetensors")
 INSPECT = ("inspect", "bundle")
 REPORT = ("report", "cal", "-o", "page.html")
 AGAIN = ("plan", "cal", "--target-psnr", 20)
@@ -35,12 +35,12 @@ PAIRS = {
     "calibrate and report": (BY_HAND_TOO, REPORT, {**MODEL, "cal": "search"}),
     "two exports": (EXPORT, HALF, {"model": "model", "cal": "plan"}),
     "export and build": (EXPORT, BUILD, BUNDLE),
-    "export and generate": (EXPORT, PICTURE, BUNDLE),
+    "export and generate": (EXPORT, IMAGE, BUNDLE),
     "export and inspect": (EXPORT, INSPECT, BUNDLE),
     "calibrate and export": (BY_HAND_TOO, EXPORT, {"model": "model", "cal": "plan"}),
     "two builds": (BUILD, BUILD_TOO, {"bundle": "exported"}),
-    "build and generate": (BUILD, PICTURE, {"bundle": "built"}),
-    "two generates": (PICTURE, PICTURE_TOO, {"bundle": "built"}),
+    "build and generate": (BUILD, IMAGE, {"bundle": "built"}),
+    "two generates": (IMAGE, IMAGE_TOO, {"bundle": "built"}),
     "choose again twice": (AGAIN, ("plan", "cal", "--target-psnr", 0), {"cal": "search"}),
 }
 ROUNDS = 5

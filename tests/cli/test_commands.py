@@ -275,7 +275,7 @@ def test_a_calibration_that_is_stopped_says_where_its_state_is(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tc_deploy.calibrate.stage.train_predictor", stop)
+    monkeypatch.setattr("tc_deploy.calibrate.calibration.train_predictor", stop)
     words = ("calibrate", tiny_dit_folder, "-o", tmp_path / "plan", "--steps", 4, "--keep-ratio", 0, 0.5)
     answer = run_cli(*words)
     assert answer.code == errors.Cancelled.exit_code
@@ -307,9 +307,13 @@ def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object
         ),
         (("--keep-counts", "0", "8,8"), BAD_USE, "phase 2: expected one keep count for each of the 3 blocks, found 2"),
         (("--keep-counts", "many", "0"), BAD_USE, "expected numbers with commas between them"),
-        (("--boundary", 5), BAD_USE, "schedule.boundary (--boundary): must lie in 0..4 (sampling.steps), found 5"),
-        (("--boundary", -1), BAD_USE, "error: --boundary: must be greater than or equal to 0, found -1"),
-        (("--k1", 0), BAD_USE, "error: --k1: must be greater than 0, found 0"),
+        (
+            ("--phase-start", 5),
+            BAD_USE,
+            "schedule.phase_start (--phase-start): must lie in 0..4 (sampling.num_inference_steps), found 5",
+        ),
+        (("--phase-start", -1), BAD_USE, "error: --phase-start: must be greater than or equal to 0, found -1"),
+        (("--cache-interval-early", 0), BAD_USE, "error: --cache-interval-early: must be greater than 0, found 0"),
         (("--steps", 0), BAD_USE, "error: --steps: must be greater than 0, found 0"),
         (("--guidance-scale", -1), BAD_USE, "error: --guidance-scale: must be greater than or equal to 0, found -1.0"),
         (("--steps", 2000), BAD_USE, "DDIMScheduler takes at most 1000 steps, as many as the model was trained with"),
@@ -423,9 +427,9 @@ def test_a_plan_that_was_edited(mixed: Made, tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     shutil.copytree(mixed.plan, plan)
     document = json.loads((plan / PLAN).read_text())
-    document["schedule"]["boundary"] = 99
+    document["schedule"]["phase_start"] = 99
     (plan / PLAN).write_text(json.dumps(document))
-    refused(BAD_PLAN, "boundary must lie in 0..10", "export", plan, "-o", tmp_path / "bundle", unchanged=tmp_path)
+    refused(BAD_PLAN, "phase_start must lie in 0..10", "export", plan, "-o", tmp_path / "bundle", unchanged=tmp_path)
 
 
 def test_a_fixed_batch_of_nothing(mixed: Made, tmp_path: Path) -> None:

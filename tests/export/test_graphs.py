@@ -26,12 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tc_deploy
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import ExportError, ModelError, PlanError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs
+from tc_deploy.export.golden import samples_of
 from tc_deploy.export.graphs import _quiet
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.samples import samples_of
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
+from tc_deploy.golden import POLYGRAPHY, SCRIPT, GoldenGraph, Trajectory
 from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
     ONNX_FOLDER,
@@ -47,14 +48,13 @@ from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.planned.model import sampling_from_plan
-from tc_deploy.samples import POLYGRAPHY, SCRIPT, GraphSamples, Trajectory
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.graphs import StepGraph
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
 CACHED_INPUTS = [*MODEL_INPUTS, FORECAST_WEIGHTS, TOKEN_INDEX]
-FULL_ONLY = {**MULTISTEP, "schedule": {"boundary": 8, "k1": 1, "k2": 1}}
+FULL_ONLY = {**MULTISTEP, "schedule": {"phase_start": 8, "cache_interval_early": 1, "cache_interval_late": 1}}
 LARGEST_OVERHEAD = 1.2
 """Weights file to fp32 weights: tensors start at pages, and a weight that is used as it is and transposed lies there
 twice."""
@@ -134,7 +134,7 @@ def test_a_model_on_another_device_is_sampled_and_compared_as_on_the_cpu(mixed: 
     solver = read_solver(sampling.scheduler, plan.schedule.steps, sampling.set_timesteps_kwargs)
     records = read_manifest(mixed.bundle).graphs
 
-    def made(model: DiffusionTransformer) -> tuple[dict[str, GraphSamples], Trajectory]:
+    def made(model: DiffusionTransformer) -> tuple[dict[str, GoldenGraph], Trajectory]:
         graphs = {variant: step_graph(model, plan, variant) for variant in (FULL, 1, 2)}
         return samples_of(graphs, records, plan, steps, sampling, solver, 2)
 

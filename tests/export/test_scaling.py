@@ -179,11 +179,11 @@ def test_the_decoder_is_given_what_the_pipeline_gives_it(name: str, size: int, m
     arguments = {"guidance_scale": 1.0, **case.arguments(geometry)}
     made = pipe(**arguments, num_inference_steps=2, output_type="np", return_dict=False)[0]
     decoded = DecoderGraph(autoencoder, family, geometry).eval()(last)[0]
-    pictures = (decoded / 2 + 0.5).clamp(0, 1)
+    images = (decoded / 2 + 0.5).clamp(0, 1)
     expected = torch.from_numpy(made)
     expected = expected.permute(0, 4, 1, 2, 3) if expected.ndim == 5 else expected.permute(0, 3, 1, 2)
-    assert pictures.shape == expected.shape
-    assert float((pictures - expected).abs().max()) <= EQUAL
+    assert images.shape == expected.shape
+    assert float((images - expected).abs().max()) <= EQUAL
     assert float(expected.std()) > 100 * EQUAL
 
 

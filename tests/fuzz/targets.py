@@ -57,14 +57,14 @@ text_tokens = 5
 seed = 7
 
 [sampling]
-steps = 20
+num_inference_steps = 20
 guidance_scale = 2.5
 set_timesteps_kwargs = {mu = 1.15}
 
 [schedule]
-boundary = 8
-k1 = 4
-k2 = 2
+phase_start = 8
+cache_interval_early = 4
+cache_interval_late = 2
 
 [cache]
 keep_ratio = [0.0, 0.25]
@@ -85,9 +85,9 @@ budget_weight = 10.0
 samples = 4
 
 [search]
-boundary = [0.3, 0.5]
-k1 = [1, 2]
-k2 = [1, 2]
+phase_start = [0.3, 0.5]
+cache_interval_early = [1, 2]
+cache_interval_late = [1, 2]
 keep_ratio = [0.0, 0.5]
 trials = 3
 points = 2
@@ -101,8 +101,8 @@ ARGUMENTS: Mapping[str, Any] = {
     "true_cfg_scale": None,
     "conditions": None,
     "unconditional": None,
-    "prompts": None,
-    "negative_prompts": None,
+    "prompt": None,
+    "negative_prompt": None,
     "seed": 3,
     "guidance_scale": 2.0,
     "latents": None,
@@ -277,7 +277,7 @@ def _read_documents(bundle: Path) -> object:
 def _recipe(work: Path) -> Callable[[bytes], object]:
     def read(data: bytes) -> object:
         (work / "r.toml").write_bytes(data)
-        return read_recipe(work / "r.toml", {"schedule.k1": 3})
+        return read_recipe(work / "r.toml", {"schedule.cache_interval_early": 3})
 
     return read
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from gpu.parts import ROOT, Kit, Measurements
 
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import read_recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.plan import PLAN, TABLES, load_plan
 
 RECIPE, COMMITTED = ROOT / "calibration" / "recipes" / "digits.toml", ROOT / "calibration" / "digits"

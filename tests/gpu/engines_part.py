@@ -25,18 +25,18 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.backends.onnxruntime import CPU, PROVIDERS
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import BackendError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.loading import load_model
-from tc_deploy.quality.metrics import picture_psnr_db
+from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.types import FloatArray
 
 EXAMPLE = ROOT / "examples" / "make_random_dit.py"
 STEPS = {"steps": 8}
-SCHEDULE = {"boundary": 4, "k1": 4, "k2": 2}
+SCHEDULE = {"phase_start": 4, "cache_interval_early": 4, "cache_interval_late": 2}
 """F c1 c1 c1 | F c2 F c2: short, since the CPU samples beside it."""
 LABEL, SEED = 7, 0
 BUNDLE, ONE_GRAPH = "bundle", "one-graph"
@@ -128,7 +128,7 @@ def errors_to_cpu(bundle: Path, backend: str, reference: dict[str, FloatArray]) 
             found = pipeline(class_labels=[LABEL], seed=SEED, full=name == "full").latents
             errors[name] = {
                 "max_relative_error": float(np.abs(found - expected).max() / np.abs(expected).max()),
-                "psnr_db": picture_psnr_db(torch.from_numpy(found), torch.from_numpy(expected), pixels=False),
+                "psnr_db": image_psnr_db(torch.from_numpy(found), torch.from_numpy(expected), pixels=False),
             }
     return errors
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import click
 
 from tc_deploy.backends.build import build_target
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "calibration" / "digits"

@@ -148,8 +148,8 @@ def main(
 def make_demo(bundle: Path) -> None:
     """The demo's bundle, where no kit brings it."""
     from tc_deploy.backends.build import build_target
+    from tc_deploy.export.bundle_export import export_bundle
     from tc_deploy.export.options import ExportOptions
-    from tc_deploy.export.stage import export_bundle
 
     export_bundle(ROOT / "calibration" / "digits", bundle, ExportOptions(samples=False))
     build_target(bundle, "onnxruntime")

@@ -14,8 +14,8 @@ from tolerances import tolerance
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.errors import TcDeployError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,9 +16,9 @@ from bundles import make_plan
 from diffusers_pipelines import tiny_autoencoder, tiny_wan_autoencoder
 from torch import Tensor
 
+from tc_deploy.calibrate.calibration import sampling_from_recipe
 from tc_deploy.calibrate.measure import with_steps
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import sampling_from_recipe
 from tc_deploy.conditions import UNCONDITIONAL
 from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
@@ -203,7 +203,7 @@ class Ours:
 
     def sampling(self, model: DiffusionTransformer, steps: int, **sampling: Any) -> Sampling:
         conditions = {"conditions": "random"} if self.words else {}
-        recipe = {"model": str(self.folder), "sampling": {"steps": steps, **sampling}, **conditions}
+        recipe = {"model": str(self.folder), "sampling": {"num_inference_steps": steps, **sampling}, **conditions}
         return sampling_from_recipe(Recipe.model_validate(recipe), model)
 
 

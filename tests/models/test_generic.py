@@ -101,7 +101,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-WANTED = {"conditions": "random", "latent_size": (4, 6), "text_tokens": 5, "sampling": {"steps": 6}}
+WANTED = {"conditions": "random", "latent_size": (4, 6), "text_tokens": 5, "sampling": {"num_inference_steps": 6}}
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe, read_recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.errors import UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
@@ -38,8 +38,8 @@ BATCH = 2
 SETTINGS: dict[str, Any] = {
     "latent_size": (8, 12),
     "text_tokens": TOKENS,
-    "sampling": {"steps": 6, "guidance_scale": 3.0},
-    "schedule": {"boundary": 3, "k1": 3, "k2": 2},
+    "sampling": {"num_inference_steps": 6, "guidance_scale": 3.0},
+    "schedule": {"phase_start": 3, "cache_interval_early": 3, "cache_interval_late": 2},
     "cache": {"keep_counts": ((8,), (0,))},
     "measure": {"samples": 2},
 }
@@ -144,7 +144,7 @@ def test_guidance_goes_away_from_the_file_s_unconditional_half(file: Path, scale
 
 def test_a_plan_names_its_prompts(plan_folder: Path, file: Path) -> None:
     plan, _ = load_plan(plan_folder)
-    assert plan.origin.conditions == PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompts=PROMPTS)
+    assert plan.origin.conditions == PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompt=PROMPTS)
     shown = run_cli("inspect", plan_folder)
     assert shown.code == 0, shown.err
     assert f"prompts   3 of {file}, sha256 {sha256_of_file(file)[:16]}" in shown.out

@@ -17,7 +17,7 @@ from tc_deploy.quality.metrics import (
     SSIM_WINDOW,
     drift,
     frechet_distance,
-    picture_psnr_db,
+    image_psnr_db,
     sample_psnrs_db,
     ssim,
 )
@@ -43,25 +43,25 @@ def test_psnr_of_latents_by_hand() -> None:
     found[0] += 0.2  # 20 dB
     found[1] -= 0.02  # 40 dB
     assert sample_psnrs_db(found, expected, pixels=False).tolist() == pytest.approx([20.0, 40.0], abs=DB)
-    assert picture_psnr_db(found, expected, pixels=False) == pytest.approx(30.0, abs=DB)
+    assert image_psnr_db(found, expected, pixels=False) == pytest.approx(30.0, abs=DB)
     # Ten times as large, with the same relative error.
-    assert picture_psnr_db(10 * found, 10 * expected, pixels=False) == pytest.approx(30.0, abs=DB)
+    assert image_psnr_db(10 * found, 10 * expected, pixels=False) == pytest.approx(30.0, abs=DB)
 
 
 @kinds
 def test_equal_pictures_have_a_finite_psnr(pixels: bool) -> None:
-    pictures = draw(2, 3, 4, 4)
-    assert picture_psnr_db(pictures, pictures, pixels=pixels) == pytest.approx(LARGEST_PSNR_DB, abs=DB)
+    images = draw(2, 3, 4, 4)
+    assert image_psnr_db(images, images, pixels=pixels) == pytest.approx(LARGEST_PSNR_DB, abs=DB)
 
 
 def test_pictures_are_compared_as_they_are_seen() -> None:
     expected = torch.linspace(-3, 3, 32).reshape(1, 2, 4, 4)
     found = torch.where(expected.abs() > 1, expected * 2, expected)
-    assert picture_psnr_db(found, expected, pixels=True) == pytest.approx(LARGEST_PSNR_DB, abs=DB)
-    assert picture_psnr_db(found, expected, pixels=False) < 20
+    assert image_psnr_db(found, expected, pixels=True) == pytest.approx(LARGEST_PSNR_DB, abs=DB)
+    assert image_psnr_db(found, expected, pixels=False) < 20
     shifted = expected.clamp(-1, 1) * 0.9
     by_hand = -10 * np.log10(float(((shifted - expected.clamp(-1, 1)) ** 2).mean()) / 4)
-    assert picture_psnr_db(shifted, expected, pixels=True) == pytest.approx(by_hand, abs=DB)
+    assert image_psnr_db(shifted, expected, pixels=True) == pytest.approx(by_hand, abs=DB)
 
 
 # ----------------------------------------------------------------------------------------------------------------- SSIM
@@ -133,7 +133,7 @@ def test_packed_latents_have_no_ssim_but_a_psnr() -> None:
     found = expected + 0.1 * draw(2, 24, 16, seed=1)
     assert ssim(found, expected, pixels=False) is None
     folded = (values.reshape(2, 16, 4, 6) for values in (found, expected))
-    assert picture_psnr_db(found, expected, pixels=False) == pytest.approx(picture_psnr_db(*folded, pixels=False))
+    assert image_psnr_db(found, expected, pixels=False) == pytest.approx(image_psnr_db(*folded, pixels=False))
 
 
 @kinds

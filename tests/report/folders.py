@@ -29,7 +29,7 @@ from tc_deploy.types import FloatArray
 
 DIGITS = Path(__file__).parents[2] / "calibration" / "digits"
 STEPS = 50
-CHOSEN = "K=(4, 2), boundary 25, order 2"
+CHOSEN = "K=(4, 2), phase start 25, order 2"
 SOLVER_STEPS = "DPM-Solver++, 20 steps"
 FEWER = "25 steps"
 RANDOM = "as chosen, tokens at random"
@@ -72,13 +72,15 @@ def points_of_the_demo() -> list[PointRecord]:
     points = [make_point(FULL_POINT, Kind.FULL, 1.0, 140.0, latency_iqr=0, drift=(0.0,) * STEPS, on_front=True)]
     points.append(make_point(CHOSEN, Kind.TOKEN_CACHE, 0.47, 50.8, settings=ours, on_front=True))
     cheaper = CacheRecord(reuse="branch", attention="all", forecast_order=2, keep_counts=((0,) * 8, (0,) * 8))
-    for boundary, ratio, psnr_db in ((15, 0.13, 31.5), (20, 0.2, 37.9), (30, 0.31, 45.0), (40, 0.62, 53.4)):
+    for phase_start, ratio, psnr_db in ((15, 0.13, 31.5), (20, 0.2, 37.9), (30, 0.31, 45.0), (40, 0.62, 53.4)):
         settings = SettingsRecord(
             scheduler_class="DDIMScheduler",
-            schedule=ScheduleRecord(steps=STEPS, boundary=boundary, k1=4, k2=3),
+            schedule=ScheduleRecord(
+                steps=STEPS, phase_start=phase_start, cache_interval_early=4, cache_interval_late=3
+            ),
             cache=cheaper,
         )
-        name = f"K=(4, 3), boundary {boundary}, order 2"
+        name = f"K=(4, 3), phase start {phase_start}, order 2"
         more = {"settings": settings, "on_front": True, "predicted_latency_ratio": 0.98 * ratio}
         points.append(make_point(name, Kind.TOKEN_CACHE, ratio, psnr_db, **more))
     for steps, psnr_db in ((6, 24.0), (12, 32.5), (18, 37.2), (25, 42.0), (30, 44.3), (40, 48.0)):
@@ -118,7 +120,14 @@ def write_search(
     points = points_of_the_demo() if points is None else points
     data = safetensors.numpy.save(make_samples(points) if samples is None else samples)
     (folder / SAMPLES).write_bytes(data)
-    screened = {"boundary": 20, "k1": 4, "k2": 2, "keep_ratio": (0.0, 0.125), "forecast_order": 2, "skip": "model"}
+    screened = {
+        "phase_start": 20,
+        "cache_interval_early": 4,
+        "cache_interval_late": 2,
+        "keep_ratio": (0.0, 0.125),
+        "forecast_order": 2,
+        "skip": "model",
+    }
     fields: dict[str, Any] = {
         "kind": "search",
         "format_version": FORMAT_VERSION,

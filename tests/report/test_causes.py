@@ -35,14 +35,14 @@ def make_validation(algorithm: Errors, export: Errors | None = None, **changes: 
         engine=None,
         precision=None,
         total=export or algorithm,
-        picture_psnr_db=120.0,
-        picture_psnr_to_full_db=43.0,
+        image_psnr_db=120.0,
+        image_psnr_to_full_db=43.0,
         exceeded=(),
     )
     output = OutputRecord(name="sample", step=3, metrics=metrics, failures=())
     fields = {
         "kind": "validation",
-        "format_version": 1,
+        "format_version": 2,
         "made_by": "tc-deploy",
         "date": "2026-11-24",
         "hardware": "a machine",

@@ -18,7 +18,7 @@ def test_every_step_is_drawn() -> None:
     assert " ".join(
         "F" if cell.label == "F" else f"c{cell.label}" for cell in cells
     ) == PLAN.run_schedule().line().replace("| ", "")
-    assert [cell.step for cell in cells if cell.opens_phase_2] == [PLAN.schedule.boundary + 1]
+    assert [cell.step for cell in cells if cell.opens_phase_2] == [PLAN.schedule.phase_start + 1]
     assert cells[0].title == "step 1, timestep 999: full"
 
 

@@ -15,7 +15,7 @@ import tc_deploy
 from tc_deploy.bench.measure import bench_bundles
 from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import UsageError
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 
 def test_of_several_targets_none_is_chosen_silently(mixed: Made, tmp_path: Path) -> None:

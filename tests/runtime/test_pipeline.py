@@ -85,7 +85,7 @@ def pipeline(pipelines: dict[str, Pipeline]) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def pictures(pipelines: dict[str, Pipeline]) -> dict[str, FloatArray]:
+def images(pipelines: dict[str, Pipeline]) -> dict[str, FloatArray]:
     """What each pipeline makes of LABELS and SEED."""
     return {name: pipeline(class_labels=LABELS, seed=SEED).latents for name, pipeline in pipelines.items()}
 
@@ -110,37 +110,37 @@ def test_a_trajectory_is_pytorch_s(
     assert (result.steps_full, result.steps_cached) == (full_steps, len(variants) - full_steps)
 
 
-def test_another_guidance_scale_is_pytorch_s(mixed: Made, pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+def test_another_guidance_scale_is_pytorch_s(mixed: Made, pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     noise = pipeline.noise(SEED, len(LABELS))
     for scale in (1.0, 5.5):
         found = pipeline(class_labels=LABELS, seed=SEED, guidance_scale=scale).latents
         assert_close(found, sample_in_pytorch(mixed, noise, LABELS, guidance_scale=scale))
-        assert relative_error(found, pictures["mixed"]) > VISIBLE
+        assert relative_error(found, images["mixed"]) > VISIBLE
     # The plan's own scale is back afterwards.
-    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
+    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images["mixed"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
 def test_another_batch_size_gives_the_same_pictures(
-    mixed: Made, pictures: dict[str, FloatArray], batch_size: int
+    mixed: Made, images: dict[str, FloatArray], batch_size: int
 ) -> None:
     with tc_deploy.load(mixed.bundle, batch_size=batch_size) as pipeline:
-        assert_close(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
+        assert_close(pipeline(class_labels=LABELS, seed=SEED).latents, images["mixed"])
 
 
 @each_bundle
 def test_labels_given_as_an_array_are_labels(
-    bundle: str, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray]
+    bundle: str, pipelines: dict[str, Pipeline], images: dict[str, FloatArray]
 ) -> None:
     found = pipelines[bundle](conditions={"class_labels": np.array(LABELS, np.int32)}, seed=SEED)
-    assert np.array_equal(found.latents, pictures[bundle])
+    assert np.array_equal(found.latents, images[bundle])
 
 
-def test_an_unconditional_half_of_ones_own_is_used(pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+def test_an_unconditional_half_of_ones_own_is_used(pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     """Guidance away from a class: of each picture, or of all alike; away from itself it has no effect."""
     labels, other = ({"class_labels": np.array(values, np.int32)} for values in (LABELS, [5]))
     away = pipeline(conditions=labels, unconditional=other, seed=SEED).latents
-    assert relative_error(away, pictures["mixed"]) > VISIBLE
+    assert relative_error(away, images["mixed"]) > VISIBLE
     each = {"class_labels": np.repeat(other["class_labels"], len(LABELS))}
     assert np.array_equal(pipeline(conditions=labels, unconditional=each, seed=SEED).latents, away)
     itself = pipeline(conditions=labels, unconditional=labels, seed=SEED).latents
@@ -169,10 +169,10 @@ def test_pixels_run_from_black_to_white() -> None:
 
 @each_bundle
 def test_a_seed_gives_the_same_bits_on_every_run(
-    bundle: str, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray], request: pytest.FixtureRequest
+    bundle: str, pipelines: dict[str, Pipeline], images: dict[str, FloatArray], request: pytest.FixtureRequest
 ) -> None:
     again = pipelines[bundle](class_labels=LABELS, seed=SEED).latents
-    assert np.array_equal(again, pictures[bundle])
+    assert np.array_equal(again, images[bundle])
     made: Made = request.getfixturevalue(bundle)
     with tc_deploy.load(made.bundle, batch_size=pipelines[bundle].batch_size) as other:
         assert np.array_equal(other(class_labels=LABELS, seed=SEED).latents, again)
@@ -180,11 +180,11 @@ def test_a_seed_gives_the_same_bits_on_every_run(
 
 @each_bundle
 def test_picture_i_of_a_request_is_that_of_seed_plus_i_alone(
-    bundle: str, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray]
+    bundle: str, pipelines: dict[str, Pipeline], images: dict[str, FloatArray]
 ) -> None:
     for index, label in enumerate(LABELS):
         alone = pipelines[bundle](class_labels=[label], seed=SEED + index)
-        assert np.array_equal(alone.latents[0], pictures[bundle][index])
+        assert np.array_equal(alone.latents[0], images[bundle][index])
 
 
 @settings(max_examples=12)
@@ -193,14 +193,14 @@ def test_picture_i_of_a_request_is_that_of_seed_plus_i_alone(
     companion=st.floats(-30, 30, width=32),
 )
 def test_a_picture_does_not_depend_on_its_companions(
-    pipeline: Pipeline, pictures: dict[str, FloatArray], chosen: list[int], companion: float
+    pipeline: Pipeline, images: dict[str, FloatArray], chosen: list[int], companion: float
 ) -> None:
     """Any pictures in any order, with a strange one at the end of the batch."""
     noise = pipeline.noise(SEED, len(LABELS))
     latents = np.concatenate([noise[chosen], np.full_like(noise[:1], companion)])
     found = pipeline(class_labels=[*(LABELS[index] for index in chosen), 5], latents=latents).latents
     for place, index in enumerate(chosen):
-        assert np.array_equal(found[place], pictures["mixed"][index])
+        assert np.array_equal(found[place], images["mixed"][index])
 
 
 def test_different_seeds_and_labels_give_different_pictures(pipeline: Pipeline) -> None:
@@ -223,17 +223,17 @@ def test_noise_is_pinned(pipeline: Pipeline) -> None:
 # ------------------------------------------------------------------------------------------------------------- latents
 
 
-def test_latents_stand_for_the_noise_of_a_seed(pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+def test_latents_stand_for_the_noise_of_a_seed(pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     noise = pipeline.noise(SEED, len(LABELS))
     for latents in (noise, noise.astype(np.float64), np.asfortranarray(noise)):
         found = pipeline(class_labels=LABELS, latents=latents, seed=99).latents
-        assert np.array_equal(found, pictures["mixed"])
+        assert np.array_equal(found, images["mixed"])
 
 
 @each_bundle
 @pytest.mark.parametrize("full", [False, True])
 def test_values_that_are_not_finite_stay_in_their_request(
-    bundle: str, full: bool, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray]
+    bundle: str, full: bool, pipelines: dict[str, Pipeline], images: dict[str, FloatArray]
 ) -> None:
     batch = pipelines[bundle].batch_size
     latents = pipelines[bundle].noise(SEED, batch)
@@ -244,8 +244,8 @@ def test_values_that_are_not_finite_stay_in_their_request(
         *_, last = pipeline.steps(class_labels=LABELS[:batch], latents=latents, full=full)
         spoilt = last.read_latents()
         assert not np.isfinite(spoilt[-1]).any()
-        assert full or np.array_equal(spoilt[:-1], pictures[bundle][: batch - 1])
-        assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures[bundle])
+        assert full or np.array_equal(spoilt[:-1], images[bundle][: batch - 1])
+        assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images[bundle])
 
 
 # ------------------------------------------------------------------------------------------------------- step by step
@@ -288,20 +288,20 @@ def test_every_step_is_pytorch_s(mixed: Made, pipeline: Pipeline) -> None:
 @each_bundle
 @pytest.mark.parametrize("taken", [1, 4])
 def test_an_iterator_that_is_left_early_leaves_no_trace(
-    bundle: str, taken: int, pipelines: dict[str, Pipeline], pictures: dict[str, FloatArray]
+    bundle: str, taken: int, pipelines: dict[str, Pipeline], images: dict[str, FloatArray]
 ) -> None:
     pipeline = pipelines[bundle]
     for step in pipeline.steps(class_labels=[8], seed=5, full=taken == 1):
         if step.index + 1 == taken:
             break
-    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures[bundle])
+    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images[bundle])
 
 
-def test_an_iterator_that_is_never_started_holds_nothing(pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+def test_an_iterator_that_is_never_started_holds_nothing(pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     waiting = pipeline.steps(class_labels=LABELS[:1], seed=SEED)
     pipeline(class_labels=[1])
     *_, last = waiting
-    assert np.array_equal(last.read_latents()[0], pictures["mixed"][0])
+    assert np.array_equal(last.read_latents()[0], images["mixed"][0])
 
 
 def test_a_caller_is_told_of_every_step_of_every_turn(pipeline: Pipeline) -> None:
@@ -330,14 +330,14 @@ class Countdown:
 
 @pytest.mark.parametrize("after", [0, 1, 9, 10, 13])
 def test_a_request_can_be_cancelled_before_any_step(
-    pipeline: Pipeline, pictures: dict[str, FloatArray], after: int
+    pipeline: Pipeline, images: dict[str, FloatArray], after: int
 ) -> None:
     """10 steps a turn: after 10 the second turn has not begun."""
     countdown = Countdown(after)
     with pytest.raises(Cancelled, match=f"after {after % 10} of 10 steps"):
         pipeline(class_labels=LABELS, should_cancel=countdown, on_step=countdown.on_step)
     assert len(countdown.steps) == after
-    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
+    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images["mixed"])
 
 
 def test_a_request_that_nobody_cancels_is_asked_once_a_step(pipeline: Pipeline) -> None:
@@ -346,16 +346,14 @@ def test_a_request_that_nobody_cancels_is_asked_once_a_step(pipeline: Pipeline) 
     assert countdown.left == 1000 - 20
 
 
-def test_an_error_of_the_caller_s_leaves_the_pipeline_usable(
-    pipeline: Pipeline, pictures: dict[str, FloatArray]
-) -> None:
+def test_an_error_of_the_caller_s_leaves_the_pipeline_usable(pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     def on_step(first: int, step: Step) -> None:
         if step.index == 3:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         pipeline(class_labels=LABELS, on_step=on_step)
-    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
+    assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images["mixed"])
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -390,7 +388,7 @@ BUSY = "running another request; a pipeline serves one at a time"
     ids=["call", "steps", "warmup"],
 )
 def test_a_second_thread_is_refused_and_the_first_not_disturbed(
-    pipeline: Pipeline, pictures: dict[str, FloatArray], intrude: Callable[[Pipeline], object]
+    pipeline: Pipeline, images: dict[str, FloatArray], intrude: Callable[[Pipeline], object]
 ) -> None:
     refusals: list[str] = []
 
@@ -402,12 +400,12 @@ def test_a_second_thread_is_refused_and_the_first_not_disturbed(
         return False
 
     found = pipeline(class_labels=LABELS, seed=SEED, should_cancel=should_cancel)
-    assert np.array_equal(found.latents, pictures["mixed"])
+    assert np.array_equal(found.latents, images["mixed"])
     assert len(refusals) == 20
     assert all(BUSY in refusal for refusal in refusals)
 
 
-def test_two_iterators_of_one_pipeline_exclude_each_other(pipeline: Pipeline, pictures: dict[str, FloatArray]) -> None:
+def test_two_iterators_of_one_pipeline_exclude_each_other(pipeline: Pipeline, images: dict[str, FloatArray]) -> None:
     first = pipeline.steps(class_labels=LABELS[:BATCH], seed=SEED)
     next(first)
     with pytest.raises(UsageError, match=BUSY):
@@ -415,7 +413,7 @@ def test_two_iterators_of_one_pipeline_exclude_each_other(pipeline: Pipeline, pi
     with pytest.raises(UsageError, match=BUSY):
         pipeline.warmup()
     *_, last = first
-    assert np.array_equal(last.read_latents(), pictures["mixed"][:BATCH])
+    assert np.array_equal(last.read_latents(), images["mixed"][:BATCH])
 
 
 # ----------------------------------------------------------------------------------------------------- open and closed
@@ -430,10 +428,10 @@ def test_everything_is_allocated_when_it_is_loaded(mixed: Made) -> None:
         assert {name: id(buffer) for name, buffer in pipeline._buffers.items()} == before
 
 
-def test_warming_up_changes_no_picture(mixed: Made, pictures: dict[str, FloatArray]) -> None:
+def test_warming_up_changes_no_picture(mixed: Made, images: dict[str, FloatArray]) -> None:
     with tc_deploy.load(mixed.bundle, batch_size=BATCH) as pipeline:
         pipeline.warmup()
-        assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, pictures["mixed"])
+        assert np.array_equal(pipeline(class_labels=LABELS, seed=SEED).latents, images["mixed"])
 
 
 def test_a_closed_pipeline_says_so(mixed: Made) -> None:

@@ -69,8 +69,13 @@ def graphs_of(order: int, history: int) -> dict[str, GraphRecord]:
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     steps = draw(st.integers(1, 24))
-    boundary = draw(st.integers(0, steps))
-    return tprr(steps=steps, boundary=boundary, k1=draw(st.integers(1, 7)), k2=draw(st.integers(1, 7)))
+    phase_start = draw(st.integers(0, steps))
+    return tprr(
+        steps=steps,
+        phase_start=phase_start,
+        cache_interval_early=draw(st.integers(1, 7)),
+        cache_interval_late=draw(st.integers(1, 7)),
+    )
 
 
 ORDERS = st.integers(0, 2)
@@ -194,7 +199,7 @@ def test_no_more_slots_than_the_history_needs(schedule: Schedule, order: int, hi
 
 def test_a_machine_notices_a_wrong_program() -> None:
     """The player above can fail: a cache that is one full step too old, and latents that are read and written."""
-    schedule = tprr(steps=6, boundary=6, k1=2, k2=1)
+    schedule = tprr(steps=6, phase_start=6, cache_interval_early=2, cache_interval_late=1)
     graphs = graphs_of(1, 1)
     good = program_of(graphs, schedule, 1, 1)
     stale = program_of(graphs, schedule, 0, 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from points import point
 from report.folders import edit, write_search
+from search_points import point
 
 from tc_deploy.bundle import sha256_of_bytes
 from tc_deploy.errors import BundleError, UsageError

@@ -12,7 +12,7 @@ TOKENS = 64
 SETTING = (Reuse.BRANCH, Attention.ALL, 1)
 GRID = GridCosts(full=1.1, keep_ratios=(0.0, 0.25), cached=(0.1, 0.4))
 MODEL = CostModel(tokens=TOKENS, skip=0.01, solver=0.02, settings={SETTING: GRID})
-SCHEDULE = tprr(steps=10, boundary=4, k1=2, k2=3)  # F c1 F c1 | F c2 c2 F c2 c2
+SCHEDULE = tprr(steps=10, phase_start=4, cache_interval_early=2, cache_interval_late=3)  # F c1 F c1 | F c2 c2 F c2 c2
 
 
 def record(*keep_counts: tuple[int, ...], skip: Skip = Skip.MODEL) -> CacheRecord:

@@ -28,9 +28,9 @@ SAMPLING = Sampling(
 
 def test_a_candidate_is_judged_the_same_there(tmp_path: Path) -> None:
     candidate = Candidate(
-        boundary=3,
-        k1=2,
-        k2=2,
+        phase_start=3,
+        cache_interval_early=2,
+        cache_interval_late=2,
         keep_ratio=(0.5, 0.5),
         forecast_order=1,
         reuse=Reuse.BRANCH,

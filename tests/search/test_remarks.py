@@ -1,7 +1,7 @@
 """What is said of points: computed, and as plain about a loss as about a gain."""
 
 import pytest
-from points import point
+from search_points import point
 
 from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord

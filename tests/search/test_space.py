@@ -15,16 +15,23 @@ from tc_deploy.types import Attention, Reuse, Skip
 
 STEPS = 12
 SMALL = SearchRecipe(
-    boundary=(0.5,), k1=(1, 2, 3), k2=(1, 2), keep_ratio=(0.0, 0.25), forecast_order=(1,), skip=(Skip.MODEL,)
+    phase_start=(0.5,),
+    cache_interval_early=(1, 2, 3),
+    cache_interval_late=(1, 2),
+    keep_ratio=(0.0, 0.25),
+    forecast_order=(1,),
+    skip=(Skip.MODEL,),
 )
-LARGE = SearchRecipe(boundary=(0.25, 0.5, 0.75), keep_ratio=(0.0, 0.25, 0.5), trials=80)
+LARGE = SearchRecipe(phase_start=(0.25, 0.5, 0.75), keep_ratio=(0.0, 0.25, 0.5), trials=80)
 
 
 def judge(candidate: Candidate) -> Judged:
     """Full steps and kept tokens cost and help, with a preference that is not monotone."""
     full = candidate.schedule(STEPS).variants.count(FULL)
     ratio = (full + (STEPS - full) * sum(candidate.keep_ratio) / 2) / STEPS
-    return Judged(candidate=candidate, latency_ratio=ratio, psnr_db=20 + 30 * ratio - abs(candidate.k1 - 3))
+    return Judged(
+        candidate=candidate, latency_ratio=ratio, psnr_db=20 + 30 * ratio - abs(candidate.cache_interval_early - 3)
+    )
 
 
 def recording(asked: list[Candidate]) -> Callable[[Candidate], Judged]:
@@ -64,17 +71,26 @@ def test_skipping_blocks_is_another_run_only_where_a_phase_keeps_nothing() -> No
     assert len(candidates(both, STEPS)) == 2 * len(one) - keeping_everywhere
 
 
-def test_where_tokens_are_kept_the_boundary_tells_runs_apart_and_elsewhere_only_by_its_steps() -> None:
-    recipe = SMALL.model_copy(update={"boundary": (0.25, 0.5), "k1": (3,), "k2": (3,)})
+def test_where_tokens_are_kept_the_start_of_phase_2_tells_runs_apart_and_elsewhere_only_by_its_steps() -> None:
+    recipe = SMALL.model_copy(
+        update={"phase_start": (0.25, 0.5), "cache_interval_early": (3,), "cache_interval_late": (3,)}
+    )
     found = list(candidates(recipe, STEPS).values())
-    # Both boundaries are multiples of 3, so that the steps are the same ones. Each phase's tokens are spent over blocks
+    # Both starts are multiples of 3, so that the steps are the same ones. Each phase's tokens are spent over blocks
     # by the importance of its own steps.
     assert sum(not candidate.keeps_tokens for candidate in found) == 1
-    assert [candidate.boundary for candidate in found if all(candidate.keep_ratio)] == [3, 6]
+    assert [candidate.phase_start for candidate in found if all(candidate.keep_ratio)] == [3, 6]
 
 
 def test_something_is_judged_even_if_the_optimiser_asks_for_full_runs_alone() -> None:
-    late = SMALL.model_copy(update={"boundary": (0.8, 0.9, 1.0), "k1": (1,), "k2": (1, 2, 3), "trials": 1})
+    late = SMALL.model_copy(
+        update={
+            "phase_start": (0.8, 0.9, 1.0),
+            "cache_interval_early": (1,),
+            "cache_interval_late": (1, 2, 3),
+            "trials": 1,
+        }
+    )
     late = late.model_copy(update={"keep_ratio": (0.0,)})
     for seed in range(40):  # with some of which it never asks for the last step but one
         (judged,) = judge_candidates(late, STEPS, seed, judge)
@@ -83,7 +99,7 @@ def test_something_is_judged_even_if_the_optimiser_asks_for_full_runs_alone() ->
 
 def test_a_space_without_a_cached_step_is_refused() -> None:
     with pytest.raises(PlanError, match="no candidate has a cached step in 12 steps"):
-        candidates(SearchRecipe(k1=(1,), k2=(1,)), STEPS)
+        candidates(SearchRecipe(cache_interval_early=(1,), cache_interval_late=(1,)), STEPS)
 
 
 def test_a_small_space_is_searched_whole() -> None:
@@ -100,8 +116,10 @@ def test_of_a_large_space_as_many_are_judged_as_allowed_each_once() -> None:
     assert len(judged) == len(asked) == LARGE.trials
     assert len({identity(candidate, STEPS) for candidate in asked}) == LARGE.trials
     # Every interval was tried in both phases alike before the optimiser chose; 6 and 8 are one in 6 steps.
-    assert {(item.k1, item.k2) for item in asked} >= {(k, k) for k in (2, 3, 4, 5, 6)}
-    assert {item.k1 for item in asked if all(item.keep_ratio)} >= {2, 3, 4, 5, 6}
+    assert {(item.cache_interval_early, item.cache_interval_late) for item in asked} >= {
+        (k, k) for k in (2, 3, 4, 5, 6)
+    }
+    assert {item.cache_interval_early for item in asked if all(item.keep_ratio)} >= {2, 3, 4, 5, 6}
 
 
 def test_the_seed_decides_what_is_tried() -> None:
@@ -112,9 +130,9 @@ def test_the_seed_decides_what_is_tried() -> None:
 
 FIGURES = st.lists(st.tuples(st.floats(0.01, 1), st.floats(10, 60)), min_size=1, max_size=30)
 ANY = Candidate(
-    boundary=6,
-    k1=2,
-    k2=2,
+    phase_start=6,
+    cache_interval_early=2,
+    cache_interval_late=2,
     keep_ratio=(0, 0),
     forecast_order=1,
     reuse=Reuse.BRANCH,
@@ -127,7 +145,7 @@ def with_figures(figures: list[tuple[float, float]], *, keeping: bool = False) -
     keep_ratio = (0.25, 0.25) if keeping else (0.0, 0.0)
     return [
         Judged(
-            candidate=Candidate(**{**vars(ANY), "boundary": number, "keep_ratio": keep_ratio}),
+            candidate=Candidate(**{**vars(ANY), "phase_start": number, "keep_ratio": keep_ratio}),
             latency_ratio=ratio,
             psnr_db=psnr_db,
         )

@@ -91,7 +91,7 @@ def test_every_pass_computes_the_same_there(name: str, reuse: Reuse, attention: 
 def test_a_guided_run_makes_the_same_pictures_there(scheduler: Any) -> None:
     here = zoo.model("dit")
     sampling = Sampling(scheduler=scheduler, steps=5, guidance_scale=2.0, set_timesteps_kwargs={})
-    schedule = tprr(steps=5, boundary=5, k1=2, k2=1)
+    schedule = tprr(steps=5, phase_start=5, cache_interval_early=2, cache_interval_late=1)
     blocks, tokens = len(here.blocks), here.geometry.tokens
     cache = _cache(here)
     importance = np.stack([spread_importance(blocks, tokens, step) for step in range(5)])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import CacheRecord
+from tc_deploy.tokencache.cache_points import BLOCK
 from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_superposed
 from tc_deploy.tokencache.passes import KEY, VALUE, cache_name
-from tc_deploy.tokencache.points import BLOCK
 from tc_deploy.types import Attention, Reuse, Skip
 
 BATCH, BLOCKS, TOKENS, WIDTH = 3, 3, 16, 64

@@ -22,9 +22,9 @@ from tc_deploy.models.rows import Streams
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
+from tc_deploy.tokencache.cache_points import cache_points
 from tc_deploy.tokencache.forward import OUTPUT, cached_tensors, run_cached, run_full, run_open, run_superposed
 from tc_deploy.tokencache.passes import CachedPass
-from tc_deploy.tokencache.points import cache_points
 from tc_deploy.types import Attention, Reuse, Skip
 
 BATCH = 3

@@ -18,15 +18,15 @@ from torch import Tensor
 
 import tc_deploy
 from tc_deploy.errors import BackendError, BundleError, ExportError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.check import check_graph, example_inputs
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
+from tc_deploy.golden import read_golden
 from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import CacheRecord, load_plan
 from tc_deploy.planned.model import sampling_from_plan
-from tc_deploy.samples import read_samples
 from tc_deploy.schedule import full_schedule
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.graphs import StepGraph
@@ -319,7 +319,7 @@ def test_the_error_to_fp32_is_written_down_and_shown(half: tuple[Precision, Made
 
 def test_fp16_samples_are_as_the_graphs_read_them_and_bf16_has_none(fp16: Made, bf16: Made) -> None:
     manifest = read_manifest(fp16.bundle)
-    samples, _ = read_samples(fp16.bundle, manifest)
+    samples, _ = read_golden(fp16.bundle, manifest)
     for name in ("full", "cached-1"):
         record = manifest.graphs[name]
         for feeds, tensors in ((samples[name].inputs, record.inputs), (samples[name].outputs, record.outputs)):
@@ -328,7 +328,7 @@ def test_fp16_samples_are_as_the_graphs_read_them_and_bf16_has_none(fp16: Made, 
                     tensor.name: tensor.numpy_dtype for tensor in tensors
                 }
     with pytest.raises(BundleError, match="an export in bf16 leaves no samples to validate by"):
-        read_samples(bf16.bundle, read_manifest(bf16.bundle))
+        read_golden(bf16.bundle, read_manifest(bf16.bundle))
 
 
 # --------------------------------------------------------------------------------------------------- whole trajectories

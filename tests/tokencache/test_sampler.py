@@ -20,7 +20,7 @@ from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Attention, IntArray, Reuse
 
 STEPS, BATCH, TOKENS = 9, 2, 16
-SCHEDULE = tprr(steps=STEPS, boundary=4, k1=2, k2=3)
+SCHEDULE = tprr(steps=STEPS, phase_start=4, cache_interval_early=2, cache_interval_late=3)
 VARIANTS = (0, 1, 0, 1, 0, 2, 2, 0, 2)
 KEEP_COUNTS = ((0, 5, TOKENS), (3, 0, 9))
 SCHEDULERS: dict[str, Callable[[], Any]] = {

@@ -53,7 +53,7 @@ def swap_index_rows(bundle: Path, phase: int) -> None:
 def move_boundary(bundle: Path) -> None:
     """Let phase 2 begin a step later; the index tables keep as many rows as the plan's checks ask for."""
     plan, tables = load_plan(bundle)
-    schedule = plan.schedule.model_copy(update={"boundary": plan.schedule.boundary + 1})
+    schedule = plan.schedule.model_copy(update={"phase_start": plan.schedule.phase_start + 1})
     moved = plan.model_copy(update={"schedule": schedule})
     for phase in moved.phases_used():
         rows, table = len(moved.run_schedule().cached_steps(phase)), tables[token_index_name(phase)]

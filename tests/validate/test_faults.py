@@ -13,7 +13,7 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.runtime import layout
 from tc_deploy.runtime.program import ProgramStep, program_of
 from tc_deploy.validate.record import ValidationRecord
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 BLOCK = "transformer_blocks.1"
 LAST = "transformer_blocks.2"
@@ -69,7 +69,7 @@ def test_overflow_in_half_precision(planted: Callable[..., ValidationRecord]) ->
     assert f"Cast {LAST}/half" in blame.operators
     (full,) = (variant for variant in record.variants if variant.name == "full")
     assert full.worst.failures == ("not finite",)
-    assert record.drift.picture_psnr_db is None
+    assert record.drift.image_psnr_db is None
 
 
 def test_stale_row_of_keys(planted: Callable[..., ValidationRecord]) -> None:

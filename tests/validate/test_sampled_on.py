@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import ExportError, UsageError
+from tc_deploy.golden import read_golden
 from tc_deploy.manifest import read_manifest
 from tc_deploy.plan import PromptsRecord
-from tc_deploy.samples import read_samples
 from tc_deploy.types import FloatArray
 
 PROMPTS, WIDTH = 3, 96
@@ -44,7 +44,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_plan(model: Path, folder: Path, conditions: str | Path) -> Path:
-    words = ("--steps", 4, "--samples", 0, "--keep-counts", 8, 0, "--boundary", 4, "--k1", 2, "--guidance-scale", 2)
+    words = (
+        "--steps",
+        4,
+        "--samples",
+        0,
+        "--keep-counts",
+        8,
+        0,
+        "--phase-start",
+        4,
+        "--cache-interval-early",
+        2,
+        "--guidance-scale",
+        2,
+    )
     sizes = ("--latent-size", "12x8", "--text-tokens", 1)
     answer = run_cli("calibrate", model, "-o", folder, *words, *sizes, "--conditions", conditions)
     assert answer.code == 0, answer.err
@@ -83,10 +97,10 @@ def test_random_conditions_do_not_show_it_and_say_so(with_outlier: Made, tmp_pat
 def test_engines_are_validated_on_the_plan_s_prompts(with_outlier: Made, tmp_path: Path) -> None:
     file = with_outlier.plan.parent / "prompts.safetensors"
     manifest = read_manifest(with_outlier.bundle)
-    expected = PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompts=PROMPTS)
+    expected = PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompt=PROMPTS)
     assert manifest.sampled_on == expected
     # One sample, so the prompt with the largest values, and the file's own unconditional half.
-    _, saved = read_samples(with_outlier.bundle, manifest)
+    _, saved = read_golden(with_outlier.bundle, manifest)
     held = prompts(outlier=True)
     for name in ("encoder_hidden_states", "encoder_attention_mask"):
         assert np.array_equal(saved.conditions[name], held[name][OUTLIER : OUTLIER + 1])

@@ -18,7 +18,7 @@ from tc_deploy.search.record import FULL_POINT, PointRecord
 from tc_deploy.sheet import sheet_of
 from tc_deploy.types import FloatArray
 
-MOST_PICTURES = 8
+MOST_IMAGES = 8
 """Of each point; more would be too small to see on a phone."""
 PIXEL_CHANNELS = (1, 3)
 PEAK = 2.0
@@ -62,12 +62,12 @@ def sample_sheet(source: Source) -> Sheet | None:
         return None
     full = _as_seen(source.samples[FULL_POINT])
     found = {point.name: _as_seen(source.samples[point.name]) for _, point in shown}
-    factor = amplification(max(float(np.abs(pictures - full).max()) for pictures in found.values()))
+    factor = amplification(max(float(np.abs(images - full).max()) for images in found.values()))
     strips = [_strip("full run", (full + 1) / PEAK)]
     for role, point in shown:
-        pictures = found[point.name]
-        strips.append(_strip(_caption(role, point), (pictures + 1) / PEAK))
-        difference = np.minimum(factor * np.abs(pictures - full) / PEAK, 1.0)
+        images = found[point.name]
+        strips.append(_strip(_caption(role, point), (images + 1) / PEAK))
+        difference = np.minimum(factor * np.abs(images - full) / PEAK, 1.0)
         strips.append(_strip(f"{role}: difference to the full run × {factor}", difference))
     return Sheet(strips=tuple(strips), amplification=factor, count=len(full), sharp=max(full.shape[2:]) <= SMALL_SIDE)
 
@@ -87,7 +87,7 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def _as_seen(latents: FloatArray) -> FloatArray:
-    return np.clip(latents[:MOST_PICTURES], -1.0, 1.0)
+    return np.clip(latents[:MOST_IMAGES], -1.0, 1.0)
 
 
 def _caption(role: str, point: PointRecord) -> str:

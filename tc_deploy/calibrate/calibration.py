@@ -65,7 +65,7 @@ Report = Callable[[str, int, int], None]
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
 PHASE_2_STARTS_AT = 0.5
-"""Default boundary as a share of the steps; docs/quality.md shows what it was chosen by."""
+"""Default start of phase 2 as a share of the steps; docs/quality.md shows what it was chosen by."""
 
 
 def calibrate(
@@ -85,8 +85,8 @@ def calibrate(
 
     Raises:
         UsageError: there is no such device, the model needs prompts and the recipe names none that fit, the recipe does
-            not fit the model (keep counts, or any where its blocks are unknown) or itself (boundary), or forecasts are
-            to be fitted and there is nothing to fit, or too few samples.
+            not fit the model (keep counts, or any where its blocks are unknown) or itself (phase start), or forecasts
+            are to be fitted and there is nothing to fit, or too few samples.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         KeyboardInterrupt: it was interrupted; says where its state is.
@@ -137,7 +137,7 @@ def schedule_from_recipe(recipe: Recipe) -> Schedule:
     Raises:
         UsageError: it does not fit the step count, or is no schedule.
     """
-    asked, steps = recipe.schedule, recipe.sampling.steps
+    asked, steps = recipe.schedule, recipe.sampling.num_inference_steps
     if asked.variants is not None:
         try:
             listed = schedule_from_line(asked.variants)
@@ -145,24 +145,29 @@ def schedule_from_recipe(recipe: Recipe) -> Schedule:
             raise UsageError(f"schedule.variants: {str(error).removeprefix('schedule: ')}") from None
         if listed.steps != steps:
             raise UsageError(
-                f"schedule.variants: expected {steps} marks (sampling.steps), found {listed.steps}; say how many steps"
-                f" there are with --steps {listed.steps}"
+                f"schedule.variants: expected {steps} marks (sampling.num_inference_steps), found"
+                f" {listed.steps}; say how many steps there are with --steps {listed.steps}"
             )
         return listed
-    if asked.boundary is not None and asked.boundary > steps:
+    if asked.phase_start is not None and asked.phase_start > steps:
         raise UsageError(
-            f"schedule.boundary (--boundary): must lie in 0..{steps} (sampling.steps), found {asked.boundary}; where"
-            " phase 2 is to be empty, give the step count"
+            f"schedule.phase_start (--phase-start): must lie in 0..{steps} (sampling.num_inference_steps), found"
+            f" {asked.phase_start}; where phase 2 is to be empty, give the step count"
         )
-    boundary = round(PHASE_2_STARTS_AT * steps) if asked.boundary is None else asked.boundary
-    return tprr(steps=steps, boundary=boundary, k1=asked.k1, k2=asked.k2)
+    phase_start = round(PHASE_2_STARTS_AT * steps) if asked.phase_start is None else asked.phase_start
+    return tprr(
+        steps=steps,
+        phase_start=phase_start,
+        cache_interval_early=asked.cache_interval_early,
+        cache_interval_late=asked.cache_interval_late,
+    )
 
 
 def _calibrated(
     recipe: Recipe, state: _State, report: Report, device: str
 ) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     """The plan, measured, and its tables; see :func:`calibrate`."""
-    schedule, steps = schedule_from_recipe(recipe), recipe.sampling.steps
+    schedule, steps = schedule_from_recipe(recipe), recipe.sampling.num_inference_steps
     folder = model_folder(local_folder(Path(recipe.model), recipe.variant))
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
@@ -268,10 +273,10 @@ def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Samplin
     scheduler = load_scheduler(Path(recipe.model), recipe.variant)
     return Sampling(
         scheduler=scheduler,
-        steps=wanted.steps,
+        steps=wanted.num_inference_steps,
         guidance_scale=cfg,
         set_timesteps_kwargs=model.family.convention.with_own(
-            scheduler, wanted.steps, model.geometry.tokens, wanted.set_timesteps_kwargs
+            scheduler, wanted.num_inference_steps, model.geometry.tokens, wanted.set_timesteps_kwargs
         ),
         prompts=prompts_for(model, recipe.conditions, guided=cfg is not None, embedded_guidance=embedded),
         embedded_guidance=embedded,

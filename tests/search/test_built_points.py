@@ -11,15 +11,15 @@ import zoo
 from tolerances import tolerance
 
 from tc_deploy.backends.tensorrt import TensorRtOptions
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import read_target
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.planned.prompts import tensors_of
 from tc_deploy.runtime.request import noise_of
 from tc_deploy.search.baselines import Baselines
-from tc_deploy.search.points import PICTURE_BATCH, PlannedPoint, PointMaker, asked_conditions
+from tc_deploy.search.built_points import IMAGE_BATCH, PlannedPoint, PointMaker, asked_conditions
 from tc_deploy.search.record import Kind
 from tc_deploy.tokencache.sampler import Sampling, denoise
 
@@ -40,7 +40,7 @@ def test_one_bundle_beside_the_full_runs_and_graphs_that_are_alike_exported_once
         exported.append(options.graphs_from is None)
         return export_bundle(folder, bundle, options)
 
-    monkeypatch.setattr("tc_deploy.search.points.export_bundle", export)
+    monkeypatch.setattr("tc_deploy.search.built_points.export_bundle", export)
     full = baselines.full()
     maker = PointMaker(tmp_path, tiny_dit_folder, "onnxruntime", 1, full)
     fewer = [point for point in baselines.all() if point.kind is Kind.FEWER_STEPS][:2]
@@ -59,7 +59,7 @@ def test_tensorrt_is_built_for_the_batch_that_is_timed(baselines: Baselines, tmp
     for batch_size in (1, 20):
         maker = PointMaker(tmp_path, tmp_path, "tensorrt-rtx", batch_size, baselines.full())
         options = TensorRtOptions.model_validate(maker.build_options())
-        assert options.batch_profile == (1, batch_size, max(batch_size, PICTURE_BATCH))
+        assert options.batch_profile == (1, batch_size, max(batch_size, IMAGE_BATCH))
     assert PointMaker(tmp_path, tmp_path, "openvino", 20, baselines.full()).build_options() == {}
 
 
@@ -73,7 +73,7 @@ def test_a_model_that_takes_prompts_is_asked_with_both_halves_and_runs_as_in_pyt
     full = Baselines(model, sampling, 0).full()
     maker = PointMaker(tmp_path / "work", checkpoint, "onnxruntime", 1, full)
     asked = asked_conditions(model, sampling, range(7, 9))
-    made = maker.pictures(full, asked, 7)
+    made = maker.images(full, asked, 7)
     noise = torch.from_numpy(noise_of(model.geometry.latent_shape, 7, 2))
     expected = denoise(model, sampling, noise, tensors_of(asked), lambda _, inputs: model.forward(inputs))
     error = np.abs(made.latents - expected.numpy()).max() / expected.abs().max()

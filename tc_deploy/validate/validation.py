@@ -25,6 +25,7 @@ from tc_deploy.backends.base import loaded_graphs
 from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, reading, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
+from tc_deploy.golden import Feed, GoldenGraph, Trajectory, read_golden, sampled_on_in_words
 from tc_deploy.hardware import hardware_line
 from tc_deploy.libraries import load_failure
 from tc_deploy.manifest import (
@@ -37,11 +38,10 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.runtime.binding import read_bundle
-from tc_deploy.samples import Feed, GraphSamples, Trajectory, read_samples, sampled_on_in_words
 from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.types import FloatArray, Precision
 from tc_deploy.validate.blame import EngineSearch, ExportSearch, blame, onnxruntime_outputs
-from tc_deploy.validate.drift import Excess, Runs, drift_of, excesses, picture_failures
+from tc_deploy.validate.drift import Excess, Runs, drift_of, excesses, image_failures
 from tc_deploy.validate.marking import MarkableGraph
 from tc_deploy.validate.metrics import is_close, metrics_of
 from tc_deploy.validate.record import (
@@ -128,8 +128,8 @@ class _Validation:
         self.target: TargetManifest = read_target(path, self.backend)
         if against not in (RECORDED, TORCH):
             registry.backend(against).version()
-        self.samples: Mapping[str, GraphSamples]
-        self.samples, self.saved = read_samples(path, self.manifest)
+        self.samples: Mapping[str, GoldenGraph]
+        self.samples, self.saved = read_golden(path, self.manifest)
         self.precision = precision_of(self.target)
         self.engines: Engines = load_target(path, self.manifest, self.backend)
         self._checkpoint_error = ""
@@ -157,7 +157,7 @@ class _Validation:
         found = excesses(drift, self.backend, self.manifest.precision, self.precision)
         blamed = self._blame(variants, found)
         words = [self._excess_words(excess, blamed) for excess in found]
-        words += picture_failures(drift, self.backend, self.precision)
+        words += image_failures(drift, self.backend, self.precision)
         drift = drift.model_copy(update={"exceeded": tuple(words)})
         repeats = self._repeats(latents)
         passed = all(variant.passed for variant in variants) and all(repeat.passed for repeat in repeats)

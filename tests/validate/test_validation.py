@@ -18,13 +18,13 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.backends.openvino import precisions_of
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.errors import BundleError
+from tc_deploy.golden import POLYGRAPHY, TRAJECTORY, read_golden
 from tc_deploy.manifest import SAMPLE, read_manifest
-from tc_deploy.samples import POLYGRAPHY, TRAJECTORY, read_samples
 from tc_deploy.types import Precision
 from tc_deploy.validate.blame import EngineSearch, blame
 from tc_deploy.validate.marking import MarkableGraph
 from tc_deploy.validate.record import read_validation
-from tc_deploy.validate.stage import validate_bundle
+from tc_deploy.validate.validation import validate_bundle
 
 openvino = pytest.importorskip("openvino", reason="needs OpenVINO")
 BF16 = "bf16" in precisions_of(openvino.Core())
@@ -73,7 +73,7 @@ def test_every_reference(bundle: Path, against: str) -> None:
 
 
 def test_every_engine_kind_has_its_tolerances() -> None:
-    metrics = ("output_max_rel", "output_sqnr_db", "output_cosine", "drift_rel_l2", "picture_psnr_db")
+    metrics = ("output_max_rel", "output_sqnr_db", "output_cosine", "drift_rel_l2", "image_psnr_db")
     for backend, precision, metric in itertools.product(BACKENDS, Precision, metrics):
         assert tolerance(backend, precision, metric) > 0
 
@@ -113,7 +113,7 @@ def test_bf16_leaves_no_samples(bf16: Made) -> None:
     manifest = read_manifest(bf16.bundle)
     assert not any(name.startswith(POLYGRAPHY) for name in manifest.files)
     with pytest.raises(BundleError, match="no bfloat16"):
-        read_samples(bf16.bundle, manifest)
+        read_golden(bf16.bundle, manifest)
 
 
 def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_engine_that_departs_is_blamed_by_the_node(bundle: Path, tmp_path: Pa
 
     manifest = read_manifest(bundle)
     device, _ = load_target(bundle, manifest, "onnxruntime")
-    samples, _ = read_samples(bundle, manifest)
+    samples, _ = read_golden(bundle, manifest)
     graph = MarkableGraph(bundle, manifest.graphs["full"], tmp_path)
     search = EngineSearch(graph, samples["full"].inputs[1], "onnxruntime", "fp32", Faulty(device))  # type: ignore[arg-type]
     found = blame("full", 5, search)
@@ -202,7 +202,7 @@ def test_other_mistakes(bundle: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_samples_are_of_the_trajectory(bundle: Path) -> None:
     """The saved inputs are real: run on them, ONNX Runtime gives the saved outputs, and each sample another."""
     manifest = read_manifest(bundle)
-    samples, trajectory = read_samples(bundle, manifest)
+    samples, trajectory = read_golden(bundle, manifest)
     assert trajectory.full.shape == trajectory.cached.shape == (10, 1, 4, 8, 8)
     np.testing.assert_array_equal(trajectory.full[0], trajectory.cached[0])
     session = onnxruntime.InferenceSession(bundle / manifest.graphs["cached-2"].file)

@@ -32,8 +32,7 @@ from tc_deploy.bundle import (
     sha256_of_bytes,
     state_folder,
 )
-from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import (
+from tc_deploy.calibrate.calibration import (
     CPU,
     Report,
     assemble_plan,
@@ -42,6 +41,7 @@ from tc_deploy.calibrate.stage import (
     model_from_recipe,
     sampling_from_recipe,
 )
+from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.whole import recipe_for
 from tc_deploy.errors import PlanError
 from tc_deploy.hardware import hardware_line
@@ -50,13 +50,13 @@ from tc_deploy.plan import PLAN_FOLDER, OriginRecord, plan_sha256
 from tc_deploy.quality.classifier import Classifier
 from tc_deploy.schedule import tprr
 from tc_deploy.search.baselines import Baselines, settings_name
+from tc_deploy.search.built_points import PlannedPoint, PointMaker
 from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.confirm import Confirmation
 from tc_deploy.search.cost import CostModel, cost_model
 from tc_deploy.search.fits import Fits
 from tc_deploy.search.grid import timed_graphs
 from tc_deploy.search.peer import why_no_peer
-from tc_deploy.search.points import PlannedPoint, PointMaker
 from tc_deploy.search.record import (
     FORMAT_VERSION,
     Kind,
@@ -113,10 +113,10 @@ def search_plan(
     check_device(device)
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
-    if recipe.sampling.steps < MIN_STEPS:
+    if recipe.sampling.num_inference_steps < MIN_STEPS:
         raise PlanError(
             f"search: expected {MIN_STEPS} steps or more, two phases of a full and a cached one, found"
-            f" {recipe.sampling.steps}; raise --steps"
+            f" {recipe.sampling.num_inference_steps}; raise --steps"
         )
     with claimed(destination, PLAN_FOLDER, reads=[Path(recipe.model)]) as claim:
         report("loading the checkpoint", 0, 1)
@@ -217,7 +217,9 @@ class _Search:
         settings = self.recipe.model_copy(
             update={"cache": self.recipe.cache.model_copy(update={"keep_counts": None, "keep_ratio": (ratio, ratio)})}
         )
-        schedule = tprr(steps=steps, boundary=steps, k1=min(REFERENCE_INTERVAL, steps), k2=1)
+        schedule = tprr(
+            steps=steps, phase_start=steps, cache_interval_early=min(REFERENCE_INTERVAL, steps), cache_interval_late=1
+        )
         importance, _ = importance_of(
             settings, self.model, self.sampling, schedule, lambda key: self.folder / key, self.report
         )

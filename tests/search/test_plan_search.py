@@ -13,20 +13,20 @@ from bundles import Answer, run_cli, snapshot
 
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.errors import PlanError, UsageError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.plan import PLAN, SAMPLES, SEARCH, load_plan
 from tc_deploy.search.choose import POINTS, Wish, chosen_point
 from tc_deploy.search.peer import why_no_peer
+from tc_deploy.search.plan_search import search_plan
 from tc_deploy.search.record import FULL_POINT, Kind, SearchRecord, read_search
-from tc_deploy.search.stage import search_plan
 
 STEPS = 6
 RECIPE = """
 model = "{model}"
 
 [sampling]
-steps = 6
+num_inference_steps = 6
 guidance_scale = 1.5
 
 [cache]
@@ -41,9 +41,9 @@ iterations = 2
 batch_size = 2
 
 [search]
-boundary = [0.5]
-k1 = [2]
-k2 = [3]
+phase_start = [0.5]
+cache_interval_early = [2]
+cache_interval_late = [3]
 keep_ratio = [0.0, 0.5]
 forecast_order = [1]
 skip = ["model"]
@@ -165,7 +165,7 @@ def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
         if what.startswith("building points") and done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("tc_deploy.search.points.export_bundle", export)
+    monkeypatch.setattr("tc_deploy.search.built_points.export_bundle", export)
     with pytest.raises(KeyboardInterrupt):
         search_plan(recipe, destination, Wish(target_psnr_db=0), from_flops=True, report=interrupted)
     assert not destination.exists()

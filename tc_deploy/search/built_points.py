@@ -24,8 +24,8 @@ from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, new_folder, remove_folder, remove_folders, sha256_of_bytes, write_state
 from tc_deploy.conditions import Conditions, labelled_conditions
 from tc_deploy.errors import BundleError
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN_FOLDER, Plan, plan_sha256, save_plan
@@ -37,7 +37,7 @@ from tc_deploy.search.turns import runs_in_turn
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
 
-PICTURE_BATCH = 8
+IMAGE_BATCH = 8
 """Pictures that engines make at a time, as many as TensorRT's are built for unasked; none depends on it."""
 
 
@@ -53,7 +53,7 @@ class PlannedPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class Images:
     """What a point's engines made."""
 
     latents: FloatArray
@@ -136,13 +136,13 @@ class PointMaker:
         self._discard([bundle])
         return bundle
 
-    def pictures(
+    def images(
         self,
         point: PlannedPoint,
         asked: Conditions,
         seed: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Pictures:
+    ) -> Images:
         """Make pictures.
 
         Args:
@@ -155,12 +155,12 @@ class PointMaker:
         path = self.work / "pictures" / f"{_plan_key(point)}-{count}-{seed}.safetensors"
         try:
             stored = safetensors.numpy.load_file(path)
-            return Pictures(latents=stored["latents"], trajectory=stored["trajectory"])
+            return Images(latents=stored["latents"], trajectory=stored["trajectory"])
         except (OSError, SafetensorError):
             pass
         trajectory = []
         # A point that comes to nothing is left out of the search's result, which says so.
-        size = min(PICTURE_BATCH, count)
+        size = min(IMAGE_BATCH, count)
         with Pipeline(self.bundle(point), self.backend, batch_size=size, check_finite=False) as pipeline:
             total = -(-count // pipeline.batch_size) * pipeline.plan.schedule.steps
 
@@ -170,11 +170,11 @@ class PointMaker:
                 progress(start // pipeline.batch_size * step.total + step.index + 1, total)
 
             other = asked.unconditional if pipeline.manifest.guided else None
-            pictures: dict[str, Any] = {"conditions": asked.given} if asked.given else {"count": count}
-            latents = pipeline(**pictures, unconditional=other, seed=seed, on_step=on_step).latents
+            images: dict[str, Any] = {"conditions": asked.given} if asked.given else {"count": count}
+            latents = pipeline(**images, unconditional=other, seed=seed, on_step=on_step).latents
         made = {"latents": latents, "trajectory": np.stack(trajectory)}
         write_state(path, safetensors.numpy.save(made))
-        return Pictures(**made)
+        return Images(**made)
 
     def latency(self, point: PlannedPoint, rounds: int) -> Latency:
         """Time a point's run in turn with the full run.
@@ -239,7 +239,7 @@ class PointMaker:
         """TensorRT's engines run batches of a range that is fixed when they are built, and best at one of them."""
         if not self.backend.startswith("tensorrt"):
             return {}
-        return {"batch_profile": (1, self.batch_size, max(self.batch_size, PICTURE_BATCH))}
+        return {"batch_profile": (1, self.batch_size, max(self.batch_size, IMAGE_BATCH))}
 
 
 def _plan_key(point: PlannedPoint) -> str:

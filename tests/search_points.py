@@ -15,7 +15,9 @@ def point(kind: Kind, name: str, ratio: float, psnr_db: float, keep: int = 0) ->
         skip=Skip.MODEL,
     )
     settings = SettingsRecord(
-        scheduler_class="DDIMScheduler", schedule=ScheduleRecord(steps=10, boundary=5, k1=2, k2=2), cache=cache
+        scheduler_class="DDIMScheduler",
+        schedule=ScheduleRecord(steps=10, phase_start=5, cache_interval_early=2, cache_interval_late=2),
+        cache=cache,
     )
     quality = Quality(psnr_db=psnr_db, psnr_db_std=1.0, ssim=None, frechet_distance=None, class_accuracy=None)
     return PointRecord(

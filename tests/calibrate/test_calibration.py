@@ -10,8 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 
+from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
-from tc_deploy.calibrate.stage import calibrate
 from tc_deploy.calibrate.training import SAVE_EVERY
 from tc_deploy.errors import ExportError, ModelError, StorageError, TcDeployError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
@@ -23,8 +23,8 @@ ITERATIONS = SAVE_EVERY + 4
 SAMPLING, TRAINING = "sampling trajectories", "training the Cache Predictor"
 SETTINGS: dict[str, Any] = {
     "seed": 3,
-    "sampling": {"steps": STEPS},
-    "schedule": {"boundary": 4, "k1": 2, "k2": 3},
+    "sampling": {"num_inference_steps": STEPS},
+    "schedule": {"phase_start": 4, "cache_interval_early": 2, "cache_interval_late": 3},
     "cache": {"keep_ratio": [0.25, 0.5], "multiple": 4},
     "predictor": {"iterations": ITERATIONS, "batch_size": 2},
     "measure": {"samples": 2},
@@ -202,8 +202,8 @@ def test_the_state_of_another_calibration_is_not_continued(
 
 def test_a_plan_that_exists_is_replaced(tiny_dit_folder: Path, tmp_path: Path) -> None:
     calibrate(make_recipe(tiny_dit_folder, MANUAL), tmp_path / "plan")
-    calibrate(make_recipe(tiny_dit_folder, MANUAL, {"schedule": {"k1": 4}}), tmp_path / "plan")
-    assert load_plan(tmp_path / "plan")[0].schedule.k1 == 4
+    calibrate(make_recipe(tiny_dit_folder, MANUAL, {"schedule": {"cache_interval_early": 4}}), tmp_path / "plan")
+    assert load_plan(tmp_path / "plan")[0].schedule.cache_interval_early == 4
 
 
 # ----------------------------------------------------------------------------------------------------- without training
@@ -246,7 +246,7 @@ def test_ratios_that_leave_nothing_to_choose_train_nothing(
 @pytest.mark.parametrize(
     "change",
     [
-        {"schedule": {"k1": 1, "k2": 1}, "cache": {"keep_counts": [[0], [0]]}},
+        {"schedule": {"cache_interval_early": 1, "cache_interval_late": 1}, "cache": {"keep_counts": [[0], [0]]}},
         {"cache": {"keep_counts": [[TOKENS], [TOKENS]]}},
     ],
     ids=["full steps only", "all tokens kept"],
@@ -260,8 +260,8 @@ def test_a_plan_that_saves_nothing_loses_nothing(tiny_dit_folder: Path, tmp_path
 
 
 def test_the_boundary_is_half_of_the_steps_unless_given(tiny_dit_folder: Path, tmp_path: Path) -> None:
-    plan = calibrate(make_recipe(tiny_dit_folder, MANUAL, {"schedule": {"boundary": None}}), tmp_path / "plan")
-    assert plan.schedule.boundary == round(STEPS / 2)
+    plan = calibrate(make_recipe(tiny_dit_folder, MANUAL, {"schedule": {"phase_start": None}}), tmp_path / "plan")
+    assert plan.schedule.phase_start == round(STEPS / 2)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_any_sampler_without_noise_of_its_own_will_do(
 @pytest.mark.parametrize(
     ("change", "kind", "parts"),
     [
-        ({"schedule": {"boundary": STEPS + 1}}, UsageError, ["schedule.boundary", "must lie in 0..7", "found 8"]),
+        ({"schedule": {"phase_start": STEPS + 1}}, UsageError, ["schedule.phase_start", "must lie in 0..7", "found 8"]),
         (
             {"cache": {"keep_counts": [[0, 0], [0]]}},
             UsageError,
@@ -300,7 +300,11 @@ def test_any_sampler_without_noise_of_its_own_will_do(
         ({"cache": {"keep_counts": [[0], [0, 0, 0, 0]]}}, UsageError, ["phase 2", "3 blocks", "found 4"]),
         ({"cache": {"keep_counts": [[0], [17]]}}, UsageError, ["phase 2", "block 0", "0..16", "found 17"]),
         ({"cache": {"keep_counts": [[], [0]]}}, UsageError, ["phase 1", "found 0"]),
-        ({"sampling": {"steps": 1001}}, UsageError, ["DDIMScheduler takes at most 1000 steps", "found 1001"]),
+        (
+            {"sampling": {"num_inference_steps": 1001}},
+            UsageError,
+            ["DDIMScheduler takes at most 1000 steps", "found 1001"],
+        ),
         ({"sampling": {"set_timesteps_kwargs": {"mu": 1.0}}}, ExportError, ["DDIMScheduler", "mu"]),
         ({"model": "nowhere"}, ModelError, ["nowhere", "no such folder"]),
     ],

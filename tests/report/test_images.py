@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from report.folders import CHOSEN, UNIFORM, make_samples, points_of_the_demo, write_search
 from report.png import pixels_of
 
-from tc_deploy.report.pictures import MOST_PICTURES, PEAK, amplification, needs_decoder, sample_sheet
+from tc_deploy.report.images import MOST_IMAGES, PEAK, amplification, needs_decoder, sample_sheet
 from tc_deploy.report.source import source_from_folder
 from tc_deploy.search.record import FULL_POINT
 from tc_deploy.sheet import GAP, GREY
@@ -28,13 +28,13 @@ def tiles(uri: str, channels: int) -> FloatArray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_and_their_differences(tmp_path: Path, channels: int) -> None:
-    samples = make_samples(points_of_the_demo(), channels, count=MOST_PICTURES + 2)
+    samples = make_samples(points_of_the_demo(), channels, count=MOST_IMAGES + 2)
     source = source_from_folder(write_search(tmp_path / "plan", samples=samples))
     sheet = sample_sheet(source)
     assert sheet is not None
-    assert (sheet.count, sheet.sharp) == (MOST_PICTURES, True)
+    assert (sheet.count, sheet.sharp) == (MOST_IMAGES, True)
     assert not needs_decoder(source)
-    seen = {name: np.clip(latents[:MOST_PICTURES], -1, 1) for name, latents in samples.items()}
+    seen = {name: np.clip(latents[:MOST_IMAGES], -1, 1) for name, latents in samples.items()}
     full = seen[FULL_POINT]
     expected = [full]
     for name in (CHOSEN, UNIFORM):

@@ -21,6 +21,7 @@ from tc_deploy.errors import UsageError
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.parts import ExportedParts, PipelineParts
 from tc_deploy.export.steps import ExportedSteps, exported_steps
+from tc_deploy.golden import write_golden
 from tc_deploy.groups import token_groups
 from tc_deploy.hardware import check_fits_memory
 from tc_deploy.manifest import (
@@ -49,7 +50,6 @@ from tc_deploy.plan import (
 )
 from tc_deploy.planned.model import model_of_plan
 from tc_deploy.remarks import warn_of_plan
-from tc_deploy.samples import write_samples
 from tc_deploy.tokencache.cost import check_cost
 from tc_deploy.types import FloatArray
 
@@ -141,7 +141,7 @@ def _write_samples(steps: ExportedSteps, made: ExportedParts, folder: Path) -> l
     if steps.trajectory is None:
         return []
     more = {name: part.samples for name, part in made.graphs.items() if part.samples is not None}
-    return write_samples(steps.samples | more, steps.trajectory, folder)
+    return write_golden(steps.samples | more, steps.trajectory, folder)
 
 
 def _manifest(

@@ -1,4 +1,4 @@
-"""What an export leaves behind to validate engines by: inputs and outputs of every graph, and trajectories.
+"""Golden inputs and outputs, which an export leaves behind to validate engines by, and trajectories.
 
 In: arrays of a sampling run in PyTorch. Out: the folder ``polygraphy/`` of a bundle, whose files open in polygraphy as
 they are, and back. The bundle's manifest holds their checksums. Never: imports torch, or runs anything.
@@ -52,7 +52,7 @@ def {function}():
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphSamples:
+class GoldenGraph:
     """Inputs and outputs of one graph at a few steps."""
 
     steps: tuple[int, ...]
@@ -114,7 +114,7 @@ def outputs_file(graph: str) -> str:
     return f"{POLYGRAPHY}/{graph}.outputs.json"
 
 
-def write_samples(samples: Mapping[str, GraphSamples], trajectory: Trajectory, bundle: Path) -> list[str]:
+def write_golden(samples: Mapping[str, GoldenGraph], trajectory: Trajectory, bundle: Path) -> list[str]:
     """Write the folder into a bundle that is being made.
 
     Returns:
@@ -151,7 +151,7 @@ def write_samples(samples: Mapping[str, GraphSamples], trajectory: Trajectory, b
     return [*names, SCRIPT, TRAJECTORY]
 
 
-def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSamples], Trajectory]:
+def read_golden(bundle: Path, manifest: Manifest) -> tuple[dict[str, GoldenGraph], Trajectory]:
     """Read the folder of a bundle whose files have been checked.
 
     Raises:
@@ -185,7 +185,7 @@ def read_samples(bundle: Path, manifest: Manifest) -> tuple[dict[str, GraphSampl
             }
         arrays = read_tensors(bundle / TRAJECTORY)
         for graph, (inputs, outputs) in loaded.items():
-            samples[graph] = GraphSamples(
+            samples[graph] = GoldenGraph(
                 steps=tuple(arrays[_STEPS + graph].tolist()),
                 inputs=tuple(inputs),
                 outputs=tuple({name: np.asarray(array) for name, array in output.items()} for output in outputs),
@@ -224,7 +224,7 @@ def chosen_steps(steps: Sequence[int], bytes_each: int, limit_bytes: int) -> tup
     return tuple(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
 
 
-def _check_samples(samples: GraphSamples, record: GraphRecord) -> None:
+def _check_samples(samples: GoldenGraph, record: GraphRecord) -> None:
     """Check that there are as many inputs and outputs as steps, of the tensors that the graph has.
 
     Raises:

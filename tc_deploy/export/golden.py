@@ -23,6 +23,7 @@ from tc_deploy.export.solver_graph import (
     MODEL_OUTPUT,
     NEXT_LATENTS,
 )
+from tc_deploy.golden import Feed, GoldenGraph, Trajectory, chosen_steps
 from tc_deploy.manifest import (
     FORECAST_WEIGHTS,
     HIDDEN_STATES,
@@ -38,7 +39,6 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.planned.prompts import conditions_of, tensors_of
-from tc_deploy.samples import Feed, GraphSamples, Trajectory, chosen_steps
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import StepTables, token_index_name
 from tc_deploy.tokencache.graphs import ModelGraph
@@ -95,7 +95,7 @@ def samples_of(
     batch: int,
     precision: Precision = Precision.FP32,
     fp32_blocks: Collection[str] = (),
-) -> tuple[dict[str, GraphSamples], Trajectory]:
+) -> tuple[dict[str, GoldenGraph], Trajectory]:
     """Sample under the plan and in full.
 
     Args:
@@ -137,7 +137,7 @@ def samples_of(
         exact = latents_of(model, sampling, noise, conditions, steps_of_plan)
     samples = {}
     for variant, steps_of in chosen.items():
-        samples[variant_name(variant)] = GraphSamples(
+        samples[variant_name(variant)] = GoldenGraph(
             steps=steps_of,
             inputs=tuple(run.inputs[step] for step in steps_of),
             outputs=tuple(run.outputs[step] for step in steps_of),
@@ -170,7 +170,7 @@ def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]
 
 def _solver_samples(
     run: _Run, record: GraphRecord, solver: SolverTable, sampling: Sampling, first: FloatArray
-) -> GraphSamples:
+) -> GoldenGraph:
     """What the solver's graph reads and writes at an early, a middle and a late step, as diffusers' scheduler does."""
     batch, channels = first.shape[:2]
     latents = [first, *run.latents]
@@ -199,7 +199,7 @@ def _solver_samples(
             made[HIDDEN_STATES] = np.concatenate([made[HIDDEN_STATES]] * 2)
         inputs.append({tensor.name: feed[tensor.name] for tensor in record.inputs})
         outputs.append({tensor.name: made[tensor.name] for tensor in record.outputs})
-    return GraphSamples(steps=steps, inputs=tuple(inputs), outputs=tuple(outputs))
+    return GoldenGraph(steps=steps, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _guided(output: FloatArray, scale: float | None) -> FloatArray:
