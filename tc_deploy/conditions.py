@@ -25,7 +25,7 @@ GUIDANCE = "guidance"
 NO_GUIDANCE = 1.0
 """Classifier-free guidance of this scale and less is none, as diffusers' pipelines have it."""
 UNCONDITIONAL = "unconditional."
-HOW_TO_ENCODE = "the source's encode_prompts.py PIPELINE -o prompts.safetensors makes such a file"
+HOW_TO_ENCODE = "it holds what encode_prompt of the diffusers pipeline returns, under the transformer's names for it"
 
 
 class Condition(Protocol):

@@ -16,9 +16,9 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tc_deploy.errors import BundleError
+from tc_deploy.errors import BundleError, counted
 from tc_deploy.manifest import POLYGRAPHY, GraphRecord, Manifest
-from tc_deploy.plan import LABELS, RANDOM, PromptsRecord
+from tc_deploy.plan import LABELS, RANDOM, PromptsRecord, TextsRecord
 from tc_deploy.tensors import read_tensors
 from tc_deploy.types import FloatArray, Precision
 
@@ -84,17 +84,18 @@ class Trajectory:
     """What the steps took from tables, by the tables' names."""
 
 
-def sampled_on_in_words(record: PromptsRecord | str | None, samples: int) -> str:
+def sampled_on_in_words(record: PromptsRecord | TextsRecord | str | None, samples: int) -> str:
     """What an export sampled on, for people.
 
     Args:
         record: the manifest's.
         samples: how many samples there are.
     """
-    if isinstance(record, PromptsRecord):
-        some = f"{min(samples, record.prompts)} of {record.prompts} prompts"
-        which = ", with the largest values," if samples < record.prompts else ""
-        return f"{some}{which} of {record.file}, sha256 {record.sha256[:16]}"
+    if isinstance(record, PromptsRecord | TextsRecord):
+        count = record.prompts if isinstance(record, PromptsRecord) else len(record.prompts)
+        source = "the plan" if isinstance(record, TextsRecord) else f"{record.file}, sha256 {record.sha256[:16]}"
+        which = ", with the largest values," if samples < count else ""
+        return f"{min(samples, count)} of {counted(count, 'prompt')}{which} of {source}"
     said = {LABELS: "class labels", RANDOM: "random conditions, so outliers of real prompts are not seen"}
     return said.get(str(record), "conditions that the export did not write down")
 

@@ -32,7 +32,7 @@ from tc_deploy.bundle import (
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.libraries import imported
-from tc_deploy.plan import PLAN, TABLES, PromptsRecord
+from tc_deploy.plan import PLAN, TABLES, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, Precision
 
@@ -255,7 +255,7 @@ class Manifest(Document):
     pixels: bool
     """The latents are pictures in [-1, 1]; otherwise a decoder is needed to see them."""
     conditions: tuple[ConditionRecord, ...]
-    sampled_on: PromptsRecord | Literal["random", "labels"] | None = None
+    sampled_on: PromptsRecord | TextsRecord | Literal["random", "labels"] | None = None
     """What the export sampled on, to compare its graphs with PyTorch and to leave samples to validate engines by. A
     file's path is relative to the bundle, or absolute."""
     solver: SolverRecord

@@ -64,6 +64,9 @@ POINTS = "points"
 """The plan of every point of a search, each in a folder of its own."""
 RANDOM: Final = "random"
 """Conditions that are drawn although the model takes prompts: for trials and for models with random weights."""
+MAX_PROMPTS = 10_000
+Prompt: TypeAlias = Annotated[str, Field(max_length=2**14)]
+"""A text; longer than any text encoder reads."""
 LABELS: Final = "labels"
 """Class labels, which are drawn."""
 
@@ -240,6 +243,19 @@ class PromptsRecord(Document):
     prompts: PositiveCount
 
 
+class TextsRecord(Document):
+    """The prompts that a plan was made with, as the pipeline's own text encoders read them."""
+
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=MAX_PROMPTS)]
+    negative_prompt: Prompt = ""
+    """What guidance goes away from."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the texts."""
+        return sha256_of_bytes(canonical_json(self.model_dump(mode="json")).encode("utf-8"))
+
+
 class ForecastRecord(Document):
     """What forecast weights were fitted on; see :mod:`tc_deploy.calibrate.fitting`."""
 
@@ -256,7 +272,7 @@ class OriginRecord(Document):
     method: Literal["predictor", "manual", "search", "baseline"]
     seed: Count
     settings: dict[str, Any]
-    conditions: PromptsRecord | Literal["random"] | None = None
+    conditions: PromptsRecord | TextsRecord | Literal["random"] | None = None
     """What samples were conditioned on; None for labels, which are drawn."""
 
     @model_serializer(mode="wrap")
@@ -396,7 +412,7 @@ def content_sha256(plan: Plan) -> str:
     """What a plan does, as one number: SHA-256 of all but what was measured of it and where its sources were found."""
     content = plan.model_dump(mode="json", exclude={"measured": True, "model": {"source"}})
     if isinstance(content["origin"].get("conditions"), dict):
-        del content["origin"]["conditions"]["file"]
+        content["origin"]["conditions"].pop("file", None)
     return sha256_of_bytes(canonical_json(content).encode("utf-8"))
 
 

@@ -101,6 +101,14 @@ def run_cli(*words: object) -> Answer:
     return Answer(code=code, out=out.getvalue(), err=err.getvalue())
 
 
+def recipe_of(folder: Path, model: Path, **keys: Any) -> Path:
+    """A recipe that names a model and says some keys of the top."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"model": str(model.absolute()), **keys}.items()]
+    (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "recipe.toml"
+
+
 def build_rtx(made: Made, folder: Path) -> tuple[Made, Answer]:
     """A copy of a bundle with TensorRT-RTX engines for three kinds of GPU and 1 to 4 samples, by the command line."""
     bundle = made.copy(folder / "bundle")

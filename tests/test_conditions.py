@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError) as raised:
         read_conditions(path)
     assert str(raised.value).startswith(f"{path}: {'a folder' if kind == 'folder' else 'n'}")
-    assert "encode_prompts.py" in str(raised.value)
+    assert "encode_prompt of the diffusers pipeline" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -288,7 +288,7 @@ def test_other_steps_are_refused(made: Made, engine: EngineTransformer) -> None:
 
 
 def test_another_size_is_refused(made: Made, engine: EngineTransformer) -> None:
-    with pytest.raises(UsageError, match=r"hidden_states: expected \(B, .* --latent-size SIZE -o calibration/NAME"):
+    with pytest.raises(UsageError, match=r"hidden_states: expected \(B, .* --height H --width W -o calibration/NAME"):
         made.run(engine, height=2 * made.case.size["height"])
 
 

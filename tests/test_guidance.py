@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import safetensors.numpy
 import torch
 import zoo
 from bundles import Made, MadeByCommands, run_cli
-from click.testing import CliRunner
 from diffusers_pipelines import tiny_autoencoder
 from prompted import CASES, STEPS, TEXT
 from tolerances import tolerance
@@ -96,22 +94,11 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def plan(flux: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a user goes on: prompts encoded, then a plan; sizes are the tiny model's."""
+    """As a user goes on; sizes are the tiny model's."""
     folder = tmp_path_factory.mktemp("plan")
-    spec = importlib.util.spec_from_file_location(
-        "encode_prompts", Path(__file__).parents[1] / "examples" / "encode_prompts.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    prompts = folder / "prompts.safetensors"
-    words = [str(flux[0]), "a cat", "a red mat", "--text-tokens", str(TEXT), "-o", str(prompts)]
-    answer = CliRunner().invoke(example.main, words)
-    assert answer.exit_code == 0, answer.output
-    assert safetensors.numpy.load_file(prompts)["guidance"].tolist() == [3.5, 3.5]
-    sizes = ("--latent-size", "8x12", "--text-tokens", TEXT, "--steps", STEPS, "--samples", 1)
-    made = run_cli("calibrate", flux[0], "--conditions", prompts, *sizes, "-o", folder / "plan")
+    sizes = ("--height", 8, "--width", 12, "--text-tokens", TEXT, "--steps", STEPS, "--samples", 1)
+    prompts = ("--prompt", "a cat", "--prompt", "a red mat")
+    made = run_cli("calibrate", flux[0], *prompts, *sizes, "-o", folder / "plan")
     assert made.code == 0, made.err
     return folder / "plan"
 

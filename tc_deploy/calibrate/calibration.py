@@ -30,6 +30,7 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import local_folder
 from tc_deploy.models.loading import load_model, load_scheduler, model_folder, pipeline_of
+from tc_deploy.models.pixels import latent_size_of
 from tc_deploy.models.scheduler_config import plain_config
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import (
@@ -172,7 +173,7 @@ def _calibrated(
     report("loading the checkpoint", 0, 1)
     model = model_from_recipe(recipe, device)
     recipe = recipe_for(model, recipe)
-    sampling = sampling_from_recipe(recipe, model)
+    sampling = sampling_from_recipe(recipe, model, report)
     # Refused here rather than at export, after the work: a sampler whose steps are not a table.
     try:
         solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
@@ -254,14 +255,26 @@ def model_from_recipe(recipe: Recipe, device: str = CPU) -> DiffusionTransformer
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or a size does not fit it.
+        UsageError: a size in pixels cannot be one of latents.
     """
-    options = ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens, variant=recipe.variant)
-    model = load_model(Path(recipe.model), options)
+    path, size = Path(recipe.model), recipe.latent_size
+    pipeline = pipeline_of(model_folder(local_folder(path, recipe.variant)))
+    if recipe.height is not None and recipe.width is not None:
+        size = latent_size_of(pipeline, recipe.height, recipe.width, recipe.num_frames)
+    options = ModelOptions(latent_size=size, text_tokens=recipe.text_tokens, variant=recipe.variant)
+    model = load_model(path, options)
+    if recipe.height is not None and not (pipeline.has_autoencoder or model.geometry.pixels):
+        raise UsageError(
+            f"{recipe.model}: the model makes latents, and how many pixels one covers its autoencoder says, which is"
+            " not there; name the whole pipeline's folder, or say latent_size in a recipe"
+        )
     model.module.to(device)
     return model
 
 
-def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Sampling:
+def sampling_from_recipe(
+    recipe: Recipe, model: DiffusionTransformer, report: Report = lambda what, done, total: None
+) -> Sampling:
     """The sampler that a recipe asks for, and what it conditions the model on.
 
     Raises:
@@ -278,7 +291,13 @@ def sampling_from_recipe(recipe: Recipe, model: DiffusionTransformer) -> Samplin
         set_timesteps_kwargs=model.family.convention.with_own(
             scheduler, wanted.num_inference_steps, model.geometry.tokens, wanted.set_timesteps_kwargs
         ),
-        prompts=prompts_for(model, recipe.conditions, guided=cfg is not None, embedded_guidance=embedded),
+        prompts=prompts_for(
+            model,
+            recipe.conditioned_on,
+            guided=cfg is not None,
+            embedded_guidance=embedded,
+            progress=lambda what: report(what, 0, 1),
+        ),
         embedded_guidance=embedded,
     )
 

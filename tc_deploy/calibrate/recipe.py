@@ -37,7 +37,7 @@ from pydantic import Field, ValidationError, model_validator
 from tc_deploy.bounds import MAX_AXES, MAX_STEPS, Count, Guidance, Size, Step, Steps
 from tc_deploy.bundle import Document, first_problem, path_from_here
 from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
-from tc_deploy.plan import RANDOM, VARIANT
+from tc_deploy.plan import MAX_PROMPTS, RANDOM, VARIANT, Prompt, TextsRecord
 from tc_deploy.types import Attention, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -53,7 +53,14 @@ MAX_RECIPE_BYTES = 2**18
 _DEEP_KEY = re.compile(r"""(?:["'A-Za-z0-9_-]{1,64}\s{0,8}\.\s{0,8}){64}""")
 """A dotted key of so many parts; what tomllib takes for one grows with the square of them."""
 
-_ALTERNATIVES = {"cache.keep_ratio": "cache.keep_counts", "cache.keep_counts": "cache.keep_ratio"}
+_ALTERNATIVES = {
+    "cache.keep_ratio": ("cache.keep_counts",),
+    "cache.keep_counts": ("cache.keep_ratio",),
+    "prompts": ("conditions",),
+    "conditions": ("prompts", "negative_prompt"),
+    "height": ("latent_size",),
+}
+"""What an option says in other words than these keys of a recipe."""
 
 
 class SamplingRecipe(Document):
@@ -196,13 +203,21 @@ class Recipe(Document):
     """All of it."""
 
     model: str
+    height: Size | None = None
+    """Of the pictures, in pixels, as for diffusers' pipelines; None means the model's own."""
+    width: Size | None = None
+    num_frames: Size | None = None
+    """Of a video."""
     latent_size: Annotated[tuple[Size, ...], Field(max_length=MAX_AXES)] | None = None
-    """(H, W) of the latents, or (F, H, W) of video; None means the model's own."""
+    """The same of the latents, (H, W) or (F, H, W), for a transformer without its pipeline."""
     text_tokens: Size | None = None
     """Tokens that every prompt is padded or cut to; None means the family's default."""
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    """What a model is conditioned on that takes prompts; the pipeline's own text encoders read them."""
+    negative_prompt: Prompt | None = None
+    """What guidance goes away from."""
     conditions: str | None = None
-    """What a model is conditioned on that takes more than labels: a safetensors file of prompt embeddings (relative to
-    the recipe), or "random"."""
+    """In the place of prompts: a safetensors file of their embeddings (relative to the recipe), or "random"."""
     variant: Annotated[str, Field(pattern=VARIANT)] | None = None
     """Which of several copies of the weights, as ``fp16`` of ``diffusion_pytorch_model.fp16.safetensors``."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
@@ -214,6 +229,25 @@ class Recipe(Document):
     measure: MeasureRecipe = MeasureRecipe()
     search: SearchRecipe = SearchRecipe()
     quality: QualityRecipe = QualityRecipe()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.height is None) != (self.width is None) or (self.num_frames and not self.height):
+            raise ValueError("height and width go together, and num_frames with both; give all of them")
+        if self.height is not None and self.latent_size is not None:
+            raise ValueError("height and latent_size exclude each other; give one")
+        if self.prompts is not None and self.conditions is not None:
+            raise ValueError("prompts and conditions exclude each other; give one")
+        if self.negative_prompt is not None and self.prompts is None:
+            raise ValueError("negative_prompt goes with prompts; a file of conditions holds its own")
+        return self
+
+    @property
+    def conditioned_on(self) -> TextsRecord | str | None:
+        """Prompts, a file of embeddings, ``random``, or None where nothing was said."""
+        if self.prompts is None:
+            return self.conditions
+        return TextsRecord(prompts=self.prompts, negative_prompt=self.negative_prompt or "")
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
@@ -257,10 +291,10 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
                 if not isinstance(place, dict):
                     raise UsageError(f"{path}: {table}: expected a table [{table}], found {place!r}")
             place[name] = value
-            # Of two ways to say how much is kept, the command line's replaces the recipe's.
-            other = _ALTERNATIVES.get(key)
-            if other is not None and overrides.get(other) is None:
-                place.pop(other.rpartition(".")[2], None)
+            # Of two ways to say something, the command line's replaces the recipe's.
+            for other in _ALTERNATIVES.get(key, ()):
+                if overrides.get(other) is None:
+                    place.pop(other.rpartition(".")[2], None)
     try:
         # By way of JSON a list may stand for a tuple and a word for its meaning, but no text and no true for a number.
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)

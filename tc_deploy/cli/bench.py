@@ -11,7 +11,7 @@ import click
 from tc_deploy.bench.report import FULL_RUN, PLAN_RUN
 from tc_deploy.bundle import canonical_json
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MOST, PATH
+from tc_deploy.cli.options import MOST, PATH, json_option
 from tc_deploy.cli.progress import progress_bar
 
 
@@ -31,7 +31,7 @@ from tc_deploy.cli.progress import progress_bar
 @option(
     "--rounds", type=click.IntRange(1, 100_000), default=20, show_default=True, help="Runs of each kind per contender."
 )
-@option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@json_option
 def command(
     bundle: Path,
     backend: str | None,

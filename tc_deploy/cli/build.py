@@ -12,7 +12,7 @@ from tc_deploy.backends.compiled_at_load import MOST_THREADS, WEIGHTS_MODES
 from tc_deploy.backends.onnxruntime import PROVIDERS
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MODEL_PATH, MOST, PATH
+from tc_deploy.cli.options import MODEL_PATH, MOST, PATH, json_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError
 
@@ -145,9 +145,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     default=None,
     help="tensorrt, tensorrt-rtx: capture runs once and replay them (the default), or not.",
 )
-def command(bundle: Path, backend: str, **options: Any) -> None:
+@json_option
+def command(bundle: Path, backend: str, as_json: bool, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""
     from tc_deploy.backends.build import build_target
+    from tc_deploy.bundle import canonical_json
+    from tc_deploy.inspect import inspect_path
 
     registry.backend(backend)
     given = {
@@ -159,6 +162,10 @@ def command(bundle: Path, backend: str, **options: Any) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is no option of {backend}; add {kinds}, or leave it out")
     with progress_bar() as report:
         target = build_target(bundle, backend, given, report)
+    if as_json:
+        facts = inspect_path(bundle)["targets"][backend]
+        click.echo(canonical_json({"path": str(bundle / backend), "backend": backend, **facts}), nl=False)
+        return
     click.echo(
         f"{bundle / backend}: built with {target.backend} {target.backend_version}, computes in {target.computes_in}"
     )

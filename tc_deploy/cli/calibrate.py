@@ -12,13 +12,10 @@ from tc_deploy.cli.options import (
     MODEL_PATH,
     NEW_PATH,
     Number,
-    conditions_option,
     device_option,
-    guidance_option,
-    size_option,
-    text_option,
-    true_cfg_option,
-    variant_option,
+    json_option,
+    recipe_options,
+    recipe_overrides,
 )
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.types import Attention, Reuse, Skip
@@ -36,19 +33,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 @click.command(cls=GroupedCommand)
 @click.argument("source", metavar="RECIPE|MODEL", type=MODEL_PATH)
 @option("-o", "--output", required=True, type=NEW_PATH, help="Plan folder, calibration/NAME.")
-@option(
-    "--steps",
-    "--num-inference-steps",
-    "sampling__num_inference_steps",
-    type=int,
-    help="Denoising steps of the sampling run.",
-)
-@guidance_option
-@true_cfg_option
-@size_option
-@text_option
-@conditions_option
-@variant_option
+@recipe_options
 @device_option
 @option("--phase-start", "schedule__phase_start", type=int, help="First step of phase 2.")
 @option(
@@ -101,32 +86,34 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
 )
 @option("--iterations", "predictor__iterations", advanced=True, type=int, help="Training of the Cache Predictor.")
 @option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0: not.")
-@option("--seed", "seed", advanced=True, type=int, help="Of training and fits.")
-def command(source: Path, output: Path, device: str, **overrides: Any) -> None:
+@json_option
+def command(source: Path, output: Path, device: str, as_json: bool, **options: Any) -> None:
     """Make a plan: which tokens, in which blocks, at which steps.
 
     RECIPE is a TOML file (recipes.md in the documentation has all keys), MODEL a diffusers folder; options override
     the recipe. A run that was stopped leaves its state in .NAME.tc-deploy beside the plan, and goes on when it is
     started again.
     """
+    from tc_deploy.bundle import canonical_json
     from tc_deploy.calibrate.calibration import calibrate
     from tc_deploy.calibrate.recipe import read_recipe
     from tc_deploy.errors import Cancelled
-    from tc_deploy.inspect import measurement_of
+    from tc_deploy.inspect import inspect_path, measurement_of
     from tc_deploy.remarks import remark_on
 
-    recipe = read_recipe(source, {name.replace("__", "."): value for name, value in overrides.items()})
+    recipe = read_recipe(source, recipe_overrides(options))
     try:
         with progress_bar() as report:
             plan = calibrate(recipe, output, report, device=device)
     except KeyboardInterrupt as interruption:
         raise Cancelled(str(interruption) or "interrupted") from None
-    schedule = plan.run_schedule()
-    click.echo(
-        f"{output}: {schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps, ", nl=False
-    )
-    click.echo(f"{100 * plan.cost_ratio():.1f} % of the full run's FLOPs")
-    if (measured := measurement_of(plan)) is not None:
-        click.echo(f"measured: {measured}")
     if (remark := remark_on(plan)) is not None:
         click.echo(f"warning: {remark}", err=True)
+    if as_json:
+        click.echo(canonical_json({**inspect_path(output), "remark": remark}), nl=False)
+        return
+    schedule = plan.run_schedule()
+    steps = f"{schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps"
+    click.echo(f"{output}: {steps}, {100 * plan.cost_ratio():.1f} % of the full run's FLOPs")
+    if (measured := measurement_of(plan)) is not None:
+        click.echo(f"measured: {measured}")

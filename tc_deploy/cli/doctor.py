@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tc_deploy.bundle import canonical_json
-from tc_deploy.cli.help import GroupedCommand, option
+from tc_deploy.cli.help import GroupedCommand
+from tc_deploy.cli.options import json_option
 from tc_deploy.doctor import Facts, Report, Status, examine
 from tc_deploy.errors import BackendError
 
@@ -19,7 +20,7 @@ _COLOURS = {Status.OK: "green", Status.MISSING: "yellow", Status.BROKEN: "red"}
 
 
 @click.command(cls=GroupedCommand)
-@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
     """Say what this machine can run, and why not the rest.

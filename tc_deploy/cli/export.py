@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from tc_deploy.backends.registry import BACKENDS
-from tc_deploy.bundle import MANIFEST
+from tc_deploy.bundle import MANIFEST, canonical_json
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH
+from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH, json_option
 from tc_deploy.cli.progress import log_step
 from tc_deploy.errors import counted
 from tc_deploy.golden import sampled_on_in_words
-from tc_deploy.inspect import departure
+from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
 from tc_deploy.types import Precision
 
@@ -71,10 +71,11 @@ from tc_deploy.types import Precision
     "--conditions",
     advanced=True,
     metavar=f"FILE|{RANDOM}",
-    help="What graphs are compared on, and engines validated by, in place of the plan's prompts: embeddings, as"
-    f" the source's encode_prompts.py writes them, or {RANDOM} draws.",
+    help="What graphs are compared on, and engines validated by, in place of the plan's prompts: a file of"
+    f" embeddings, or {RANDOM} draws.",
 )
 @option("--check/--no-check", advanced=True, default=True, show_default=True, help="Compare every graph with PyTorch.")
+@json_option
 def command(
     plan: Path,
     output: Path,
@@ -89,6 +90,7 @@ def command(
     variant: str | None,
     conditions: str | None,
     check: bool,
+    as_json: bool,
 ) -> None:
     """Export the full and the cached graphs, the solver and one shared weights file.
 
@@ -116,6 +118,9 @@ def command(
         ),
         progress=log_step,
     )
+    if as_json:
+        click.echo(canonical_json({**inspect_path(output), "engines_lost": lost}), nl=False)
+        return
     for name, graph in manifest.graphs.items():
         inputs, outputs = counted(len(graph.inputs), "input"), counted(len(graph.outputs), "output")
         error = departure(name, graph.max_abs_error, manifest.solver.init_noise_sigma)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from tc_deploy import __version__
 from tc_deploy.bounds import MAX_GUIDANCE
-from tc_deploy.bundle import check_output, reading, write_output
+from tc_deploy.bundle import canonical_json, check_output, reading, write_output
 from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option
+from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option, json_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.conditions import GUIDANCE, checked_conditions, read_conditions
 from tc_deploy.errors import UsageError, counted
@@ -74,8 +74,9 @@ MOST_IMAGES = 1_000_000
     "--output",
     required=True,
     type=NEW_PATH,
-    help="A .png sheet (of video a row of frames each), or latents as .safetensors or .npy.",
+    help="A .png, of several pictures one each, as NAME-SEED.png; or latents as .safetensors or .npy.",
 )
+@option("--sheet", is_flag=True, help="All pictures on one .png.")
 @option(
     "--require-signature",
     advanced=True,
@@ -93,6 +94,7 @@ MOST_IMAGES = 1_000_000
     type=click.IntRange(1, MOST),
     help=f"Pictures that run together; at most {LARGEST_DEFAULT_BATCH} if not given.",
 )
+@json_option
 @frozen_option("--steps", "--num-inference-steps")
 @frozen_option("--height")
 @frozen_option("--width")
@@ -102,7 +104,7 @@ MOST_IMAGES = 1_000_000
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Enlarge the sheet's pixels.",
+    help="Enlarge the pictures' pixels.",
 )
 def command(
     bundle: Path,
@@ -115,12 +117,14 @@ def command(
     guidance_scale: float | None,
     true_cfg_scale: float | None,
     output: Path,
+    sheet: bool,
     require_signature: Path | None,
     force: bool,
     full: bool,
     backend: str | None,
     batch_size: int | None,
     zoom: int,
+    as_json: bool,
     steps: int | None,
     height: int | None,
     width: int | None,
@@ -131,7 +135,9 @@ def command(
     from tc_deploy.runtime.request import GUIDANCE_SCALE, TRUE_CFG_SCALE
 
     if output.suffix not in (PNG, *LATENTS):
-        raise UsageError(f"{output}: the output must end in .png (a sheet), .safetensors or .npy (latents)")
+        raise UsageError(f"{output}: the output must end in .png (pictures), .safetensors or .npy (latents)")
+    if sheet and output.suffix != PNG:
+        raise UsageError(f"{output}: a sheet is a .png; latents need none: leave --sheet out")
     with reading(bundle, BUNDLE_FOLDER):  # which puts right what a process left that died while it replaced the bundle
         _check_frozen(bundle, steps=steps, height=height, width=width)
         manifest = read_manifest(bundle)
@@ -140,7 +146,6 @@ def command(
     if negative_prompt is not None and not prompts:
         raise UsageError("--negative-prompt goes with --prompt; a file of conditions holds its own")
     reads = [*places_read(bundle), *(path for path in (file, require_signature) if path is not None)]
-    check_output(output, OUTPUTS[output.suffix], reads=reads, force=force)
     wanted, unconditional = ({}, {}) if file is None else read_conditions(file)
     given = len(labels) or len(prompts) or max((len(array) for array in wanted.values() if array.ndim), default=0)
     if not manifest.conditions:
@@ -152,6 +157,9 @@ def command(
         raise UsageError(
             f"-n {count} is less than the {given} labels or prompts given; give -n at least that, or fewer of them"
         )
+    files = _files(output, count, seed, sheet=sheet)
+    for file_made in files:
+        check_output(file_made, OUTPUTS[output.suffix], reads=reads, force=force)
     turns = np.arange(count) % given
     if batch_size is None:
         batch_size = _default_batch(bundle, count)
@@ -196,12 +204,37 @@ def command(
                 ),
             )
             elapsed_s = time.perf_counter() - start_s
-    images = result.images if output.suffix == PNG else None
-    write_output(output, _latents(result.latents, output.suffix) if images is None else _png(images, zoom))
+    if result.images is None or output.suffix != PNG:
+        write_output(output, _latents(result.latents, output.suffix))
+    else:
+        groups = [result.images] if sheet else [result.images[one : one + 1] for one in range(count)]
+        for path, images in zip(files, groups, strict=True):
+            write_output(path, _png(images, zoom))
+    if as_json:
+        facts = {
+            "files": [str(path) for path in files],
+            "pictures": count,
+            "seeds": [seed + index for index in range(count)],
+            "steps_full": result.steps_full,
+            "steps_cached": result.steps_cached,
+            "elapsed_s": elapsed_s,
+            "backend": pipeline.backend,
+        }
+        click.echo(canonical_json(facts), nl=False)
+        return
+    others = f" to {files[-1].name}" if len(files) > 1 else ""
     click.echo(
-        f"{output}: {counted(count, 'picture')}, {result.steps_full} full + {result.steps_cached} cached steps,"
-        f" {elapsed_s:.2f} s with {pipeline.backend}"
+        f"{files[0]}{others}: {counted(count, 'picture')}, {result.steps_full} full + {result.steps_cached} cached"
+        f" steps, {elapsed_s:.2f} s with {pipeline.backend}"
     )
+
+
+def _files(output: Path, count: int, seed: int, *, sheet: bool) -> list[Path]:
+    """What is written: one file, or of several pictures one each, named after its seed."""
+    if sheet or count == 1 or output.suffix != PNG:
+        return [output]
+    digits = len(str(seed + count - 1))
+    return [output.with_stem(f"{output.stem}-{seed + index:0{digits}}") for index in range(count)]
 
 
 def _check_frozen(bundle: Path, *, steps: int | None, height: int | None, width: int | None) -> None:
@@ -224,17 +257,18 @@ def _check_frozen(bundle: Path, *, steps: int | None, height: int | None, width:
     if manifest.decoder is None and not manifest.pixels:
         raise UsageError(
             f"{bundle} makes latents of {'x'.join(map(str, manifest.latent_shape))} and no pictures: their size is the"
-            f" plan's, and built in; leave --height and --width out, or make another plan: {again} --latent-size HxW,"
-            " then export and build it"
+            f" plan's, and built in; leave --height and --width out, or make another plan: {again} --height H"
+            " --width W, then export and build it"
         )
     latents = images = manifest.latent_shape[-2:]
     if manifest.decoder is not None:
         images = tuple(size for size in manifest.graphs[DECODER].outputs[0].shape if isinstance(size, int))[-2:]
-    if (height or images[0], width or images[1]) != tuple(images):
+    asked = (height or images[0], width or images[1])
+    if asked != tuple(images):
         raise UsageError(
             f"{bundle} makes pictures of {images[0]}x{images[1]} from latents of {'x'.join(map(str, latents))}: the"
-            f" size is the plan's, and built in; for another make another: {again} --latent-size HxW, then export and"
-            " build it"
+            f" size is the plan's, and built in; for {asked[0]}x{asked[1]} make another: {again} --height {asked[0]}"
+            f" --width {asked[1]}, then export and build it"
         )
 
 

@@ -9,7 +9,7 @@ import click
 
 from tc_deploy.bundle import canonical_json
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MOST, PATH
+from tc_deploy.cli.options import MOST, PATH, json_option
 from tc_deploy.errors import counted
 from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
@@ -25,7 +25,7 @@ LARGEST_SHOWN = 3
     type=click.IntRange(1, MOST),
     help="Pictures that run together, for the device memory of engines/NAME.",
 )
-@option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@json_option
 def command(path: Path, batch_size: int | None, as_json: bool) -> None:
     """Show what PATH (calibration/NAME or engines/NAME) is: schedule, keep counts, cost, sizes, memory, hashes."""
     facts = inspect_path(path, batch_size)

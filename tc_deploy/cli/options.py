@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +13,13 @@ import click
 
 from tc_deploy.bounds import LARGEST_FLOAT32, MAX_SIZE
 from tc_deploy.cli.help import option
+from tc_deploy.errors import first_line
 from tc_deploy.plan import RANDOM
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MOST = MAX_SIZE
 """Of whatever is counted and has no bound of its own."""
+MAX_PROMPTS_BYTES = 2**24
 _LONGEST_NAME = 200
 """Bytes of an output's name: temporary files stand beside it under longer ones."""
 
@@ -90,46 +92,96 @@ def _shortened(path: Path) -> str:
     return words if len(words) <= 80 else f"{words[:40]}...{words[-20:]}"
 
 
-def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
-    if value is None:
-        return None
-    try:
-        return [int(number) for number in value.split("x")]
-    except ValueError:
-        raise click.BadParameter(f"expected numbers with x between them, like 128x96, found {value}") from None
-
-
 def frozen_option(*names: str) -> Callable[[Command], Command]:
     """An option that users of diffusers look for and that no bundle takes; it is there to say so."""
     return option(*names, type=click.IntRange(1, MOST), hidden=True)
 
 
-size_option = option(
-    "--latent-size",
-    advanced=True,
-    metavar="HxW|FxHxW",
-    callback=_size,
-    help="Of the latents, for video with frames; without it the model's own.",
-)
-text_option = option(
-    "--text-tokens",
-    advanced=True,
-    type=click.IntRange(1, MOST),
-    help="Tokens per prompt; without it the family's default.",
-)
-conditions_option = option(
-    "--conditions",
-    metavar=f"FILE|{RANDOM}",
-    help=f"For a model with prompts: a safetensors file of their embeddings, or {RANDOM} ones for a trial.",
-)
-variant_option = option(
-    "--variant", advanced=True, metavar="NAME", help="Which copy of the weights, as fp16 of model.fp16.safetensors."
-)
+json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 force_option = option(
     "--force",
     advanced=True,
     is_flag=True,
     help="Replace a file at -o that tc-deploy did not write; never one that is read.",
+)
+
+
+def _lines(context: click.Context, parameter: click.Parameter, value: Path | None) -> tuple[str, ...]:  # noqa: ARG001
+    """The lines of a text file that are not empty."""
+    if value is None:
+        return ()
+    try:
+        with value.open(encoding="utf-8") as file:
+            text = file.read(MAX_PROMPTS_BYTES + 1)
+    except (OSError, UnicodeError) as error:
+        raise click.BadParameter(f"{value}: not a text file in UTF-8: {first_line(error)}") from None
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines or len(text) > MAX_PROMPTS_BYTES:
+        wrong = "is too large" if lines else "holds no prompt"
+        raise click.BadParameter(f"{value} {wrong}; a prompt stands on a line of its own")
+    return lines
+
+
+def recipe_options(command: Command) -> Command:
+    """What ``calibrate`` and ``plan`` take alike; :func:`recipe_overrides` makes a recipe's keys of it."""
+    for decorate in reversed(_RECIPE_OPTIONS):
+        command = decorate(command)
+    return command
+
+
+def recipe_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the recipe's dotted keys; None where one was not given."""
+    values = {name.replace("__", "."): value for name, value in options.items()}
+    values["prompts"] = (*values.pop("prompt"), *values["prompts"]) or None
+    return values
+
+
+_RECIPE_OPTIONS = (
+    option("--prompt", multiple=True, metavar="TEXT", help="A prompt to measure the plan on. Repeat it for several."),
+    option("--prompts", type=PATH, callback=_lines, metavar="FILE", help="Likewise a text file, a prompt a line."),
+    option("--negative-prompt", metavar="TEXT", help="What guidance goes away from."),
+    option(
+        "--steps",
+        "--num-inference-steps",
+        "sampling__num_inference_steps",
+        type=int,
+        help="Denoising steps of the sampling run.",
+    ),
+    option(
+        "--guidance-scale",
+        "sampling__guidance_scale",
+        type=Number(),
+        help="Classifier-free guidance; without it, or at 1 and less, none. For FLUX the distilled guidance.",
+    ),
+    option("--height", type=int, help="Of the pictures, in pixels; without it the model's own."),
+    option("--width", type=int, help="Likewise."),
+    option("--num-frames", advanced=True, type=int, help="Of a video."),
+    option(
+        "--true-cfg-scale",
+        "sampling__true_cfg_scale",
+        advanced=True,
+        type=Number(),
+        help="For FLUX: classifier-free guidance.",
+    ),
+    option(
+        "--text-tokens",
+        advanced=True,
+        type=click.IntRange(1, MOST),
+        help="Tokens per prompt; without it the family's default.",
+    ),
+    option(
+        "--conditions",
+        advanced=True,
+        metavar=f"FILE|{RANDOM}",
+        help=f"In the place of prompts: a safetensors file of embeddings, or {RANDOM} ones for a trial.",
+    ),
+    option(
+        "--variant",
+        advanced=True,
+        metavar="NAME",
+        help="Which copy of the weights, as fp16 of model.fp16.safetensors.",
+    ),
+    option("--seed", advanced=True, type=int, help="Of training, fits and the search."),
 )
 device_option = option(
     "--device",
@@ -138,17 +190,4 @@ device_option = option(
     default="cpu",
     show_default=True,
     help="Where PyTorch runs the model; cuda: on the first visible GPU.",
-)
-guidance_option = option(
-    "--guidance-scale",
-    "sampling__guidance_scale",
-    type=Number(),
-    help="Classifier-free guidance; without it, or at 1 and less, none. For FLUX the distilled guidance.",
-)
-true_cfg_option = option(
-    "--true-cfg-scale",
-    "sampling__true_cfg_scale",
-    advanced=True,
-    type=Number(),
-    help="For FLUX: classifier-free guidance.",
 )

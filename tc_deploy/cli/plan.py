@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,13 +13,10 @@ from tc_deploy.cli.options import (
     MOST,
     NEW_PATH,
     Number,
-    conditions_option,
     device_option,
-    guidance_option,
-    size_option,
-    text_option,
-    true_cfg_option,
-    variant_option,
+    json_option,
+    recipe_options,
+    recipe_overrides,
 )
 from tc_deploy.cli.progress import progress_bar
 
@@ -37,22 +34,9 @@ if TYPE_CHECKING:
 @option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run.")
 @option("--from-flops", advanced=True, is_flag=True, help="Take FLOPs for latency; nothing is timed.")
 @option("--trials", "search__trials", advanced=True, type=int, help="Candidates to sample with.")
-@option(
-    "--steps",
-    "--num-inference-steps",
-    "sampling__num_inference_steps",
-    type=int,
-    help="Denoising steps of the sampling run.",
-)
-@guidance_option
-@true_cfg_option
-@size_option
-@text_option
-@conditions_option
-@variant_option
+@recipe_options
 @device_option
-@option("--seed", advanced=True, type=int)
-@option("--json", "as_json", is_flag=True, help="Print the search's record.")
+@json_option
 def command(
     source: Path,
     output: Path | None,
@@ -63,16 +47,8 @@ def command(
     batch_size: int,
     from_flops: bool,
     as_json: bool,
-    search__trials: int | None,
-    sampling__num_inference_steps: int | None,
-    sampling__guidance_scale: float | None,
-    sampling__true_cfg_scale: float | None,
-    latent_size: list[int] | None,
-    text_tokens: int | None,
-    conditions: str | None,
-    variant: str | None,
     device: str,
-    seed: int | None,
+    **options: Any,
 ) -> None:
     """Search for the best plan at a latency or a quality; without either, at half of the full run's latency.
 
@@ -91,33 +67,20 @@ def command(
 
     if target_psnr is not None and max_latency_ms is not None:
         raise click.UsageError("--target-psnr and --max-latency-ms exclude each other; give one")
+    overrides = recipe_overrides(options)
     wish = Wish(target_psnr_db=target_psnr, max_latency_ms=max_latency_ms)
     with reading(source, PLAN_FOLDER):  # which puts right what a process left that died while it replaced the folder
         finished = read_search(source) if (source / SEARCH).is_file() else None
     if finished is not None:
         if output is not None:
             raise click.UsageError(f"{source} is a finished search; leave out -o to choose another of its points")
-        sizes = (latent_size, text_tokens, conditions, variant)
-        guidance = (sampling__guidance_scale, sampling__true_cfg_scale)
-        settings = (backend, search__trials, sampling__num_inference_steps, *guidance, seed, *sizes)
-        if from_flops or any(value is not None for value in settings):
+        if from_flops or backend is not None or any(value is not None for value in overrides.values()):
             raise click.UsageError(f"{source} is a finished search; to search with other settings name its recipe")
         output = source
         record = finished if wish == Wish() else choose_again(source, wish)
     else:
         if output is None:
             raise click.UsageError("missing option -o, the plan folder to write")
-        overrides = {
-            "search.trials": search__trials,
-            "sampling.num_inference_steps": sampling__num_inference_steps,
-            "sampling.guidance_scale": sampling__guidance_scale,
-            "sampling.true_cfg_scale": sampling__true_cfg_scale,
-            "latent_size": latent_size,
-            "text_tokens": text_tokens,
-            "conditions": conditions,
-            "variant": variant,
-            "seed": seed,
-        }
         recipe = read_recipe(source, overrides)
         with progress_bar() as report:
             record = search_plan(

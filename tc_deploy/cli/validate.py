@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tc_deploy.bundle import canonical_json, check_output
 from tc_deploy.cli.help import GroupedCommand, option
-from tc_deploy.cli.options import MODEL_PATH, NEW_PATH, PATH, force_option
+from tc_deploy.cli.options import MODEL_PATH, NEW_PATH, PATH, force_option, json_option
 from tc_deploy.cli.progress import log_step
 from tc_deploy.plan import places_read
 from tc_deploy.validate.record import VALIDATION_FILE, DriftRecord, ValidationRecord, write_validation
@@ -34,7 +34,7 @@ SHOWN_STEPS = 9
 @option("--model", advanced=True, type=MODEL_PATH, help="The checkpoint, if it is not where the plan says.")
 @option("-o", "--output", type=NEW_PATH, help="Also write the result as JSON, for the report.")
 @force_option
-@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(
     bundle: Path, backend: str | None, against: str, model: Path | None, output: Path | None, force: bool, as_json: bool
 ) -> int:

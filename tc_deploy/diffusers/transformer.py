@@ -245,7 +245,7 @@ class EngineTransformer(nn.Module):
             found = "nothing" if value is None else type(value).__name__
             raise UsageError(f"{name}: expected a tensor ({_sizes(('B', *shape))}), found {found}")
         if value.ndim != len(tensor.shape) or tuple(value.shape[1:]) != shape:
-            option = " --latent-size SIZE" if name == "hidden_states" else " --text-tokens N"
+            option = " --height H --width W" if name == "hidden_states" else " --text-tokens N"
             raise UsageError(
                 f"{name}: expected ({_sizes(('B', *shape))}), found ({_sizes(value.shape)}); for another size"
                 f" {self._how_to_get(option)}"

@@ -43,6 +43,7 @@ from tc_deploy.plan import (
     TABLES,
     Plan,
     PromptsRecord,
+    TextsRecord,
     content_sha256,
     load_plan,
     places_read,
@@ -196,8 +197,8 @@ def _manifest(
 
 
 def _said_in(
-    bundle: Path, record: PromptsRecord | Literal["random", "labels"]
-) -> PromptsRecord | Literal["random", "labels"]:
+    bundle: Path, record: PromptsRecord | TextsRecord | Literal["random", "labels"]
+) -> PromptsRecord | TextsRecord | Literal["random", "labels"]:
     """What was sampled on, its path as documents in the bundle say it."""
     if not isinstance(record, PromptsRecord):
         return record

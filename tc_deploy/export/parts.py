@@ -13,10 +13,11 @@ from pathlib import Path
 from tc_deploy.errors import UsageError
 from tc_deploy.export.decoder import check_decoder, export_decoder
 from tc_deploy.export.saving import ExportedPart
-from tc_deploy.export.text import export_text_encoder, text_plan
+from tc_deploy.export.text import export_text_encoder
 from tc_deploy.golden import Trajectory
 from tc_deploy.manifest import DECODER, TEXT_ENCODER, ComponentRecord, TextRecord
 from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.encoders import text_plan
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 

@@ -39,7 +39,7 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable, read_solver
-from tc_deploy.plan import Plan, PromptsRecord
+from tc_deploy.plan import Plan, PromptsRecord, TextsRecord
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.planned.prompts import prompts_of_plan, sampled_on
 from tc_deploy.schedule import FULL
@@ -57,7 +57,7 @@ class ExportedSteps:
     samples: dict[str, GoldenGraph]
     """By graph; empty where none are wanted."""
     trajectory: Trajectory | None
-    sampled_on: PromptsRecord | Literal["random", "labels"]
+    sampled_on: PromptsRecord | TextsRecord | Literal["random", "labels"]
 
 
 def exported_steps(
@@ -86,7 +86,7 @@ def exported_steps(
         UsageError: the conditions do not fit the model, or the bundle to take graphs from holds others.
     """
     guided = plan.sampling.guidance_scale is not None
-    prompts = prompts_of_plan(model, plan, options.conditions, progress=progress)
+    prompts = prompts_of_plan(model, plan, options.conditions, pipeline_path=options.pipeline_path, progress=progress)
     sampling = dataclasses.replace(sampling_from_plan(plan), prompts=prompts)
     conditioned = sampled_on(model, prompts)
     progress("reading the solver's coefficients off the scheduler")

@@ -8,9 +8,7 @@ T5 overflows fp16.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tc_deploy.errors import ExportError, ModelError, UsageError, first_line
+from tc_deploy.errors import ExportError
 from tc_deploy.export.check import check_outputs
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.merge import merged_model
@@ -37,9 +35,8 @@ from tc_deploy.manifest import (
     TokenizerRecord,
 )
 from tc_deploy.models.components import PipelineFolder
-from tc_deploy.models.family import Family
-from tc_deploy.models.geometry import Geometry
-from tc_deploy.models.text import TextEncoding, TextPart
+from tc_deploy.models.encoders import TextPlan, check_conditions, fitting
+from tc_deploy.models.text import TextPart
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.tokenization import Tokenizers, clean
 
@@ -51,24 +48,9 @@ PROBES = (
     "one two three four five six seven eight nine ten " * 60,
 )
 """Prompts that tokenizers are compared on, and examples are made of: short, empty, odd, and longer than any limit."""
-LONGEST_PROMPT = 2**20
-"""Tokens; transformers gives a far larger number where a tokenizer names no limit."""
 FOLDED_ELEMENTS = 2**18
 """T5's position biases follow from its length alone, and UMT5 has one per layer: folded they would weigh more than they
 cost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPlan:
-    """What is to be exported, checked against the folder before anything heavy is loaded."""
-
-    encoding: TextEncoding
-    parts: tuple[TextPart, ...]
-    tokens: Mapping[str, int]
-    """By encoder, what prompts are padded or cut to."""
-    tokenizers: Mapping[str, Any]
-    """By encoder, of transformers."""
-    geometry: Geometry
 
 
 class EncoderGraph(NamedGraph):
@@ -119,39 +101,6 @@ class JoinGraph(NamedGraph):
         return tuple(conditions[name].clone() for name in self.output_names)
 
 
-def text_plan(pipeline: PipelineFolder, family: Family, geometry: Geometry) -> TextPlan:
-    """Check what can be checked of a pipeline's text encoders without loading one.
-
-    Raises:
-        UsageError: the family takes no prompt.
-        ModelError: a part is missing, damaged, a pickle or of another class, a tokenizer has no fast form, or the
-            plan's prompts are too short for it.
-    """
-    if family.text is None:
-        raise UsageError(
-            f"{family.model_class} takes no prompt, or its family does not say how one is encoded; export without"
-            " --with-text-encoder"
-        )
-    parts = pipeline.text_parts(family.text)
-    tokens, tokenizers = {}, {}
-    for part in parts:
-        pipeline.check_text(part)
-        tokenizers[part.encoder] = pipeline.tokenizer(part)
-        first = tokenizers[parts[0].encoder].model_max_length
-        tokens[part.encoder] = part.tokens(geometry.text_tokens, int(first))
-        if abs(tokens[part.encoder]) > LONGEST_PROMPT:
-            raise ModelError(
-                f"{pipeline.path / parts[0].tokenizer}: the tokenizer does not say how many tokens it takes; set"
-                " model_max_length in its tokenizer_config.json"
-            )
-        if tokens[part.encoder] < 1:
-            raise ModelError(
-                f"{pipeline.path}: of the plan's {geometry.text_tokens} text tokens none are left for {part.tokenizer},"
-                f" as {first} are the first tokenizer's; calibrate with --text-tokens of at least {first + 1}"
-            )
-    return TextPlan(encoding=family.text, parts=parts, tokens=tokens, tokenizers=tokenizers, geometry=geometry)
-
-
 def export_text_encoder(
     pipeline: PipelineFolder,
     plan: TextPlan,
@@ -197,9 +146,9 @@ def export_text_encoder(
         components.append(component)
     join = JoinGraph(plan).eval()
     joined = {name: tensor for name, tensor in {**feed, **made}.items() if name in join.input_names}
-    with torch.no_grad(), _fitting(pipeline, "its text encoders"):
+    with torch.no_grad(), fitting(pipeline, "its text encoders"):
         conditions = dict(zip(join.output_names, join(*(joined[name] for name in join.input_names)), strict=True))
-    _check_conditions(pipeline, plan.geometry, conditions)
+    check_conditions(pipeline, plan.geometry, conditions)
     models["conditions"] = onnx_from_graph(join, joined, dynamic_batch=dynamic)
     _pack(models["conditions"], {}, folder)
     path = folder / ONNX_FOLDER / f"{TEXT_ENCODER}.onnx"
@@ -220,7 +169,7 @@ def _exported_encoder(
     loaded = pipeline.text_encoder(part)
     graph = EncoderGraph(part, loaded.module).eval()
     example = {name: feed[name] for name in part.input_names}
-    with torch.no_grad(), _fitting(pipeline, part.encoder):
+    with torch.no_grad(), fitting(pipeline, part.encoder):
         made = dict(zip(part.output_names, graph(*example.values()), strict=True))
     model = onnx_from_graph(graph, example, dynamic_batch=dynamic)
     _pack(model, dict(loaded.module.named_parameters()), folder)
@@ -271,29 +220,7 @@ def _check_tokenizers(pipeline: PipelineFolder, plan: TextPlan, tokenizers: Toke
         if not same:
             raise ExportError(
                 f"{pipeline.path / part.tokenizer}: the tokenizers library makes other ids of it than transformers; the"
-                " bundle was not written; encode prompts with the source's encode_prompts.py"
-            )
-
-
-@contextlib.contextmanager
-def _fitting(pipeline: PipelineFolder, part: str) -> Iterator[None]:
-    """Say it in one line where PyTorch finds that parts of a pipeline are not for each other or for this model."""
-    try:
-        yield
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise ModelError(
-            f"{pipeline.path}: {part} and the prompts of this plan do not fit each other: {first_line(error)}; name the"
-            " model's own pipeline with --pipeline, or calibrate with other --text-tokens"
-        ) from error
-
-
-def _check_conditions(pipeline: PipelineFolder, geometry: Geometry, conditions: Mapping[str, Tensor]) -> None:
-    for item in geometry.conditions:
-        found = tuple(conditions[item.name].shape[1:]) if item.name in conditions else item.shape
-        if found != item.shape:
-            raise ModelError(
-                f"{pipeline.path}: its text encoders make {item.name} of shape {found}, the transformer takes"
-                f" {item.shape}; name the model's own pipeline with --pipeline"
+                " bundle was not written; export without --with-text-encoder, and give embeddings with --conditions"
             )
 
 

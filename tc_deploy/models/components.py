@@ -59,6 +59,7 @@ class PipelineFolder:
         what: what of it is wanted, for messages.
         variant: which copy of the parts' weights to take, where a part has it.
         progress: told where a part has no such copy.
+        named: how the user names another folder, for messages.
 
     Raises:
         ModelError: it is no pipeline folder.
@@ -70,13 +71,15 @@ class PipelineFolder:
         what: str,
         variant: str | None = None,
         progress: Callable[[str], None] = lambda message: None,
+        *,
+        named: str = "with --pipeline",
     ) -> None:
         if not path.is_dir():
             raise ModelError(
                 f"{path}: no such folder to take the {what} from; name the diffusers pipeline folder that holds them"
-                " with --pipeline"
+                f" {named}"
             )
-        self.path, self._variant, self._progress = path, variant, progress
+        self.path, self.named, self._variant, self._progress = path, named, variant, progress
         self.index = PipelineIndex(path)
         self._said: set[str] = set()
 
@@ -141,7 +144,7 @@ class PipelineFolder:
         if others:
             raise ModelError(
                 f"{self.path}: {INDEX} names {others[0]}, which this family's prompts are not encoded by; name the"
-                " model's own pipeline with --pipeline"
+                f" model's own pipeline {self.named}"
             )
         return tuple(part for part in encoding.parts if self._runs(part))
 
@@ -170,10 +173,10 @@ class PipelineFolder:
         """
         if self.index.said(name) is Said.ABSENT:
             raise ModelError(
-                f"{self.path}: {INDEX} says that the pipeline has no {name}; name one that has with --pipeline"
+                f"{self.path}: {INDEX} says that the pipeline has no {name}; name one that has {self.named}"
             )
         if self.index.is_there and self.index.said(name) is Said.NOTHING and not (self.path / name).is_dir():
-            raise ModelError(f"{self.path}: {INDEX} names no {name}; name the model's own pipeline with --pipeline")
+            raise ModelError(f"{self.path}: {INDEX} names no {name}; name the model's own pipeline {self.named}")
 
     def check_text(self, part: TextPart) -> None:
         """See that a text encoder can be exported, before it is loaded.
@@ -187,7 +190,7 @@ class PipelineFolder:
         if found != part.model_class:
             raise ModelError(
                 f"{folder}: a {found}, but this family's prompts are encoded by a {part.model_class}; name its own"
-                " pipeline with --pipeline"
+                f" pipeline {self.named}"
             )
         self._weights(part.encoder, TRANSFORMERS_WEIGHTS)
 
@@ -233,8 +236,9 @@ class PipelineFolder:
             ) from None
         if not tokenizer.is_fast:
             raise ModelError(
-                f"{folder}: {type(tokenizer).__name__} has no fast form, so nothing but transformers can run it; encode"
-                " prompts with the source's encode_prompts.py, and export without --with-text-encoder"
+                f"{folder}: {type(tokenizer).__name__} has no fast form, so nothing but transformers can run it; put a"
+                " tokenizer.json of the fast form there, or give embeddings with --conditions and export without"
+                " --with-text-encoder"
             )
         # Without its vocabulary transformers makes one that knows no words, and says nothing.
         names = dict(type(tokenizer).vocab_files_names)
@@ -251,8 +255,8 @@ class PipelineFolder:
         if not (self.path / name / file).is_file():
             named = f"{INDEX} names {name}, and " if self.index.said(name) is Said.PRESENT else ""
             raise ModelError(
-                f"{self.path}: {named}{name}/{file} is missing; name the diffusers pipeline folder that holds it with"
-                " --pipeline"
+                f"{self.path}: {named}{name}/{file} is missing; name the diffusers pipeline folder that holds it"
+                f" {self.named}"
             )
         return self.path / name
 

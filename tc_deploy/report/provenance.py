@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tc_deploy import __version__
-from tc_deploy.plan import Plan, PromptsRecord, plan_sha256
+from tc_deploy.plan import Plan, PromptsRecord, TextsRecord, plan_sha256
 from tc_deploy.report.source import Source
 
 
@@ -128,17 +128,27 @@ def toml_from_plan(plan: Plan) -> str:
         case _:
             tables["cache"]["keep_counts"] = cache.keep_counts
     lines = [f"model = {_toml(plan.model.source)}  # relative to this file", f"seed = {plan.origin.seed}"]
-    conditions = plan.origin.conditions
     given = {
         "latent_size": plan.model.latent_size,
         "text_tokens": plan.model.text_tokens,
         "variant": plan.model.variant,
-        "conditions": conditions.file if isinstance(conditions, PromptsRecord) else conditions,
+        **_conditions(plan),
     }
     lines += [f"{key} = {_toml(value)}" for key, value in given.items() if value is not None]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
     return "\n".join(lines) + "\n"
+
+
+def _conditions(plan: Plan) -> dict[str, Any]:
+    """What a plan was made on, as a recipe says it."""
+    match plan.origin.conditions:
+        case TextsRecord() as texts:
+            return {"prompts": texts.prompts, "negative_prompt": texts.negative_prompt or None}
+        case PromptsRecord() as prompts:
+            return {"conditions": prompts.file}
+        case conditions:
+            return {"conditions": conditions}
 
 
 def _toml(value: Any) -> str:

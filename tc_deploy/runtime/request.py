@@ -184,7 +184,7 @@ def _checked_prompts(
             "this bundle takes class labels, no prompts; give class_labels (--class-label)"
             if manifest.takes_labels
             else f"this bundle has no text encoder, so it takes no prompts; export it with one: {EXPORT_TEXT}, or give"
-            " conditions, which the source's encode_prompts.py makes"
+            " conditions, as encode_prompt of the diffusers pipeline makes them"
         )
     if unconditional is not None:
         raise UsageError("with prompt the unconditional half is that of negative_prompt; leave out unconditional")

@@ -149,7 +149,7 @@ class _Search:
     ) -> None:
         self.recipe, self.model, self.report = recipe, model, report
         self.backend, self.batch_size, self.from_flops = backend, batch_size, from_flops
-        self.sampling: Sampling = sampling_from_recipe(recipe, model)
+        self.sampling: Sampling = sampling_from_recipe(recipe, model, report)
         self.space = candidates(recipe.search, self.sampling.steps)
         self.baselines = Baselines(model, self.sampling, recipe.seed)
         self.full = self.baselines.full()

@@ -16,7 +16,7 @@ from tc_deploy.conditions import UNCONDITIONAL, Conditions
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import started_scheduler
-from tc_deploy.plan import CacheRecord, PromptsRecord
+from tc_deploy.plan import CacheRecord, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tables import StepTables, index_row
 from tc_deploy.tokencache.forward import run_cached, run_full
@@ -34,7 +34,7 @@ class Prompts:
     """Prompt embeddings that samples take in turn."""
 
     conditions: Conditions
-    record: PromptsRecord
+    record: PromptsRecord | TextsRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def test_a_wrong_option_lists_no_others(mixed: Made) -> None:
         (("--steps", 30), "runs 10 steps"),
         (("--num-inference-steps", 30), "--steps 30"),
         (("--height", 512), "makes latents of 4x8x8 and no pictures"),
-        (("--width", 512), "--latent-size"),
+        (("--width", 512), "--height H --width W"),
     ],
 )
 def test_what_a_plan_fixes_is_said(mixed: Made, tmp_path: Path, words: tuple[object, ...], says: str) -> None:

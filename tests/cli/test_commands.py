@@ -97,7 +97,7 @@ def test_pictures_are_laid_out_on_a_sheet(
 ) -> None:
     output = tmp_path / "new" / "sheet.png"
     words = ("generate", pixel.bundle, "--class-label", 4, "-n", count, "--seed", 7, "--zoom", zoom, "-o", output)
-    answer = run_cli(*words)
+    answer = run_cli(*words, "--sheet")
     assert answer.code == 0, answer.err
     assert answer.out.startswith(f"{output}: {count} picture{'s' * (count > 1)}, 5 full + 4 cached steps, ")
     sheet = picture(output)
@@ -118,6 +118,52 @@ def test_pictures_are_laid_out_on_a_sheet(
         top, left = empty // columns * TILE * zoom, empty % columns * TILE * zoom
         assert (pixels[top:, left:] == GREY).all()
     assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
+
+
+def test_each_picture_is_a_file_named_after_its_seed(pixel: MadeByCommands, tmp_path: Path) -> None:
+    words = ("generate", pixel.bundle, "--class-label", 4, "--seed", 9, "-o", tmp_path / "x.png")
+    answer = run_cli(*words, "-n", 2, "--json")
+    assert answer.code == 0, answer.err
+    files = [tmp_path / "x-09.png", tmp_path / "x-10.png"]
+    facts = json.loads(answer.out)
+    assert facts["files"] == [str(file) for file in files]
+    assert (facts["seeds"], facts["steps_full"], facts["steps_cached"]) == ([9, 10], 5, 4)
+    assert sorted(tmp_path.iterdir()) == files
+    with tc_deploy.load(pixel.bundle) as pipeline:
+        images = pipeline(class_labels=[4, 4], seed=9).images
+    assert images is not None
+    for file, image in zip(files, images, strict=True):
+        assert np.array_equal(np.asarray(picture(file)), image)
+    answer = run_cli(*words)
+    assert answer.out.startswith(f"{tmp_path / 'x.png'}: 1 picture, ")
+    assert np.array_equal(np.asarray(picture(tmp_path / "x.png")), images[0])
+
+
+def test_a_file_of_another_s_among_several_is_found_out_before_the_work(pixel: MadeByCommands, tmp_path: Path) -> None:
+    (tmp_path / "x-1.png").write_bytes(b"mine")
+    words = ("generate", pixel.bundle, "--class-label", 4, "-n", 2, "-o", tmp_path / "x.png")
+    refused(BAD_PLACE, f"{tmp_path / 'x-1.png'}", *words, unchanged=tmp_path)
+    refused(BAD_USE, "leave --sheet out", *words[:-1], tmp_path / "x.npy", "--sheet", unchanged=tmp_path)
+
+
+def test_a_plan_and_its_engines_are_told_as_json(tiny_dit_folder: Path, tmp_path: Path) -> None:
+    """What a program reads is what ``inspect`` says of the folder."""
+    words = ("--steps", 4, "--k1", 2, "--k2", 2, "--samples", 2, "--json")
+    made = [
+        run_cli("-q", "calibrate", tiny_dit_folder, "-o", tmp_path / "plan", *words),
+        run_cli("-q", "export", tmp_path / "plan", "-o", tmp_path / "bundle", "--json"),
+        run_cli("-q", "build", tmp_path / "bundle", "--json"),
+    ]
+    assert [answer.code for answer in made] == [0, 0, 0], [answer.err for answer in made]
+    plan, bundle, target = (json.loads(answer.out) for answer in made)
+    remark = plan.pop("remark")
+    assert (remark is None) == ("warning" not in made[0].err)
+    shown = json.loads(run_cli("inspect", tmp_path / "bundle", "--json").out)
+    assert plan == json.loads(run_cli("inspect", tmp_path / "plan", "--json").out)
+    assert bundle.pop("engines_lost") == []
+    assert {**bundle, "targets": {}} == {**shown, "targets": {}}
+    assert (target.pop("path"), target.pop("backend")) == (str(tmp_path / "bundle" / "onnxruntime"), "onnxruntime")
+    assert target == shown["targets"]["onnxruntime"]
 
 
 def test_latents_are_written_as_they_are(mixed: Made, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import zoo
-from bundles import run_cli
+from bundles import recipe_of, run_cli
 from safetensors.numpy import save_file
 
 from tc_deploy.errors import ModelError
 from tc_deploy.models.hub import local_folder
-from tc_deploy.plan import load_plan
+from tc_deploy.plan import PromptsRecord, load_plan
 
 WORDS = ("--steps", 4, "--samples", 0, "--keep-counts", 0, 0)
 
@@ -109,15 +109,14 @@ def test_a_plan_s_prompts_are_found_from_any_folder(tmp_path: Path, monkeypatch:
     given = model.random_conditions(2, torch.Generator().manual_seed(0))
     save_file({name: tensor.numpy() for name, tensor in given.items()}, folder / "prompts.safetensors")
     monkeypatch.chdir(folder)
-    sizes = ("--latent-size", "8x12", "--text-tokens", 5, "--conditions", "prompts.safetensors")
-    answer = run_cli("calibrate", "model", "-o", "calibration/x", *WORDS, *sizes)
+    recipe = recipe_of(folder, folder / "model", latent_size=[8, 12], text_tokens=5)
+    answer = run_cli("calibrate", recipe, "-o", "calibration/x", *WORDS, "--conditions", "prompts.safetensors")
     assert answer.code == 0, answer.err
     document = json.loads((folder / "calibration" / "x" / "plan.json").read_text())
     assert document["origin"]["conditions"]["file"] == "../../prompts.safetensors"
     monkeypatch.chdir(tmp_path)
     found = load_plan(folder / "calibration" / "x")[0].origin.conditions
-    assert not isinstance(found, str)
-    assert found is not None
+    assert isinstance(found, PromptsRecord)
     assert found.file == str(folder / "prompts.safetensors")
 
 

@@ -13,15 +13,15 @@ import diffusers
 import pytest
 import transformers
 import zoo
-from bundles import run_cli
+from bundles import recipe_of, run_cli
 from diffusers_pipelines import tiny_autoencoder, tiny_clip, tiny_t5, tiny_tokenizer
 
 from tc_deploy.errors import ModelError, PlanError, UsageError
 from tc_deploy.export.parts import PipelineParts
-from tc_deploy.export.text import text_plan
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models import sd3
 from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.encoders import text_plan
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
@@ -95,8 +95,8 @@ def test_a_part_that_is_named_and_missing_is_an_error(folder: Path, part: str) -
 
 def test_the_command_says_so_before_any_work(folder: Path, tmp_path: Path) -> None:
     words = ("--steps", 2, "--samples", 0, "--keep-counts", 0, 0, "--conditions", "random")
-    sizes = ("--latent-size", "8x12", "--text-tokens", CLIP + TEXT)
-    assert run_cli("calibrate", folder, "-o", tmp_path / "plan", *words, *sizes).code == 0
+    recipe = recipe_of(tmp_path, folder, latent_size=[8, 12], text_tokens=CLIP + TEXT)
+    assert run_cli("calibrate", recipe, "-o", tmp_path / "plan", *words).code == 0
     shutil.rmtree(folder / "text_encoder_3")
     answer = run_cli("export", tmp_path / "plan", "-o", tmp_path / "bundle", "--with-text-encoder")
     assert answer.code == ModelError.exit_code

@@ -4,138 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-import transformers
 import zoo
-from diffusers_pipelines import tiny_clip, tiny_t5, tiny_tokenizer, tiny_umt5
+from diffusers_pipelines import tiny_t5
+from text_pipelines import CASES, CLIP, PROMPTS, WIDTH, Case, geometry_of, save
 from tolerances import tolerance
-from torch import Tensor
 
 from tc_deploy.errors import ExportError, ModelError, UsageError
 from tc_deploy.export.merge import merged_model
-from tc_deploy.export.text import export_text_encoder, text_plan
+from tc_deploy.export.text import export_text_encoder
 from tc_deploy.manifest import ONNX_FOLDER, WEIGHTS, TextRecord
-from tc_deploy.models import dit, flux, pixart, sd3, wan
+from tc_deploy.models import dit
 from tc_deploy.models.components import PipelineFolder
-from tc_deploy.models.family import Family
+from tc_deploy.models.encoders import text_plan
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.tokenization import Tokenizers
 
-CLIP, TEXT = 6, 7
-"""Tokens of the tiny CLIP's tokenizers, and what the others pad to."""
-WIDTH = 24
-PROMPTS = ["A cat on a mat", " a red  bridge &amp; a dog ", "a cat a cat a cat a cat a cat", ""]
 EQUAL = tolerance("onnxruntime", "fp32", "max_abs")
-
-
-def _pixart(transformer: Any) -> Any:
-    return diffusers.PixArtSigmaPipeline(tiny_tokenizer(300), tiny_t5(WIDTH), None, transformer, _scheduler())
-
-
-def _sd3(transformer: Any, *, t5: bool = True) -> Any:
-    kind = transformers.CLIPTextModelWithProjection
-    third = (tiny_t5(WIDTH), tiny_tokenizer(256)) if t5 else (None, None)
-    first, second = (tiny_clip(kind, 8, projection, seed) for projection, seed in ((8, 1), (12, 2)))
-    clips = (first, tiny_tokenizer(CLIP), second, tiny_tokenizer(CLIP))
-    return diffusers.StableDiffusion3Pipeline(transformer, _scheduler(), None, *clips, *third)
-
-
-def _flux(transformer: Any) -> Any:
-    clip = tiny_clip(transformers.CLIPTextModel, 20)
-    parts = (clip, tiny_tokenizer(CLIP), tiny_t5(WIDTH), tiny_tokenizer(512))
-    return diffusers.FluxPipeline(_scheduler(), None, *parts, transformer)
-
-
-def _wan(transformer: Any) -> Any:
-    return diffusers.WanPipeline(tiny_tokenizer(512), tiny_umt5(WIDTH), None, _scheduler(), transformer)
-
-
-def _scheduler() -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler()
-
-
-def _encoded_by_pixart(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    states, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT)
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask.float()}
-
-
-def _encoded_by_sd3(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    states, _, pooled, _ = pipe.encode_prompt(
-        prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT
-    )
-    return {"encoder_hidden_states": states, "pooled_projections": pooled}
-
-
-def _encoded_by_flux(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    states, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=TEXT)
-    return {"encoder_hidden_states": states, "pooled_projections": pooled}
-
-
-def _encoded_by_wan(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    states, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT)
-    return {"encoder_hidden_states": states}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One family's pipeline."""
-
-    model: str
-    """Of the zoo."""
-    family: Family
-    make: Callable[[Any], Any]
-    encode: Callable[[Any, list[str]], dict[str, Tensor]]
-    tokens: int = TEXT
-    """Text tokens of the transformer."""
-    limits: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": TEXT})
-    batch_size: int | None = None
-
-
-CASES = {
-    "pixart": Case(model="pixart", family=pixart.FAMILY, make=_pixart, encode=_encoded_by_pixart),
-    "sd3": Case(
-        model="sd3",
-        family=sd3.FAMILY,
-        make=_sd3,
-        encode=_encoded_by_sd3,
-        tokens=CLIP + TEXT,
-        limits={"tokenizer": CLIP, "tokenizer_2": CLIP, "tokenizer_3": TEXT},
-    ),
-    "sd3-without-t5": Case(
-        model="sd3",
-        family=sd3.FAMILY,
-        make=lambda transformer: _sd3(transformer, t5=False),
-        encode=_encoded_by_sd3,
-        tokens=CLIP + TEXT,
-        limits={"tokenizer": CLIP, "tokenizer_2": CLIP},
-        batch_size=4,
-    ),
-    "flux": Case(
-        model="flux",
-        family=flux.FAMILY,
-        make=_flux,
-        encode=_encoded_by_flux,
-        limits={"tokenizer": CLIP, "tokenizer_2": TEXT},
-    ),
-    "wan": Case(model="wan", family=wan.FAMILY, make=_wan, encode=_encoded_by_wan),
-}
-
-
-def geometry_of(case: Case) -> Geometry:
-    model = zoo.model(case.model)
-    return case.family.geometry(
-        model.module, ModelOptions(latent_size=zoo.MODELS[case.model][2].latent_size, text_tokens=case.tokens)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +71,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         record=record,
         error=part.graph.max_abs_error,
     )
-
-
-def save(pipe: Any, folder: Path) -> None:
-    """The pipeline without its transformer, which belongs to the zoo."""
-    transformer, pipe.transformer = pipe.transformer, None
-    pipe.save_pretrained(folder)
-    pipe.register_modules(transformer=transformer)
 
 
 def test_conditions_are_those_of_encode_prompt(made: Made, caplog: pytest.LogCaptureFixture) -> None:
@@ -276,7 +162,7 @@ def test_a_tokenizer_without_a_fast_form_is_refused(made: Made, broken: Path) ->
 
 @pytest.mark.parametrize("made", ["sd3-without-t5"], indirect=True)
 def test_a_prompt_that_has_no_room_is_refused(made: Made, tmp_path: Path) -> None:
-    pipe = _sd3(None)
+    pipe = CASES["sd3"].make(None)
     pipe.save_pretrained(tmp_path / "pipeline")
     geometry = made.case.family.geometry(zoo.model("sd3").module, ModelOptions(latent_size=(8, 12), text_tokens=CLIP))
     message = r"of the plan's 6 text tokens none are left for tokenizer_3, .* --text-tokens of at least 7"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import diffusers
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 import zoo
-from bundles import Made, run_cli
+from bundles import Made, recipe_of, run_cli
+from prompted import CASES
+from tc_deploy.samples import sampled_on_in_words
 from tolerances import tolerance
 
 import tc_deploy
@@ -21,15 +25,15 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe, read_recipe
-from tc_deploy.errors import UsageError
+from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import Plan, PromptsRecord, load_plan
-from tc_deploy.planned.model import sampling_from_plan
-from tc_deploy.planned.prompts import draw_batch, prompts_for
+from tc_deploy.plan import Plan, PromptsRecord, TextsRecord, load_plan
+from tc_deploy.planned.model import model_of_plan, sampling_from_plan
+from tc_deploy.planned.prompts import draw_batch, prompts_for, prompts_of_plan
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import FloatArray
 
@@ -73,11 +77,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan_folder(model_folder: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan") / "plan"
-    calibrate(recipe_of(model_folder, str(file)), folder)
+    calibrate(settings_of(model_folder, str(file)), folder)
     return folder
 
 
-def recipe_of(model: Path, conditions: str | None, **changes: Any) -> Recipe:
+def settings_of(model: Path, conditions: str | None, **changes: Any) -> Recipe:
     return Recipe.model_validate({"model": str(model), "conditions": conditions, **SETTINGS, **changes})
 
 
@@ -152,7 +156,7 @@ def test_a_plan_names_its_prompts(plan_folder: Path, file: Path) -> None:
 
 
 def test_other_prompts_give_another_measurement(plan_folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    random = calibrate(recipe_of(model_folder, "random"), tmp_path / "plan")
+    random = calibrate(settings_of(model_folder, "random"), tmp_path / "plan")
     assert random.origin.conditions == "random"
     assert load_plan(tmp_path / "plan")[0] == random
     of_file, _ = load_plan(plan_folder)
@@ -177,7 +181,7 @@ OLD_ORIGIN = {"method": "manual", "seed": 0, "settings": {}}
     ("conditions", "message"),
     [
         (None, "the model is conditioned on encoder_hidden_states and encoder_attention_mask, and a plan is only as"),
-        ("nothing.safetensors", "nothing.safetensors: no such file of conditions; the source's encode_prompts.py"),
+        ("nothing.safetensors", "nothing.safetensors: no such file of conditions; it holds what encode_prompt of"),
     ],
 )
 def test_without_prompts_the_message_says_how_to_make_them(
@@ -188,12 +192,12 @@ def test_without_prompts_the_message_says_how_to_make_them(
         answer = run_cli(command, model_folder, "-o", tmp_path / "plan", *options)
         assert answer.code == UsageError.exit_code
         assert message in answer.error
-        assert "encode_prompts.py" in answer.error
     assert not (tmp_path / "plan").exists()
 
 
 def test_prompts_of_another_length_are_refused_before_any_work(model_folder: Path, file: Path, tmp_path: Path) -> None:
-    words = ("calibrate", model_folder, "-o", tmp_path / "plan", "--conditions", file, "--latent-size", "8x12")
+    recipe = recipe_of(tmp_path, model_folder, latent_size=[8, 12])
+    words = ("calibrate", recipe, "-o", tmp_path / "plan", "--conditions", file)
     answer = run_cli(*words)
     assert answer.code == UsageError.exit_code
     assert "the prompt is shorter than the 120; pad it to 120 tokens, or calibrate and export for 5" in answer.error
@@ -255,7 +259,7 @@ def test_a_missing_unconditional_half_is_named(bundle: Path) -> None:
 
 def test_prompts_that_are_gone_are_stood_in_for(plan_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     """The graphs are compared all the same; a word says on what."""
-    recipe = recipe_of(model_folder, str(tmp_path / "prompts.safetensors"), measure={"samples": 0})
+    recipe = settings_of(model_folder, str(tmp_path / "prompts.safetensors"), measure={"samples": 0})
     safetensors.numpy.save_file(
         made_prompts(1, 0) | {f"unconditional.{name}": array for name, array in made_prompts(1, 1).items()},
         tmp_path / "prompts.safetensors",
@@ -305,3 +309,105 @@ def test_a_pipe_is_not_waited_for(mixed: Made, model_folder: Path, tmp_path: Pat
     answer = run_cli(command, *words)
     assert answer.code == 2, answer.err
     assert ("recipe.toml: " if command == "plan" else "pipe: a pipe, and no file of conditions") in answer.error
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture(scope="module")
+def pipeline_of_all_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A whole PixArt pipeline of tiny parts, and its folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    zoo.save("pixart", folder / "model", num_layers=1)
+    transformer = diffusers.PixArtTransformer2DModel.from_pretrained(folder / "model").eval()
+    pipe = CASES["pixart"].make(transformer)
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline", pipe
+
+
+def calibrated(pipeline: Path, folder: Path, *words: object) -> Plan:
+    sizes = ("--height", 16, "--width", 24, "--text-tokens", TOKENS, "--steps", 4, "--guidance-scale", 2)
+    answer = run_cli("calibrate", pipeline, *sizes, "--skip", "blocks", "--samples", 1, *words, "-o", folder)
+    assert answer.code == 0, answer.err
+    return load_plan(folder)[0]
+
+
+def test_a_plan_is_measured_on_the_prompts_that_the_pipeline_s_own_encoders_read(
+    pipeline_of_all_parts: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """The same plan as from a file of what diffusers' encode_prompt makes of them."""
+    pipeline, pipe = pipeline_of_all_parts
+    (tmp_path / "prompts.txt").write_text("\n a red bridge \n")
+    given = ("--prompt", "a cat", "--prompts", tmp_path / "prompts.txt", "--negative-prompt", "a dog")
+    plan = calibrated(pipeline, tmp_path / "plan", *given)
+    assert plan.origin.conditions == TextsRecord(prompts=("a cat", "a red bridge"), negative_prompt="a dog")
+    # The tiny autoencoder halves the size once.
+    assert plan.model.latent_size == (8, 12)
+    with torch.no_grad():
+        states, mask, away, away_mask = pipe.encode_prompt(
+            ["a cat", "a red bridge"], negative_prompt="a dog", max_sequence_length=TOKENS
+        )
+    arrays = {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask.float(),
+        "unconditional.encoder_hidden_states": away[:1],
+        "unconditional.encoder_attention_mask": away_mask[:1].float(),
+    }
+    arrays = {name: tensor.contiguous() for name, tensor in arrays.items()}
+    safetensors.torch.save_file(arrays, tmp_path / "prompts.safetensors")
+    other = calibrated(pipeline, tmp_path / "other", "--conditions", tmp_path / "prompts.safetensors")
+    assert plan.measured is not None
+    assert other.measured is not None
+    assert plan.measured.psnr_db == pytest.approx(other.measured.psnr_db, abs=1e-2)
+
+
+def test_an_export_reads_the_plan_s_prompts_again(pipeline_of_all_parts: tuple[Path, Any], tmp_path: Path) -> None:
+    pipeline, _ = pipeline_of_all_parts
+    plan = calibrated(pipeline, tmp_path / "plan", "--prompt", "a cat", "--prompt", "a red bridge")
+    said: list[str] = []
+    prompts = prompts_of_plan(model_of_plan(plan, "plan"), plan, progress=said.append)
+    assert prompts is not None
+    assert prompts.conditions.count == 2
+    assert sampled_on_in_words(prompts.record, 1) == "1 of 2 prompts, with the largest values, of the plan"
+    moved = Path(shutil.copytree(pipeline, tmp_path / "moved"))
+    shutil.rmtree(moved / "text_encoder")
+    model = model_of_plan(plan, "plan", moved)
+    assert prompts_of_plan(model, plan, progress=said.append) is None
+    assert "text_encoder/config.json is missing" in said[-1]
+    assert said[-1].endswith("random conditions stand in for the plan's prompts, and their outliers are not seen")
+    assert prompts_of_plan(model, plan, pipeline_path=pipeline, progress=said.append) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompt", "a cat", "--conditions", "random"), "prompts and conditions exclude each other; give one"),
+        (("--negative-prompt", "a dog"), "negative_prompt goes with prompts"),
+        (("--prompts", "empty.txt"), "empty.txt holds no prompt"),
+        (("--prompt", "a cat", "--height", 16), "height and width go together"),
+    ],
+)
+def test_prompts_that_nothing_can_be_made_of(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n\n")
+    answer = run_cli("calibrate", model_folder, "-o", "plan", *words)
+    assert answer.code == UsageError.exit_code
+    assert message in answer.error
+    assert not Path("plan").exists()
+
+
+def test_a_model_of_labels_takes_no_prompts(tiny_dit_folder: Path, tmp_path: Path) -> None:
+    answer = run_cli("calibrate", tiny_dit_folder, "--prompt", "a cat", "-o", tmp_path / "plan")
+    assert answer.code == UsageError.exit_code
+    assert "takes class labels, which are drawn, and no prompts" in answer.error
+
+
+def test_a_transformer_without_its_pipeline_cannot_read_prompts(model_folder: Path, tmp_path: Path) -> None:
+    words = ("--height", 64, "--width", 64)
+    answer = run_cli("calibrate", model_folder, "--prompt", "a cat", "-o", tmp_path / "plan")
+    assert answer.code == ModelError.exit_code
+    assert "name the diffusers pipeline folder that holds it in the place of the model" in answer.error
+    answer = run_cli("calibrate", model_folder, "--prompt", "a cat", *words, "-o", tmp_path / "plan")
+    assert "name the whole pipeline's folder, or say latent_size in a recipe" in answer.error

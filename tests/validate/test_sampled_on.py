@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import zoo
-from bundles import Made, run_cli
+from bundles import Made, recipe_of, run_cli
 from safetensors.numpy import save_file
 
 from tc_deploy.bundle import sha256_of_file
@@ -44,23 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_plan(model: Path, folder: Path, conditions: str | Path) -> Path:
-    words = (
-        "--steps",
-        4,
-        "--samples",
-        0,
-        "--keep-counts",
-        8,
-        0,
-        "--phase-start",
-        4,
-        "--cache-interval-early",
-        2,
-        "--guidance-scale",
-        2,
-    )
-    sizes = ("--latent-size", "12x8", "--text-tokens", 1)
-    answer = run_cli("calibrate", model, "-o", folder, *words, *sizes, "--conditions", conditions)
+    sampling = ("--steps", 4, "--guidance-scale", 2, "--phase-start", 4, "--cache-interval-early", 2)
+    words = (*sampling, "--samples", 0, "--keep-counts", 8, 0)
+    recipe = recipe_of(folder.parent, model, latent_size=[12, 8], text_tokens=1)
+    answer = run_cli("calibrate", recipe, "-o", folder, *words, "--conditions", conditions)
     assert answer.code == 0, answer.err
     return folder
 
