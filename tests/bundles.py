@@ -102,7 +102,7 @@ def run_cli(*words: object) -> Answer:
 
 
 def recipe_of(folder: Path, model: Path, **keys: Any) -> Path:
-    """A recipe that names a model and says some keys of the top."""
+    """A recipe that names a model; what has no option is said there. A dotted key is one of a table."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{key} = {json.dumps(value)}" for key, value in {"model": str(model.absolute()), **keys}.items()]
     (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
@@ -272,10 +272,11 @@ def pixel(kept: Keep, tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDi
         model = save_dit(folder / "model", edit=_repeat_embedders, num_layers=2, in_channels=3, out_channels=6)
         save_scheduler(model, diffusers.EulerDiscreteScheduler())
         schedule = ("--steps", 9, "--phase-start", 9, "--cache-interval-early", 2, "--cache-interval-late", 1)
-        cache = ("--reuse", "residual", "--attention", "kept", "--forecast-order", 2, "--keep-counts", "8,0", "0")
+        recipe = recipe_of(model, model, **{"cache.reuse": "residual", "cache.attention": "kept"})
+        cache = ("--forecast-order", 2, "--keep-counts", "8,0", "0")
         plan, bundle = folder / "plan", folder / "bundle"
         answers = {
-            "calibrated": run_cli("calibrate", model, "-o", plan, *schedule, *cache, "--samples", 2),
+            "calibrated": run_cli("calibrate", recipe, "-o", plan, *schedule, *cache, "--samples", 2),
             "exported": run_cli("export", plan, "-o", bundle, "--static-batch", PIXEL_BATCH),
         }
         said = {name: dataclasses.asdict(answer) for name, answer in answers.items()}

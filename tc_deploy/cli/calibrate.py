@@ -18,7 +18,7 @@ from tc_deploy.cli.options import (
     recipe_overrides,
 )
 from tc_deploy.cli.progress import progress_bar
-from tc_deploy.types import Attention, Reuse, Skip
+from tc_deploy.types import Skip
 
 
 def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str, str] | None) -> Any:  # noqa: ARG001
@@ -57,20 +57,6 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     help="Tokens per block by hand, like 0,0,16,64, or one number for all; nothing is trained.",
 )
 @option(
-    "--reuse",
-    "cache__reuse",
-    advanced=True,
-    type=click.Choice([choice.value for choice in Reuse]),
-    help="What a pruned token takes: each branch before its gate, or the block's residual.",
-)
-@option(
-    "--attention",
-    "cache__attention",
-    advanced=True,
-    type=click.Choice([choice.value for choice in Attention]),
-    help="What kept tokens see: each other, or all tokens with the others' keys and values cached.",
-)
-@option(
     "--skip",
     "cache__skip",
     type=click.Choice([choice.value for choice in Skip]),
@@ -84,7 +70,6 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     type=int,
     help="Fit forecasts of skipped models on so many samples, 8 or more; 0: polynomials.",
 )
-@option("--iterations", "predictor__iterations", advanced=True, type=int, help="Training of the Cache Predictor.")
 @option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0: not.")
 @json_option
 def command(source: Path, output: Path, device: str, as_json: bool, **options: Any) -> None:

@@ -106,19 +106,21 @@ force_option = option(
 )
 
 
-def _lines(context: click.Context, parameter: click.Parameter, value: Path | None) -> tuple[str, ...]:  # noqa: ARG001
-    """The lines of a text file that are not empty."""
-    if value is None:
-        return ()
+def _lines_of(value: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        BadParameter: it is no text file, is too large, or has none.
+    """
     try:
         with value.open(encoding="utf-8") as file:
             text = file.read(MAX_PROMPTS_BYTES + 1)
     except (OSError, UnicodeError) as error:
-        raise click.BadParameter(f"{value}: not a text file in UTF-8: {first_line(error)}") from None
+        raise click.BadParameter(f"--prompts {value}: not a text file in UTF-8: {first_line(error)}") from None
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines or len(text) > MAX_PROMPTS_BYTES:
         wrong = "is too large" if lines else "holds no prompt"
-        raise click.BadParameter(f"{value} {wrong}; a prompt stands on a line of its own")
+        raise click.BadParameter(f"--prompts {value} {wrong}; a prompt stands on a line of its own")
     return lines
 
 
@@ -130,15 +132,20 @@ def recipe_options(command: Command) -> Command:
 
 
 def recipe_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by the recipe's dotted keys; None where one was not given."""
+    """Options by the recipe's dotted keys; None where one was not given.
+
+    Raises:
+        BadParameter: the file of prompts is none.
+    """
     values = {name.replace("__", "."): value for name, value in options.items()}
-    values["prompts"] = (*values.pop("prompt"), *values["prompts"]) or None
+    file = values["prompts"]
+    values["prompts"] = (*values.pop("prompt"), *(() if file is None else _lines_of(file))) or None
     return values
 
 
 _RECIPE_OPTIONS = (
     option("--prompt", multiple=True, metavar="TEXT", help="A prompt to measure the plan on. Repeat it for several."),
-    option("--prompts", type=PATH, callback=_lines, metavar="FILE", help="Likewise a text file, a prompt a line."),
+    option("--prompts", type=PATH, metavar="FILE", help="Likewise a text file, a prompt a line."),
     option("--negative-prompt", metavar="TEXT", help="What guidance goes away from."),
     option(
         "--steps",

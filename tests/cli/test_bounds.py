@@ -51,7 +51,7 @@ GENERATE = ("generate", "BUNDLE", "--class-label", 1, "-o", "OUT/x.png")
         (BAD_USE, ("bench", "BUNDLE", "--rounds", 10**9)),
         (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--steps", 10**9)),
         (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--samples", 10**9)),
-        (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--iterations", 10**9, "--keep-ratio", 0.5, 0.5)),
+        (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--fit-samples", 10**9, "--keep-ratio", 0.5, 0.5)),
         (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--keep-ratio", "nan", 0.5)),
         (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--seed", 2**70)),
         (BAD_USE, ("plan", "MODEL", "-o", "OUT/p", "--target-psnr", "inf")),

@@ -364,7 +364,7 @@ def calibrate_words(model: Path, output: Path, *options: object) -> tuple[object
         (("--guidance-scale", -1), BAD_USE, "error: --guidance-scale: must be greater than or equal to 0, found -1.0"),
         (("--steps", 2000), BAD_USE, "DDIMScheduler takes at most 1000 steps, as many as the model was trained with"),
         (("--forecast-order", 3), BAD_USE, "error: --forecast-order: must be less than or equal to 2, found 3"),
-        (("--reuse", "everything"), BAD_USE, "--reuse"),
+        (("--skip", "everything"), BAD_USE, "--skip"),
         (("--seed", -1), BAD_USE, "error: --seed: must be greater than or equal to 0, found -1"),
     ],
 )

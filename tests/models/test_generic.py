@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import zoo
-from bundles import make_plan, run_cli
+from bundles import make_plan, recipe_of, run_cli
 
 from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.models.geometry import ModelOptions
@@ -134,7 +134,8 @@ def test_a_block_that_is_to_stay_in_fp32_is_one_of_its_lists() -> None:
 def test_from_a_folder_to_validated_engines(folder: Path, tmp_path: Path) -> None:
     plan, bundle = tmp_path / "plan", tmp_path / "bundle"
     found = run_cli(
-        *("plan", folder, "--steps", 6, "--conditions", "random", "--latent-size", "4x6", "--text-tokens", 5),
+        *("plan", recipe_of(tmp_path, folder, latent_size=[4, 6]), "--steps", 6),
+        *("--conditions", "random", "--text-tokens", 5),
         *("--from-flops", "--trials", 4, "-o", plan),
     )
     assert found.code == 0, found.err
