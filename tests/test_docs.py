@@ -141,7 +141,7 @@ def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path, monkeypatch
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     said = []
-    for line in [*lines, "tc-deploy inspect calibration/pixart"]:
+    for line in [*lines, "tc-deploy inspect plans/pixart"]:
         answer = subprocess.run(
             shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
