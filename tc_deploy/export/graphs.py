@@ -9,9 +9,10 @@ import ast
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import onnx_ir as ir
 import torch
@@ -20,12 +21,15 @@ from onnxscript import optimizer
 from torch import Tensor
 
 from tc_deploy.errors import ExportError, first_line
+from tc_deploy.export.folding import folded_program
 from tc_deploy.manifest import MODULE_END
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.types import Precision
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
 """The lowest that knows every operator for the type: Conv takes bf16 from 22 on."""
+_FIXED = re.compile(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+"""What PyTorch says of an axis that was to be left open."""
 EXAMPLE_BATCH = 2
 """Samples to export a dynamic batch with: of one the exporter would make a constant."""
 
@@ -58,9 +62,12 @@ def onnx_from_graph(
     arguments = tuple(example[name] for name in graph.input_names)
     try:
         with _quiet(), torch.no_grad():
+            traced = torch.export.export(
+                graph.eval(), arguments, dynamic_shapes=(axes,) if any(axes) else None, strict=False
+            )
+            traced = folded_program(traced.run_decompositions({}), graph.folded_elements)
             program = torch.onnx.export(
-                graph.eval(),
-                arguments,
+                traced,
                 dynamo=True,
                 opset_version=OPSETS[precision],
                 input_names=list(graph.input_names),
@@ -70,6 +77,11 @@ def onnx_from_graph(
                 external_data=False,
                 optimize=True,
             )
+    except torch._dynamo.exc.UserError as error:
+        fixed = _FIXED.search(str(error))
+        if fixed is None:
+            raise ExportError(f"PyTorch cannot export {graph.title}: {first_line(error)}") from error
+        _refuse_fixed(graph, axes, fixed.group(1), fixed.group(2), error)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         if isinstance(error.__cause__, MemoryError):
             raise MemoryError(f"exporting {graph.title}") from error  # nothing is wrong with the graph
@@ -101,17 +113,29 @@ def _check_dynamic(model: ir.Model, graph: NamedGraph, axes: Sequence[Mapping[in
     shapes = {str(value.name): list(value.shape or []) for value in model.graph.inputs}
     for name, opened in zip(graph.input_names, axes, strict=True):
         fixed = [axis for axis in opened if isinstance(shapes[name][axis], int)]
-        if fixed and fixed[0] == 0:
-            raise ExportError(
-                f"{graph.title}: the batch axis of {name} came out fixed at {shapes[name][0]}; the model's forward"
-                " asks for the batch size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or"
-                " export with --static-batch"
-            )
         if fixed:
-            raise ExportError(
-                f"{graph.title}: the number of tokens of {name} came out fixed at {shapes[name][fixed[0]]}, so the"
-                " model's forward asks for it as a number; mend that, or export without --one-graph"
-            )
+            _refuse_fixed(graph, axes, opened[fixed[0]].__name__, shapes[name][fixed[0]])
+
+
+def _refuse_fixed(
+    graph: NamedGraph, axes: Sequence[Mapping[int, Any]], axis: str, size: object, cause: Exception | None = None
+) -> NoReturn:
+    """Say that a forward asks for a number that was to be left open.
+
+    Raises:
+        ExportError: always.
+    """
+    names = zip(graph.input_names, axes, strict=True)
+    name = next(name for name, opened in names if any(dim.__name__ == axis for dim in opened.values()))
+    if axis == graph.batch_axis:
+        raise ExportError(
+            f"{graph.title}: the batch axis of {name} came out fixed at {size}; the model's forward asks for the batch"
+            " size as a number (len(x), int(...)), x.shape[0] leaves it open; mend that, or export with --static-batch"
+        ) from cause
+    raise ExportError(
+        f"{graph.title}: the number of tokens of {name} came out fixed at {size}, so the model's forward asks for it as"
+        " a number; mend that, or export without --one-graph"
+    ) from cause
 
 
 def _strip_notes(model: ir.Model) -> None:
@@ -145,6 +169,13 @@ def _squeeze_dim(self: Any, dim: int) -> Any:
     return op.Squeeze(self, [dim])  # type: ignore[arg-type]  # becomes a constant
 
 
+def _masked_fill(self: Any, mask: Any, value: float) -> Any:
+    """aten::masked_fill of booleans: ONNX Runtime has no Where for them."""
+    if self.dtype == ir.DataType.BOOL:
+        return op.Or(self, mask) if value else op.And(self, op.Not(mask))
+    return op.Where(mask, op.CastLike(op.Constant(value_float=float(value)), self), self)  # type: ignore[type-var]
+
+
 def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:  # noqa: ARG001 - aten's
     """A single-operand permutation (unpatchify) is a Transpose: engines run it faster, and Einsum has no bf16."""
     left, _, right = equation.replace(" ", "").partition("->")
@@ -156,6 +187,7 @@ def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:  # 
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.squeeze.dim: _squeeze_dim,
     torch.ops.aten.einsum.default: _einsum,
+    torch.ops.aten.masked_fill.Scalar: _masked_fill,
 }
 
 

@@ -90,6 +90,8 @@ def _names_by_content(parameters: Mapping[str, Tensor]) -> dict[_Content, list[s
     for name, parameter in parameters.items():
         views = [(name, parameter)] + ([(f"{name}.T", parameter.t())] if parameter.ndim == 2 else [])
         for view_name, view in views:
-            digest = hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            # Flat first: of a matrix of one row PyTorch takes the transpose for contiguous, whatever its strides.
+            data = view.contiguous().flatten().view(torch.uint8)
+            digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
             names.setdefault((digest, tuple(view.shape)), []).append(view_name)
     return names

@@ -42,12 +42,17 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary tables that a self-attention is given: one tensor or a tuple of them, a row per token."""
+    """Rotary tables that a submodule is given: one tensor or a tuple of them, a row per token; real or complex."""
 
     argument: str
+    """Its name, also where the forward takes it among others (``**kwargs``)."""
     axis: int
-    """The axis that counts tokens: 0 for (N, ...), which the whole batch must share; 1 for (1, N, ...)."""
+    """The axis that counts tokens: 0 for (N, ...), which the whole batch must share; 1 for (1, N, ...), or (B, N, ...)
+    where all samples have the same positions; -2 for (1, heads, N, ...), likewise."""
     rows: Rows = Rows.IMAGE
+    """What the tables hold; ``IMAGE_AND_TEXT`` and its like: a table for each, in a tuple."""
+    module: str = ""
+    """The submodule, where it is no self-attention (:attr:`Block.rotaries`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,8 @@ class Block:
     """What those arguments hold."""
     gives: Rows = Rows.IMAGE
     """What the block returns."""
+    rotaries: tuple[Rotary, ...] = ()
+    """Tables that go to other submodules than the self-attentions."""
     per_token: tuple[str, ...] = ()
     """Other arguments of the block that hold what its one argument of tokens holds: long skip connections."""
 
@@ -151,8 +158,9 @@ class Family:
     @property
     def shares_index(self) -> bool:
         """Whether all samples of a batch must compute the same tokens, as rotary tables without batch axis demand."""
-        attentions = [item for block in self.blocks for item in block.attentions]
-        return any(item.rotary is not None and item.rotary.axis == 0 for item in attentions)
+        attentions = [item.rotary for block in self.blocks for item in block.attentions]
+        rotaries = [*attentions, *(item for block in self.blocks for item in block.rotaries)]
+        return any(item is not None and item.axis == 0 for item in rotaries)
 
 
 @dataclass(frozen=True, kw_only=True)

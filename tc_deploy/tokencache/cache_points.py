@@ -11,6 +11,8 @@ block that computes anything.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -56,6 +58,10 @@ class CachePoints(ABC):
         """Rows of a rotary table that belong to them: (N, ...) to (M, ...), or (1, N, ...) to (1 or B, M, ...)."""
         return table
 
+    def is_pruned(self, block: int) -> bool:  # noqa: ARG002
+        """Whether the block computes image tokens by an index, which may be fewer than there are."""
+        return False
+
     @abstractmethod
     def branch(self, block: int, name: str, rows: Rows, compute: Callable[[], Streams]) -> Streams:
         """A branch's value for all tokens; ``compute`` gives it for the gathered ones. Text that nobody reads: None."""
@@ -90,7 +96,7 @@ class _SelfAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         # Positional or by name, as the caller likes.
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
         block, attention = self.current
         images = self.points.computed(block)
         key, value = (attention.keys.split(given[name], images, axis=2) for name in ("key", "value"))
@@ -99,7 +105,15 @@ class _SelfAttention(TorchFunctionMode):
             attention.keys.join(Streams(image, fresh.text), axis=2)
             for image, fresh in zip(seen, (key, value), strict=True)
         )
-        return func(*(given.pop(name) for name in ("query", "key", "value")), *args[3:], **given)
+        mask = given.get("attn_mask")
+        if mask is not None and not images:
+            del given["attn_mask"]  # Nothing of a block that computes nothing is read.
+        elif mask is not None and self.points.is_pruned(block):
+            texts = 0 if key.text is None else key.text.shape[2]
+            for axis, rows in ((-1, seen[0].shape[2]), (-2, images)):
+                mask = _mask_of(attention.keys, mask, axis, texts, rows)
+            given["attn_mask"] = mask
+        return func(*(given.pop(name) for name in ("query", "key", "value")), *args[4:], **given)
 
     def run(self, block: int, attention: SelfAttention, compute: Callable[[], Any]) -> Any:
         """Run a self-attention.
@@ -129,6 +143,8 @@ def cache_points(model: DiffusionTransformer, reuse: Reuse, points: CachePoints)
             wrap = _Wrappers(number, block, points, mode, model.geometry.tokens)
             for attention in block.attentions:
                 stack.callback(replace_forward(module.get_submodule(attention.module), wrap.self_attention(attention)))
+            for rotary in block.rotaries:
+                stack.callback(replace_forward(module.get_submodule(rotary.module), wrap.with_tables(rotary)))
             if reuse is Reuse.RESIDUAL:
                 stack.callback(replace_forward(module, wrap.whole))
                 continue
@@ -193,18 +209,45 @@ class _Wrappers:
 
     def self_attention(self, attention: SelfAttention) -> Callable[..., Any]:
         """Of a self-attention: rotary tables as the tokens are, keys and values through ``points``."""
+        tabled = None if attention.rotary is None else self.with_tables(attention.rotary, attention.module)
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if attention.rotary is None:
-                return self.mode.run(self.number, attention, lambda: original(*args, **kwargs))
-            bound = _bound(original, args, kwargs)
-            given = bound.arguments[attention.rotary.argument]
-            several = isinstance(given, tuple | list)
-            tables = tuple(self._table(table, attention.rotary) for table in (given if several else (given,)))
-            bound.arguments[attention.rotary.argument] = tables if several else tables[0]
-            return self.mode.run(self.number, attention, lambda: original(*bound.args, **bound.kwargs))
+            run = original if tabled is None else functools.partial(tabled, original)
+            return self.mode.run(self.number, attention, lambda: run(*args, **kwargs))
 
         return wrapper
+
+    def with_tables(self, rotary: Rotary, module: str = "") -> Callable[..., Any]:
+        """Of a submodule that is given rotary tables: those of the tokens that the block computes.
+
+        Raises:
+            ModelError: it is not given them.
+        """
+
+        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            bound = _bound(original, args, kwargs)
+            holder = _holder(bound, rotary.argument)
+            if holder is None:
+                raise ModelError(
+                    f"block {self.number}: {module or rotary.module} is given no {rotary.argument!r}, which its family"
+                    " names as its rotary tables; name the argument that it is given"
+                )
+            given = holder[rotary.argument]
+            if given is not None:
+                holder[rotary.argument] = self._tables(given, rotary)
+            return original(*bound.args, **bound.kwargs)
+
+        return wrapper
+
+    def _tables(self, given: Any, rotary: Rotary) -> Any:
+        """The tables of what the block computes, in the same form."""
+        if rotary.rows in (Rows.IMAGE_AND_TEXT, Rows.TEXT_AND_IMAGE):
+            image, text = rotary.rows.split(given, self.tokens)
+            own = dataclasses.replace(rotary, rows=Rows.IMAGE)
+            return rotary.rows.join(Streams(self._tables(image, own), text))
+        if isinstance(given, tuple | list):
+            return tuple(self._table(table, rotary) for table in given)
+        return self._table(given, rotary)
 
     def _gathered(self, tokens: Tensor, rows: Rows) -> Tensor:
         """The rows that the block computes, and its text where it computes any."""
@@ -215,8 +258,7 @@ class _Wrappers:
         return joined
 
     def _table(self, table: Tensor, rotary: Rotary) -> Tensor:
-        computed = self.points.computed(self.number)
-        if computed == 0:
+        if self.points.computed(self.number) == 0:
             return table.narrow(rotary.axis, 0, 1)
         image, text = rotary.rows.split(table, self.tokens, axis=rotary.axis)
         rows = self.points.table(self.number, _present(image), rotary.axis)
@@ -251,6 +293,36 @@ def replace_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Callable[
 
 def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     return inspect.signature(function).bind(*args, **kwargs)
+
+
+def _holder(bound: inspect.BoundArguments, name: str) -> dict[str, Any] | None:
+    """Where an argument stands: among those with a name, or in what ``**kwargs`` took; None where it was not given."""
+    others = [item.name for item in bound.signature.parameters.values() if item.kind is item.VAR_KEYWORD]
+    holders = [bound.arguments, *(bound.arguments.get(other, {}) for other in others)]
+    return next((holder for holder in holders if name in holder), None)
+
+
+def _mask_of(keys: Rows, mask: Tensor, axis: int, texts: int, rows: int) -> Tensor:
+    """A mask of attention as a block that is pruned needs it, along one of its axes.
+
+    Masks hide text; to the picture's tokens all are alike, so any of them stands for the others.
+
+    Args:
+        keys: how image and text rows stand.
+        mask: (B, 1, 1 or rows of queries, rows of keys).
+        axis: -1 for keys, -2 for queries.
+        texts: text rows.
+        rows: image rows that there are to be.
+    """
+    size = mask.shape[axis]
+    if axis == -2 and size == 1:
+        return mask
+    image, text = keys.split(mask, size - texts, axis=axis)
+    first = _present(image).narrow(axis, 0, 1)
+    shape = list(first.shape)
+    shape[axis] = rows
+    joined: Tensor = keys.join(Streams(first.expand(shape), text), axis=axis)
+    return joined
 
 
 def _present(rows: Tensor | None) -> Tensor:
