@@ -1,8 +1,7 @@
 """Train the demo model: a small class-conditional DiT on real handwritten digits.
 
 Writes a folder that diffusers loads (``transformer/`` and ``scheduler/``), the loss curve, a sample sheet and the
-class accuracy of 500 guided samples. A killed run continues where it stood: start the same command again. Every
-random number is a function of (seed, step), so a run that was resumed ends in the same weights as one that was not.
+class accuracy of 500 guided samples. A killed run continues where it stood: start the same command again.
 
     python examples/train_digits_dit.py --iterations 7000
 
@@ -14,7 +13,6 @@ A model of four times as many tokens, to see what more tokens change, begins wit
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import click
@@ -23,16 +21,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users know
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from digits import CLASSES, IMAGE_SIZE, class_accuracy, images_and_labels
-from matplotlib.figure import Figure
-from PIL import Image
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
+from training import State, initialise, train, write_curve, write_sheet
 
 NULL_CLASS = CLASSES  # the embedding row that classifier-free guidance uses for "no class"
 PEAK_LEARNING_RATE = 8e-4
-WARMUP_ITERATIONS = 200
-EMA_DECAY = 0.999
 STEPS, GUIDANCE_SCALE = 50, 2.0  # of the sample sheet and the class accuracy
 
 
@@ -48,61 +40,8 @@ def new_model(image_size: int) -> DiTTransformer2DModel:
         patch_size=2,
         num_embeds_ada_norm=CLASSES,
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-        elif isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
-    for block in model.transformer_blocks:
-        torch.nn.init.zeros_(block.norm1.linear.weight)
-    for head in (model.proj_out_1, model.proj_out_2):
-        torch.nn.init.zeros_(head.weight)
-    # diffusers drops labels in training mode, but each block owns a label embedder and would drop on its own:
-    # the labels are dropped here instead, once for all blocks.
-    return model.eval()
-
-
-class State:
-    """All that a resumed run needs: weights, their moving average, AdamW's moments, the losses so far."""
-
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        self.model = model
-        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.0)
-        self.losses: list[float] = []
-
-    def save(self, path: Path) -> None:
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"average/{name}": value for name, value in self.average.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        part = path.with_suffix(".part")
-        save_file(tensors, part)
-        part.replace(path)
-
-    def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        part = {kind: {} for kind in ("model", "average", "optimizer")}
-        for name, value in stored.items():
-            kind, _, rest = name.partition("/")
-            if kind in part:
-                part[kind][rest] = value
-        self.model.load_state_dict(part["model"])
-        self.average = part["average"]
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in part["optimizer"].items():
-            index, key = name.split("/")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        self.losses = stored["losses"].tolist()
-
-
-def learning_rate(iteration: int, iterations: int) -> float:
-    decay = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-    return PEAK_LEARNING_RATE * min(1.0, (iteration + 1) / WARMUP_ITERATIONS) * (0.98 * decay + 0.02)
+    initialise(model)
+    return model
 
 
 def batch_at(
@@ -135,27 +74,6 @@ def sample(model: DiTTransformer2DModel, scheduler: DDIMScheduler, labels: torch
         cond, uncond = output.chunk(2)
         latents = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), t, latents).prev_sample
     return latents
-
-
-def write_curve(path: Path, losses: list[float]) -> None:
-    window = max(1, len(losses) // 200)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogy(np.arange(len(smooth)) + window, smooth)
-    axes.set(xlabel="iteration", ylabel=f"loss, mean of {window}", title="Digits DiT: noise prediction error")
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def write_sheet(path: Path, images: np.ndarray, columns: int = 10, scale: int = 4) -> None:
-    rows = len(images) // columns
-    side = images.shape[-1]
-    grid = images[: rows * columns, 0].reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
-    pixels = ((grid.reshape(rows * side, columns * side).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST).save(
-        path
-    )
 
 
 @click.command()
@@ -194,37 +112,20 @@ def main(
     if start_from is not None:
         trained = DiTTransformer2DModel.from_pretrained(start_from / "transformer", torch_dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
-    state = State(model)
+    state = State(model, PEAK_LEARNING_RATE)
     work = output / "training"
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / f"state-{iterations}-{batch_size}-{seed}.safetensors"
-    if checkpoint.exists():
-        state.load(checkpoint)
-        click.echo(f"resuming at iteration {len(state.losses)} from {checkpoint}")
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
-        task = progress.add_task("training", total=iterations, completed=len(state.losses), loss=math.nan)
-        for iteration in range(len(state.losses), iterations):
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(iteration, iterations)
-            pixels, classes, timesteps, noise = batch_at(iteration, seed, batch_size, images, labels)
-            noisy = SCHEDULER.add_noise(pixels, noise, timesteps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                output_noise = model(noisy, timesteps, classes, return_dict=False)[0]
-            loss = F.mse_loss(output_noise.float(), noise)
-            state.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            state.optimizer.step()
-            weight = 1 - min(EMA_DECAY, (iteration + 1) / (iteration + 10))
-            for name, value in model.state_dict().items():
-                state.average[name].lerp_(value, weight)
-            state.losses.append(loss.item())
-            progress.update(task, advance=1, loss=float(np.mean(state.losses[-100:])))
-            if (iteration + 1) % 250 == 0 or iteration + 1 == iterations:
-                state.save(checkpoint)
+    def loss_at(iteration: int) -> torch.Tensor:
+        pixels, classes, timesteps, noise = batch_at(iteration, seed, batch_size, images, labels)
+        noisy = SCHEDULER.add_noise(pixels, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output_noise = model(noisy, timesteps, classes, return_dict=False)[0]
+        return F.mse_loss(output_noise.float(), noise)
 
+    if not train(state, loss_at, iterations, checkpoint):
+        raise click.ClickException("stopped before the last iteration; the same command goes on")
     model.load_state_dict(state.average)
     model.half().save_pretrained(output / "transformer")
     SCHEDULER.save_pretrained(output / "scheduler")
@@ -232,7 +133,7 @@ def main(
     wanted = torch.arange(500) % CLASSES
     samples = torch.cat([sample(model, SCHEDULER, part, seed + i) for i, part in enumerate(wanted.split(100))]).numpy()
     accuracy = class_accuracy(samples, wanted.numpy())
-    write_curve(work / "curve.png", state.losses)
+    write_curve(work / "curve.png", state.losses, "Digits DiT: noise prediction error")
     write_sheet(work / "samples.png", samples[:100])
     facts = {
         "image_size": image_size,
