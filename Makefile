@@ -57,7 +57,7 @@ stateful: $(INSTALLED) ## Let runs stop, start and take turns at random, in SEQU
 	RELIABILITY_RECORD=1 TC_DEPLOY_SEQUENCES=$(SEQUENCES) $(BIN)/pytest -s tests/test_diffusers_state.py
 
 gpu-kit: $(INSTALLED) ## Pack what a bare machine with a GPU needs to measure there, into .gpu-kit
-	PYTHONPATH=. $(BIN)/python tests/gpu/kit.py .gpu-kit
+	PYTHONPATH=. $(BIN)/python tests/gpu/kit.py .gpu-kit $(if $(EMOJI),--emoji $(EMOJI))
 
 gpu: $(INSTALLED) ## Run the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu

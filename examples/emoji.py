@@ -1,7 +1,7 @@
 """The pictures that the second demo model learns: Google's Noto emoji, a class for each of Unicode's nine groups.
 
-In: npm's package ``emoji-datasource-google``, unpacked (74 MB to fetch). Its pictures are Noto's, under the Apache License
-2.0 (https://github.com/googlefonts/noto-emoji); its lists are under the MIT licence.
+In: npm's package ``emoji-datasource-google``, unpacked (74 MB to fetch). Its pictures are Noto's, under the Apache
+License 2.0 (https://github.com/googlefonts/noto-emoji); its lists are under the MIT licence.
 Out: images on white in [-1, 1] and their classes.
 Never: imports tc_deploy. What stands here is the user's side of the demo.
 """

@@ -77,7 +77,7 @@ def sample(
 ) -> torch.Tensor:
     """Guided samples, ``(B, 3, H, W)``, with diffusers alone."""
     side = model.config.sample_size
-    latents = torch.randn((len(labels), 3, side, side), generator=torch.Generator().manual_seed(seed))
+    latents = torch.randn((len(labels), 3, side, side), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
     scheduler.set_timesteps(STEPS)
     for t in scheduler.timesteps:
@@ -150,9 +150,9 @@ def main(
     model.load_state_dict(learned)
     model.half().save_pretrained(output / "transformer")
     SCHEDULER.save_pretrained(output / "scheduler")
-    model = DiTTransformer2DModel.from_pretrained(output / "transformer", torch_dtype=torch.float32)
-    wanted = torch.arange(45) % CLASSES
-    write_sheet(work / "samples.png", sample(model, SCHEDULER, wanted, seed).numpy(), columns=CLASSES)
+    model = DiTTransformer2DModel.from_pretrained(output / "transformer", torch_dtype=torch.float32).to(device)
+    wanted = torch.arange(45, device=device) % CLASSES
+    write_sheet(work / "samples.png", sample(model, SCHEDULER, wanted, seed).cpu().numpy(), columns=CLASSES)
     write_curve(work / "curve.png", state.losses, "Emoji DiT: velocity error")
     facts = {
         "image_size": image_size,

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -143,6 +142,8 @@ def train(
 
 
 def write_curve(path: Path, losses: list[float], title: str) -> None:
+    from matplotlib.figure import Figure  # a machine that only trains need not have it
+
     window = max(1, len(losses) // 200)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure = Figure(figsize=(6, 3.5), layout="constrained")

@@ -75,7 +75,12 @@ def missing() -> list[str]:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def main(folder: Path) -> None:
+@click.option(
+    "--emoji",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="npm's emoji-datasource-google, unpacked: what the second demo model learns.",
+)
+def main(folder: Path, emoji: Path | None) -> None:
     """Write the kit to FOLDER, in the place of an earlier one."""
     if folder.exists() and not (folder / WHEELS).is_dir():
         raise click.ClickException(f"{folder} is there and is no kit; name another folder, or remove it")
@@ -84,6 +89,9 @@ def main(folder: Path) -> None:
     pip("download", "--no-deps", "-d", str(folder / WHEELS), *FOR, *targets, *missing())
     export_bundle(PLAN, folder / BUNDLE, ExportOptions(samples=False), progress=click.echo)
     build_target(folder / BUNDLE, "onnxruntime")
+    if emoji is not None:
+        shutil.copytree(emoji / "img/google/64", folder / "emoji/img/google/64")
+        shutil.copy(emoji / "emoji.json", folder / "emoji")
     size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
     if size_mib > LARGEST_MIB:
         raise click.ClickException(f"{folder} takes {size_mib:.0f} MiB, and {LARGEST_MIB} may be carried")

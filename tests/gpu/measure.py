@@ -31,6 +31,7 @@ PARTS = {
     "runtime": "gpu.runtime_part",
     "large": "gpu.large_part",
     "calibrate": "gpu.calibrate_part",
+    "train": "gpu.train_part",
     "engines": "gpu.engines_part",
 }
 """By name, the most valuable first."""
@@ -123,7 +124,10 @@ def main(
     work.mkdir(exist_ok=True)
     bundle = work / "digits" if kit_folder is None or not (kit_folder / "digits").is_dir() else kit_folder / "digits"
     if within:
-        kit = Kit(bundle=bundle.resolve(), work=work, size=size, rounds=rounds)
+        emoji = None if kit_folder is None or not (kit_folder / "emoji").is_dir() else kit_folder / "emoji"
+        kit = Kit(
+            bundle=bundle.resolve(), work=work, size=size, rounds=rounds, emoji=emoji, output=output.resolve(), end=end
+        )
         run_part(parts[0], output / f"{parts[0]}.json", kit, end)
         return
     if not bundle.is_dir():

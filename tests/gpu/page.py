@@ -20,6 +20,7 @@ PARTS = {
     "runtime": "The device runtime",
     "large": "Full and cached steps of a large DiT, bf16",
     "calibrate": "Calibration",
+    "train": "Training of the second demo model",
     "engines": "Engines",
 }
 """By the name of a part's file, the title of its section."""
@@ -36,6 +37,7 @@ With the project installed on a machine with an NVIDIA GPU:
 On a bare machine without a network, with a Python 3.12 and PyTorch of its own:
 
     make gpu-kit                              # where there is a network: packs .gpu-kit; copy the project with it
+                                              # EMOJI=node_modules/emoji-datasource-google packs what `train` learns
     PYTHON=python3 tests/gpu/run.sh results --kit .gpu-kit --minutes 8
 
 Run it again with the same folder for what is missing. `tests/gpu/machine.txt` lists what the bare machine must bring.
@@ -115,7 +117,7 @@ def large_section(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"**{name}**: `{json.dumps(values)}`"
 
 
-def calibrate_section(found: Mapping[str, Any]) -> Iterator[str]:
+def plain_section(found: Mapping[str, Any]) -> Iterator[str]:
     """As it stands in the file."""
     for name, values in found.items():
         yield f"**{name}**: `{json.dumps(values)}`"
@@ -142,7 +144,8 @@ def engines_section(found: Mapping[str, Any]) -> Iterator[str]:
 SECTIONS = {
     "runtime": runtime_section,
     "large": large_section,
-    "calibrate": calibrate_section,
+    "calibrate": plain_section,
+    "train": plain_section,
     "engines": engines_section,
 }
 

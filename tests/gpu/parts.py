@@ -6,6 +6,7 @@ what it says is its result. ``measure.py`` runs them, and knows the time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,12 @@ class Kit:
     """Of the large model."""
     rounds: int = 20
     """How often each contender of a comparison is timed."""
+    emoji: Path | None = None
+    """npm's emoji-datasource-google, unpacked, where the kit carries it."""
+    output: Path = Path()
+    """A folder for what comes back beside the numbers."""
+    end: float = math.inf
+    """When the time is up, as ``time.time()`` has it."""
 
 
 def taken_bytes() -> int:
