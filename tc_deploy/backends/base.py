@@ -46,6 +46,16 @@ class Buffer(Protocol):
     def read(self) -> NDArray[Any]:
         """A copy on the host."""
 
+    def rows(self, start: int, stop: int) -> Buffer:
+        """The same memory, seen as some of the rows of its first axis: what one writes, the other reads.
+
+        Raises:
+            BackendError: the device has no such view.
+        """
+
+    def copy(self, source: Buffer) -> None:
+        """Copy a buffer of the same device, dtype and shape in, without a detour where the device can."""
+
 
 class BoundGraph(Protocol):
     """A graph whose every input and output is a fixed buffer."""

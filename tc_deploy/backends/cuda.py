@@ -110,6 +110,11 @@ class Cuda:
         self._do("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
         self.wait()
 
+    def copy(self, to: int, source: int, size_bytes: int) -> None:
+        """Queue a copy from one place on the GPU to another."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._do("cudaMemcpyAsync", to, source, size_bytes, kind, self.stream)
+
     def wait(self) -> None:
         """Wait for all that was queued.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BufferSpec
+from tc_deploy.backends.base import Buffer, BufferSpec
 from tc_deploy.hardware import check_fits_memory
 
 
@@ -35,13 +35,13 @@ class HostBuffer:
     """A tensor in host memory.
 
     Args:
-        array: the memory as numpy sees it; zeros are written into it.
+        array: the memory as numpy sees it.
         value: the same memory as the engine sees it.
+        part: gives some rows of it as the engine sees them; told them also as numpy does, where they begin and end.
     """
 
-    def __init__(self, array: NDArray[Any], value: Any) -> None:
-        self.array, self.value = array, value
-        array[...] = 0
+    def __init__(self, array: NDArray[Any], value: Any, part: Callable[[Any, NDArray[Any], int, int], Any]) -> None:
+        self.array, self.value, self._part = array, value, part
 
     def write(self, array: NDArray[Any]) -> None:
         """Copy ``array`` in.
@@ -55,3 +55,12 @@ class HostBuffer:
     def read(self) -> NDArray[Any]:
         """A copy."""
         return self.array.copy()
+
+    def rows(self, start: int, stop: int) -> HostBuffer:
+        """Some of its rows."""
+        array = self.array[start:stop]
+        return HostBuffer(array, self._part(self.value, array, start, stop), self._part)
+
+    def copy(self, source: Buffer) -> None:
+        """Copy another one in."""
+        np.copyto(self.array, cast("HostBuffer", source).array)

@@ -118,6 +118,21 @@ class OrtGpuBuffer:
         """A copy."""
         return cast("NDArray[Any]", self.value.numpy())
 
+    def rows(self, start: int, stop: int) -> OrtGpuBuffer:  # noqa: ARG002 - the protocol gives them
+        """ONNX Runtime's Python interface has no part of a tensor on a GPU.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(
+            "ONNX Runtime shows no rows of a tensor on a GPU, so it does not serve by steps there; build for"
+            " --backend tensorrt or tensorrt-rtx, or for --provider cpu"
+        )
+
+    def copy(self, source: Buffer) -> None:
+        """Copy another one in, by way of the host."""
+        self.write(source.read())
+
 
 class OrtBoundGraph:
     """A session with all its inputs and outputs bound.
@@ -210,9 +225,10 @@ class OrtDevice:
 
     def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
         if self._on_cpu:
-            array = np.empty(shape, dtype)
+            array = np.zeros(shape, dtype)
             # On the CPU an OrtValue shares the array's memory.
-            return HostBuffer(array, self._module.OrtValue.ortvalue_from_numpy(array))
+            value_of = self._module.OrtValue.ortvalue_from_numpy
+            return HostBuffer(array, value_of(array), lambda value, part, start, stop: value_of(part))
         value = self._module.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), _GPU, 0)
         return OrtGpuBuffer(value, dtype, shape)
 

@@ -178,7 +178,9 @@ class OpenVinoDevice:
         # OpenVINO knows numpy's own types only, and shows a bf16 tensor's memory as fp16.
         kind = module.Type.bf16 if dtype.name == "bfloat16" else module.Type(dtype)
         tensor = module.Tensor(kind, module.Shape(shape))
-        return HostBuffer(tensor.data.view(dtype), tensor)
+        array = tensor.data.view(dtype)
+        array[...] = 0
+        return HostBuffer(array, tensor, _part)
 
     def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
         """Run them in turn."""
@@ -228,3 +230,10 @@ def _reason(error: Exception) -> str:
     """What OpenVINO says last: before it stand the places in its source that the error passed."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return " ".join(line.split())
+
+
+def _part(tensor: Any, array: Any, start: int, stop: int) -> Any:
+    """Some rows of a tensor, in its memory."""
+    module = _openvino()
+    rest = array.shape[1:]
+    return module.Tensor(tensor, module.Coordinate([start, *[0] * len(rest)]), module.Coordinate([stop, *rest]))

@@ -78,9 +78,11 @@ class TrtScratch:
 class TrtBuffer:
     """One tensor's part of an arena."""
 
-    def __init__(self, cuda: Cuda, arena: TrtArena, number: int, spec: BufferSpec) -> None:
-        self.dtype, self.shape, self.address = spec.dtype, spec.shape, arena.addresses[number]
-        self._cuda, self._arena, self._pinned = cuda, arena, arena.pinned.get(number)
+    def __init__(
+        self, cuda: Cuda, arena: TrtArena, spec: BufferSpec, address: int, pinned: NDArray[Any] | None
+    ) -> None:
+        self.dtype, self.shape, self.address = spec.dtype, spec.shape, address
+        self._cuda, self._arena, self._pinned = cuda, arena, pinned
         self._waits_at_write = -1
 
     def write(self, array: NDArray[Any]) -> None:
@@ -108,6 +110,18 @@ class TrtBuffer:
             return array
         self._cuda.read(self.address, self._pinned)
         return self._pinned.copy()
+
+    def rows(self, start: int, stop: int) -> TrtBuffer:
+        """Some of its rows; to bind them to an engine, their address must be aligned."""
+        spec = BufferSpec(dtype=self.dtype, shape=(stop - start, *self.shape[1:]))
+        address = self.address + start * (spec.size_bytes // max(stop - start, 1))
+        pinned = None if self._pinned is None else self._pinned[start:stop]
+        return TrtBuffer(self._cuda, self._arena, spec, address, pinned)
+
+    def copy(self, source: Buffer) -> None:
+        """Queue a copy on the GPU."""
+        spec = BufferSpec(dtype=self.dtype, shape=self.shape)
+        self._cuda.copy(self.address, cast("TrtBuffer", source).address, spec.size_bytes)
 
 
 class TrtContext:
@@ -333,7 +347,10 @@ class TrtDevice:
     def buffers(self, specs: Sequence[BufferSpec]) -> list[Buffer]:
         """Allocate one piece for all of them, filled with zeros."""
         arena = TrtArena(self._cuda, specs)
-        return [TrtBuffer(self._cuda, arena, number, spec) for number, spec in enumerate(specs)]
+        return [
+            TrtBuffer(self._cuda, arena, spec, arena.addresses[number], arena.pinned.get(number))
+            for number, spec in enumerate(specs)
+        ]
 
     def capture(self, graphs: Sequence[BoundGraph]) -> Capture:
         """Make one CUDA graph of them, unless the target says not to or one of them is not this device's own."""

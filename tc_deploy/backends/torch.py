@@ -69,6 +69,14 @@ class TorchBuffer:
         bits: NDArray[Any] = self.tensor.cpu().view(self._bits[0]).numpy()
         return bits.view(self.dtype).copy()
 
+    def rows(self, start: int, stop: int) -> TorchBuffer:
+        """Some of its rows."""
+        return TorchBuffer(self.tensor[start:stop], self.dtype)
+
+    def copy(self, source: Buffer) -> None:
+        """Copy another one in."""
+        self.tensor.copy_(cast("TorchBuffer", source).tensor)
+
 
 class TorchBoundGraph:
     """A step on fixed tensors; on a GPU its first run captures it, and later ones replay."""

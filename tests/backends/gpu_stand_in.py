@@ -147,6 +147,10 @@ class StandInCudaRuntime:
         return (OK,)
 
     def cudaMemcpyAsync(self, to: int, source: int, count: int, kind: Any, stream: int) -> tuple[Any]:
+        if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+            tensors = [self.view(address, np.uint8, (count,)).ctypes.data for address in (to, source)]
+            self.enqueue(stream, lambda: ctypes.memmove(*tensors, count))
+            return (OK,)
         to_gpu = kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
         assert to_gpu or kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost
         host = source if to_gpu else to

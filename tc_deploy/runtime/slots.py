@@ -1,0 +1,267 @@
+"""Slots: samples that stand at different steps, batched step by step.
+
+In: samples, each put into a slot, and ticks, which say what slots take a step together. Out: latents. A slot owns its
+caches, and they stay where they are: slots lie side by side in one buffer for each cached tensor, and a call is bound
+to the part that holds its slots. How old the cache in a place is differs from slot to slot, so each row's forecast
+weights are permuted accordingly. All else that a call reads is small, and is copied into buffers of the call. Never:
+decides what runs, knows of requests, or starts a thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_deploy.backends.base import Device, Graph
+from tc_deploy.errors import UsageError
+from tc_deploy.manifest import (
+    CACHE_PREFIX,
+    COMPUTED,
+    FORECAST_WEIGHTS,
+    HIDDEN_STATES,
+    LATENTS,
+    SAMPLE,
+    SOLVER,
+    TOKEN_INDEX,
+    cached_name,
+    history_name,
+    history_of,
+    variant_name,
+)
+from tc_deploy.runtime.binding import Bundle
+from tc_deploy.runtime.course import Course, Place, Tick, courses_of, is_shared
+from tc_deploy.runtime.program import EVERY_FULL_STEP, is_given, slot
+from tc_deploy.runtime.slot_buffers import GUIDED_OUTPUT, MODEL_OUTPUT, SlotBuffers, table_name
+from tc_deploy.schedule import FULL
+from tc_deploy.types import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """What a slot is to make."""
+
+    course: Course
+    noise: FloatArray
+    """(*latent shape), standard normal."""
+    given: Mapping[str, NDArray[Any]]
+    """Conditions by name, without a batch axis."""
+    unconditional: Mapping[str, NDArray[Any]]
+    """The same for the unconditional half; empty without guidance."""
+    guidance_scale: float | None
+
+
+def sizes_of(bundle: Bundle, slots: int) -> tuple[int, ...]:
+    """How many slots one call may have: powers of two and all, or what the bundle was exported for.
+
+    Raises:
+        UsageError: the slots are none, or fewer than a call must have.
+    """
+    fixed = bundle.manifest.batch_size
+    if slots < (fixed or 1):
+        raise UsageError(f"{bundle.path}: slots must be at least {fixed or 1}, found {slots}")
+    if fixed is not None:
+        return (fixed,)
+    return tuple(sorted({*(2**power for power in range(slots.bit_length())), slots}))
+
+
+class Slots:
+    """The slots of one bundle's engines; all their memory is allocated here.
+
+    Args:
+        bundle: whose documents are read and whose files are checked.
+        device: where the graphs are.
+        graphs: the bundle's, by name.
+        count: how many slots.
+
+    Raises:
+        UsageError: too few slots for the bundle.
+        BackendError: the device lacks memory, or shows no rows of its buffers.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, graphs: Mapping[str, Graph], count: int) -> None:
+        self._bundle, self._solver_record = bundle, bundle.manifest.solver
+        self.count, self.sizes = count, sizes_of(bundle, count)
+        self.courses = courses_of(bundle)
+        variants = sorted({variant for course in self.courses.values() for variant in course.variants})
+        self._buffers = SlotBuffers(bundle, device, graphs, variants, count)
+        self._history = self._solver_record.history
+        self._samples: dict[int, Sample] = {}
+        self._table_row = cache(self._row_of_table)
+        made = self._buffers.records[variant_name(FULL)].outputs
+        self._cached = [tensor.name for tensor in made if tensor.name != SAMPLE]
+
+    def start(self, number: int, sample: Sample) -> None:
+        """Put a sample into a slot; whatever was there is gone.
+
+        Nothing of the last sample reaches this one: the solver's history is cleared, and the first step, which is full,
+        replaces every cache.
+        """
+        buffers, halves = self._buffers, self._buffers.halves
+        self._samples[number] = sample
+        start = sample.noise[None] * np.float32(self._solver_record.init_noise_sigma)
+        for age in range(self._history + 1):
+            # Before step 0 there is nothing; the coefficient is 0, but 0 times what a failed sample left may be NaN.
+            buffers.of_slot(slot(f"slot.{LATENTS}", age), number).write(start)
+        for age in range(self._history):
+            buffers.of_slot(slot(f"slot.{GUIDED_OUTPUT}", age), number).write(np.zeros_like(start))
+        scaled = start * self._bundle.first_scale
+        buffers.of_slot(f"slot.{HIDDEN_STATES}", number).write(np.concatenate([scaled] * halves))
+        for name, value in sample.given.items():
+            both = [value, sample.unconditional[name]] if halves == 2 else [value]
+            buffers.of_slot(f"slot.{name}", number).write(np.stack(both))
+
+    def run(self, tick: Tick) -> None:
+        """Take a step with some slots, and the steps after it that skip the model.
+
+        Raises:
+            BackendError: the engine fails.
+        """
+        going: Sequence[Place] = tick.places
+        self._run_model(tick.kind.variant, tick, going)
+        self._run_solver(tick, going)
+        while going := [place for place in map(self._without_model, going) if place is not None]:
+            for variant in sorted({self._variant(place) for place in going}):
+                alike = [place for place in going if self._variant(place) == variant]
+                self._run_model(variant, tick, alike)
+                self._run_solver(tick, alike)
+
+    def latents(self, number: int, step: int) -> FloatArray:
+        """A copy of a slot's latents (*latent shape) as they stand before a step; before T, the last ones."""
+        found: FloatArray = self._latents(number, step).read()[0]
+        return found
+
+    def measured(self, clock: Callable[[], float] = time.perf_counter) -> dict[tuple[int, int], float]:
+        """Run every call, once to warm it up and once to time it, on whatever lies there; no slot may be in use.
+
+        Returns:
+            Seconds by variant and number of slots.
+
+        Raises:
+            BackendError: the engine refuses a number of slots, or fails.
+        """
+        seconds = {}
+        for course in self.courses.values():
+            self._samples[0] = Sample(
+                course=course, noise=np.zeros(0, np.float32), given={}, unconditional={}, guidance_scale=1.0
+            )
+            for step, kind in enumerate(course.kinds):
+                for size in self.sizes:
+                    if kind is None or (kind.variant, size) in seconds:
+                        continue
+                    tick = Tick(kind=kind, first=0, size=size, places=(Place(slot=0, step=step),))
+                    for _ in range(2):
+                        start = clock()
+                        self.run(tick)
+                        self.latents(0, step)
+                        seconds[kind.variant, size] = clock() - start
+        self._samples.clear()
+        return seconds
+
+    def _variant(self, place: Place) -> int:
+        return self._samples[place.slot].course.variants[place.step]
+
+    def _without_model(self, place: Place) -> Place | None:
+        """The step after, if it skips the model."""
+        course, step = self._samples[place.slot].course, place.step + 1
+        return Place(slot=place.slot, step=step) if step < course.steps and course.kinds[step] is None else None
+
+    def _run_model(self, variant: int, tick: Tick, places: Sequence[Place]) -> None:
+        """The call of a step's graph: the model's, or the one that forecasts its output."""
+        buffers, halves, graph = self._buffers, self._buffers.halves, variant_name(variant)
+        by_slot = {place.slot: place for place in places}
+        # What a row that is computed in vain is told does not matter, as long as it makes sense.
+        told = [by_slot.get(tick.first + row, places[0]) for row in range(tick.size)]
+        for tensor in buffers.records[graph].inputs:
+            name = tensor.name
+            if name.startswith(CACHE_PREFIX):
+                continue
+            if is_given(name):
+                for place in places:
+                    row = (place.slot - tick.first) * halves
+                    given = buffers.of_slot(f"slot.{name}", place.slot)
+                    buffers.rows(f"model.{name}", row, row + halves).copy(given)
+                continue
+            table = table_name(graph, name)
+            if is_shared(tensor):
+                buffers.whole(table).write(self._row(table, name, places[0]))
+            else:
+                rows = np.stack([self._row(table, name, place) for place in told])
+                buffers.rows(table, 0, tick.size * halves).write(np.repeat(rows, halves, axis=0))
+        buffers.model(variant, tick.first if variant != FULL else 0, tick.size).run()
+        if variant == FULL:
+            self._keep_caches(tick, places)
+
+    def _keep_caches(self, tick: Tick, places: Iterable[Place]) -> None:
+        """Put what a full step has computed where its slots have their oldest caches."""
+        buffers, halves, graph = self._buffers, self._buffers.halves, variant_name(FULL)
+        for place in places:
+            variants = self._samples[place.slot].course.variants
+            if set(variants) == {FULL}:
+                continue  # nobody will read them
+            row = (place.slot - tick.first) * halves
+            earlier = variants[: place.step].count(FULL)
+            # After the first one all places hold it: those that no weight asks for must be finite, and of this sample.
+            positions = [earlier % buffers.ages] if earlier else range(buffers.ages)
+            for output in self._cached:
+                made = buffers.rows(f"{graph}.{output}", row, row + halves)
+                for position in positions:
+                    buffers.of_slot(slot(f"slot.{cached_name(output)}", position), place.slot).copy(made)
+
+    def _run_solver(self, tick: Tick, places: Sequence[Place]) -> None:
+        """The sampler's update of some slots, gathered into the smallest call that holds them."""
+        buffers, halves = self._buffers, self._buffers.halves
+        size = next(size for size in self.sizes if size >= len(places))
+
+        def call(name: str, row: int) -> Any:
+            return buffers.rows(f"{SOLVER}.{name}", row, row + 1)
+
+        for row, place in enumerate(places):
+            # The model has a sample's halves side by side, the solver all conditional rows before the others.
+            for half in range(halves):
+                made = (place.slot - tick.first) * halves + half
+                call(MODEL_OUTPUT, half * size + row).copy(buffers.rows(f"model.{SAMPLE}", made, made + 1))
+            for age in range(self._history + 1):
+                call(history_name(LATENTS, age), row).copy(self._latents(place.slot, place.step - age))
+            for age in range(1, self._history + 1):
+                call(history_name(GUIDED_OUTPUT, age), row).copy(self._guided_output(place.slot, place.step - age))
+        told = [*places, *[places[-1]] * (size - len(places))]
+        for table in ("coefficients", "input_scale"):
+            name = table_name(SOLVER, table)
+            buffers.rows(name, 0, size).write(np.stack([self._row(name, table, place) for place in told]))
+        if halves == 2:
+            scales = np.array([self._samples[place.slot].guidance_scale for place in told], np.float32)
+            buffers.rows(f"{SOLVER}.guidance_scale", 0, size).write(scales)
+        buffers.solver(size).run()
+        for row, place in enumerate(places):
+            self._latents(place.slot, place.step + 1).copy(call("next_latents", row))
+            if self._history:
+                self._guided_output(place.slot, place.step).copy(call(GUIDED_OUTPUT, row))
+            for half in range(halves):
+                to = place.slot * halves + half
+                buffers.rows(f"slot.{HIDDEN_STATES}", to, to + 1).copy(call(HIDDEN_STATES, half * size + row))
+
+    def _latents(self, number: int, step: int) -> Any:
+        return self._buffers.of_slot(slot(f"slot.{LATENTS}", step % (self._history + 1)), number)
+
+    def _guided_output(self, number: int, step: int) -> Any:
+        return self._buffers.of_slot(slot(f"slot.{GUIDED_OUTPUT}", step % self._history), number)
+
+    def _row(self, buffer: str, table: str, place: Place) -> NDArray[Any]:
+        return self._table_row(buffer, table, self._samples[place.slot].course.name, place.step)
+
+    def _row_of_table(self, buffer: str, table: str, course: str, step: int) -> NDArray[Any]:
+        """What a step of a course takes of a table, in the type of the buffer that it goes to."""
+        variants, ages = self.courses[course].variants, self._buffers.ages
+        grouped = variants[step] == FULL and history_of(table)[0] in (TOKEN_INDEX, COMPUTED)
+        row = self._bundle.row(table, EVERY_FULL_STEP if grouped else step)
+        if table == FORECAST_WEIGHTS and variants[step] != FULL:
+            # The cache of the f-th full step lies in place f mod (r + 1).
+            latest = variants[:step].count(FULL) - 1
+            row = row[[(latest - position) % ages for position in range(ages)]]
+        return np.asarray(row, self._buffers.dtype(buffer))

@@ -1,0 +1,192 @@
+"""Which samples take a step together, and when a waiting one gets a slot: a state machine, told what time it is.
+
+In: jobs, the time, what calls of the engine cost. Out: jobs that got a slot, ticks, jobs that are done or whose time is
+up. The same events at the same times give the same decisions. Never: touches an engine, a clock or a thread.
+
+Both policies serve the oldest job: its step is the next tick's, and whoever stands at the same kind of step comes
+along. So jobs fall into step with each other by themselves, and a job that began earlier ends earlier. Nobody is passed
+over for longer than a bound: who has waited that long at a step goes before. They differ in who gets a slot:
+
+oldest-first
+    Whoever has waited longest, as soon as a slot is free.
+aligned
+    The same, but only when its first step can be one call with somebody who runs already; or when it has waited as long
+    as the bound.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tc_deploy.runtime.course import Course, Place, StepKind, Tick
+
+
+class Policy(enum.StrEnum):
+    """Who gets a slot; see the module."""
+
+    OLDEST_FIRST = "oldest-first"
+    ALIGNED = "aligned"
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One sample that somebody waits for."""
+
+    course: Course
+    arrived_s: float
+    deadline_s: float | None = None
+    """When nobody waits any more."""
+    what: Any = None
+    """Whatever the caller wants to find again; not looked at."""
+    slot: int | None = None
+    step: int = 0
+    """The next one that runs the model; T when it is done."""
+    since_s: float = 0.0
+    """When it came to this step, or into the queue."""
+    number: int = field(default=0, repr=False)
+    """In the order of arrival."""
+
+    @property
+    def kind(self) -> StepKind:
+        """Of its next step."""
+        kind = self.course.kinds[self.step]
+        assert kind is not None, "a job stands at steps that run the model"
+        return kind
+
+
+class Scheduler:
+    """See the module.
+
+    Args:
+        slots: how many samples run at a time.
+        sizes: how many slots one call may have, ascending.
+        call_s: what a call costs, by variant and number of slots.
+        queue: jobs that may wait for a slot.
+        patience_s: the bound on waiting.
+        policy: who gets a slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        sizes: Sequence[int],
+        call_s: Mapping[tuple[int, int], float],
+        queue: int,
+        patience_s: float,
+        policy: Policy = Policy.OLDEST_FIRST,
+    ) -> None:
+        self._sizes, self._call_s = tuple(sizes), call_s
+        self._queue_limit, self.patience_s, self._policy = queue, patience_s, policy
+        self._slots: list[Job | None] = [None] * slots
+        self._waiting: list[Job] = []
+        self._numbers = itertools.count()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> list[Job]:
+        """Jobs with a slot, in the order of their slots."""
+        return [job for job in self._slots if job is not None]
+
+    def has_room(self, count: int = 1) -> bool:
+        """Whether so many jobs can come at once: into a free slot, or into the queue."""
+        free = self._slots.count(None)
+        return len(self._waiting) + count <= self._queue_limit + free
+
+    def submit(self, jobs: Sequence[Job]) -> bool:
+        """Let jobs in, all or none; says which."""
+        if not self.has_room(len(jobs)):
+            return False
+        for job in jobs:
+            job.number, job.since_s = next(self._numbers), job.arrived_s
+            self._waiting.append(job)
+        return True
+
+    def drop(self, job: Job) -> None:
+        """Forget a job; its slot is free. Nothing happens to one that is not here."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        elif job.slot is not None and self._slots[job.slot] is job:
+            self._slots[job.slot] = None
+
+    def expire(self, now_s: float) -> list[Job]:
+        """Drop the jobs whose deadline has come."""
+        late = [
+            job for job in (*self._waiting, *self.running) if job.deadline_s is not None and job.deadline_s <= now_s
+        ]
+        for job in late:
+            self.drop(job)
+        return late
+
+    def admit(self, now_s: float) -> list[Job]:
+        """Give free slots to those who wait, in the order of arrival."""
+        admitted: list[Job] = []
+        while self._waiting and None in self._slots and self._may_start(self._waiting[0], now_s):
+            job = self._waiting.pop(0)
+            job.slot, job.since_s = self._slots.index(None), now_s
+            self._slots[job.slot] = job
+            admitted.append(job)
+        return admitted
+
+    def tick(self, now_s: float) -> Tick | None:
+        """The next call of the engine; None where nobody runs."""
+        running = self.running
+        if not running:
+            return None
+        overdue = [job for job in running if now_s - job.since_s > self.patience_s]
+        lead = min(overdue, key=lambda job: (job.since_s, job.number)) if overdue else min(running, key=_age)
+        first, size = max(self._windows(lead), key=lambda window: self._worth(lead.kind, *window))
+        companions = self._alike(lead.kind, first, size)
+        places = tuple(Place(slot=int(job.slot or 0), step=job.step) for job in companions)
+        return Tick(kind=lead.kind, first=first, size=size, places=places)
+
+    def done(self, tick: Tick, now_s: float) -> list[Job]:
+        """Note that a tick has run.
+
+        Returns:
+            The jobs that it finished; their slots are free.
+        """
+        finished = []
+        for place in tick.places:
+            job = self._slots[place.slot]
+            if job is None:
+                continue
+            job.step, job.since_s = job.course.following(job.step), now_s
+            if job.step == job.course.steps:
+                self._slots[place.slot] = None
+                finished.append(job)
+        return finished
+
+    def _may_start(self, job: Job, now_s: float) -> bool:
+        if self._policy is Policy.OLDEST_FIRST or now_s - job.since_s > self.patience_s or not self.running:
+            return True
+        if job.course.shares_index:
+            return any(other.step == 0 for other in self.running)
+        return any(other.kind == job.kind for other in self.running)
+
+    def _windows(self, lead: Job) -> Iterator[tuple[int, int]]:
+        """The calls that hold a job: first slot and number of slots."""
+        slot = int(lead.slot or 0)
+        for size in self._sizes:
+            for first in range(max(0, slot - size + 1), min(slot, len(self._slots) - size) + 1):
+                yield first, size
+
+    def _alike(self, kind: StepKind, first: int, size: int) -> list[Job]:
+        """The jobs of a call that stand at a kind of step."""
+        return [job for job in self._slots[first : first + size] if job is not None and job.kind == kind]
+
+    def _worth(self, kind: StepKind, first: int, size: int) -> tuple[float, int, int]:
+        """Samples that go on per second; of equals the smaller call, and the first."""
+        return len(self._alike(kind, first, size)) / self._call_s[kind.variant, size], -size, -first
+
+
+def _age(job: Job) -> tuple[float, int]:
+    return job.arrived_s, job.number
