@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -148,8 +149,8 @@ class StandInCudaRuntime:
 
     def cudaMemcpyAsync(self, to: int, source: int, count: int, kind: Any, stream: int) -> tuple[Any]:
         if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
-            tensors = [self.view(address, np.uint8, (count,)).ctypes.data for address in (to, source)]
-            self.enqueue(stream, lambda: ctypes.memmove(*tensors, count))
+            here, there = (functools.partial(self.view, address, np.uint8, (count,)) for address in (to, source))
+            self.enqueue(stream, lambda: np.copyto(here(), there()))
             return (OK,)
         to_gpu = kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
         assert to_gpu or kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -228,7 +229,7 @@ class StandInCudaRuntime:
             work()
 
     def view(self, address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor that lies there, in live memory, and nothing else in any part of it."""
+        """The tensor that lies there, or some rows of it, in live memory, and nothing else in any part of it."""
         size = np.dtype(dtype).itemsize * int(np.prod(shape))
         found = [start for start, block in self._blocks.items() if start <= address <= start + block.nbytes - size]
         assert found, "no live memory of that size"
@@ -236,8 +237,11 @@ class StandInCudaRuntime:
         tensors, tensor = self._tensors.setdefault(found[0], []), (address, address + size)
         place = bisect.bisect_left(tensors, tensor)
         if tensors[place : place + 1] != [tensor]:
-            for begin, end in tensors[max(place - 1, 0) : place + 1]:
-                assert end <= address or begin >= address + size, "it overlaps another tensor, or has changed its size"
-            tensors.insert(place, tensor)
+            near = tensors[max(place - 1, 0) : place + 1]
+            if not any(begin <= address and address + size <= end for begin, end in near):
+                for begin, end in near:
+                    apart = end <= address or begin >= address + size
+                    assert apart, "it overlaps another tensor, or has changed its size"
+                tensors.insert(place, tensor)
         start = address - found[0]
         return self._blocks[found[0]][start : start + size].view(dtype).reshape(shape)

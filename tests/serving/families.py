@@ -13,8 +13,8 @@ from bundles import make_plan
 from kept import Keep
 
 from tc_deploy.backends.build import build_target
+from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.export.stage import export_bundle
 
 PLANS: Mapping[str, tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]] = {
     # F c1 F | F c2 c2 F c2: a solver that looks back, and second-order forecast.
@@ -26,8 +26,8 @@ PLANS: Mapping[str, tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]] = {
             "conditions": "random",
             "latent_size": (8, 12),
             "text_tokens": 5,
-            "sampling": {"steps": 8, "guidance_scale": 3.0},
-            "schedule": {"boundary": 3, "k1": 2, "k2": 3},
+            "sampling": {"num_inference_steps": 8, "guidance_scale": 3.0},
+            "schedule": {"phase_start": 3, "cache_interval_early": 2, "cache_interval_late": 3},
             "cache": {"keep_counts": ((8,), (5,)), "forecast_order": 2},
         },
     ),
@@ -40,8 +40,8 @@ PLANS: Mapping[str, tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]] = {
             "conditions": "random",
             "latent_size": (8, 12),
             "text_tokens": 5,
-            "sampling": {"steps": 6},
-            "schedule": {"boundary": 3, "k1": 3, "k2": 3},
+            "sampling": {"num_inference_steps": 6},
+            "schedule": {"phase_start": 3, "cache_interval_early": 3, "cache_interval_late": 3},
             "cache": {"keep_counts": ((8, 5), (0, 0)), "forecast_order": 1, "skip": "model"},
         },
     ),
