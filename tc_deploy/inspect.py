@@ -174,6 +174,7 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
                 "version": target.backend_version,
                 "precision": target.computes_in,
                 "options": target.options,
+                "options_in_words": target.options_in_words,
                 "gpu": None if target.gpu is None else target.gpu.model_dump(mode="json"),
                 "engines": _engines(path / name, target),
                 "usable": True,

@@ -375,6 +375,18 @@ class TargetManifest(Document):
         chosen = str(self.options.get("precision", self.precision))
         return {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
 
+    @property
+    def options_in_words(self) -> str:
+        """What it was built with, asked for or not, less the precision, which is always said."""
+        said = {name: value for name, value in self.options.items() if name != "precision"}
+        if said.get("threads") == 0:
+            said["threads"] = "all"
+        words = [
+            f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+            for name, value in sorted(said.items())
+        ]
+        return ", ".join(words) or "no options"
+
 
 def check_is_whole(folder: Path) -> None:
     """Check that a folder is not what is left of a bundle: graphs, and no manifest, which is written last.

@@ -136,6 +136,13 @@ class Backend(Protocol):
             BackendError: it is not installed; names the extra.
         """
 
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with what would otherwise be chosen unasked, as the device: a target records it and is run so.
+
+        Raises:
+            BackendError: it is not installed.
+        """
+
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> GpuRecord | None:

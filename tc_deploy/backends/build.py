@@ -52,7 +52,7 @@ def build_target(
     engine = registry.backend(backend)
     check_process()
     version = engine.version()
-    options = dict(options or {})
+    options = engine.settled(options or {})
     with reading(bundle, BUNDLE_FOLDER):  # which puts right what a process left that died while it replaced the bundle
         read_manifest(bundle)
     with kept_from_writers(bundle), claimed(bundle / backend, TARGET_FOLDER) as claim, claim.new_folder() as folder:

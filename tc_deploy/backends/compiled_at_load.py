@@ -45,6 +45,10 @@ class CompiledAtLoad(ABC):
     """Base of such a backend."""
 
     @abstractmethod
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every backend."""
+
+    @abstractmethod
     def open(self, options: Mapping[str, Any]) -> Device:
         """As for every backend."""
 

@@ -54,8 +54,9 @@ def _loaded(
         if file not in checked:
             raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")
     engine.check(bundle, target)
-    chosen = ", ".join(f"{name} {value}" for name, value in target.options.items()) or "no options"
     version, where = target.backend_version, "" if target.gpu is None else f", built for {target.gpu.name}"
-    _LOG.debug("%s: %s %s, computes in %s, %s%s", bundle, backend, version, target.computes_in, chosen, where)
+    _LOG.debug(
+        "%s: %s %s, computes in %s, %s%s", bundle, backend, version, target.computes_in, target.options_in_words, where
+    )
     device = engine.open(target.options)
     return device, loaded_graphs(device, bundle, files)

@@ -299,6 +299,10 @@ class OnnxRuntime(CompiledAtLoad):
         """ONNX Runtime's version."""
         return str(_onnxruntime().__version__)
 
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With the provider, and whose number of threads it is."""
+        return {"provider": CPU, "threads": 0, **options}
+
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> None:

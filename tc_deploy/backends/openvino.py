@@ -203,21 +203,29 @@ class OpenVino(CompiledAtLoad):
         """OpenVINO's version, without the build's hash."""
         return str(_openvino().__version__).partition("-")[0]
 
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With the device, and whose number of threads it is."""
+        return {"device": _DEVICE.lower(), "threads": 0, **options}
+
     def open(self, options: Mapping[str, Any]) -> OpenVinoDevice:
         """Open the CPU; see :class:`OpenVinoDevice` for the options."""
-        settings = {"threads": 0, "precision": DEFAULT_PRECISION, **options}
+        settings = {"device": _DEVICE.lower(), "threads": 0, "precision": DEFAULT_PRECISION, **options}
         threads, precision = settings["threads"], settings["precision"]
         # Shared weights are converted at every run: where they must be, copies cost less.
         weights = settings.setdefault("weights", None if precision == DEFAULT_PRECISION else PACKED)
-        unknown = sorted(settings.keys() - {"threads", "precision", "weights"})
+        unknown = sorted(settings.keys() - {"device", "threads", "precision", "weights"})
         wrong = (
-            not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS or weights not in (None, *WEIGHTS_MODES)
+            settings["device"] != _DEVICE.lower()
+            or not isinstance(threads, int)
+            or not 0 <= threads <= MOST_THREADS
+            or weights not in (None, *WEIGHTS_MODES)
         )
         if unknown or wrong or precision not in tuple(_CAPABILITIES):
             found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
             raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 to {MOST_THREADS}, precision, one of"
-                f" {', '.join(_CAPABILITIES)}, and weights, {SHARED} or {PACKED}; found {found}; build again"
+                f"{self.name} takes the options device, {_DEVICE.lower()}, threads, a number from 0 to {MOST_THREADS},"
+                f" precision, one of {', '.join(_CAPABILITIES)}, and weights, {SHARED} or {PACKED}; found {found};"
+                " build again"
             )
         return OpenVinoDevice(threads=threads, precision=precision, weights=weights)
 

@@ -71,6 +71,10 @@ class TensorRt:
         """The module's version."""
         return str(self._import().__version__)
 
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With how runs are launched; what the engines are built with stands beside each of them."""
+        return {"use_cuda_graph": TensorRtOptions().use_cuda_graph, **options}
+
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> GpuRecord | None:

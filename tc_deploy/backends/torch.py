@@ -37,6 +37,10 @@ _Step: TypeAlias = "Callable[..., Sequence[Tensor]]"
 """Positional tensors in, tensors out, as a graph's record orders them."""
 
 
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
+
+
 def _torch() -> Any:
     return imported("torch")
 
@@ -180,17 +184,26 @@ class TorchGraph:
 
 
 class TorchDevice:
-    """The first GPU that PyTorch sees, or else the CPU.
+    """The first GPU that PyTorch sees, or the CPU.
 
     Args:
         compiled: whether steps go through ``torch.compile``.
         model: the checkpoint; None looks where a bundle's plan says.
+        device: one of ``DEVICES``; None takes the GPU where there is one.
+
+    Raises:
+        BackendError: there is no GPU.
     """
 
-    def __init__(self, *, compiled: bool, model: str | None) -> None:
+    def __init__(self, *, compiled: bool, model: str | None, device: str | None = None) -> None:
         torch = _torch()
         self.compiled = compiled
-        self.place: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device == CUDA and not torch.cuda.is_available():
+            raise BackendError(
+                f"PyTorch {torch.__version__} sees no GPU here, and these engines are for {CUDA}; build again with"
+                f" --backend torch --device {CPU}"
+            )
+        self.place: Any = torch.device(device or _device_here())
         _LOG.debug("torch runs on %s", self.place)
         # What is captured as a CUDA graph leaves nothing of Python in a run; to trace it, too, would take minutes.
         self.traces = compiled or self.place.type != "cuda"
@@ -247,6 +260,10 @@ class TorchDevice:
         return self._models[bundle]
 
 
+def _device_here() -> str:
+    return CUDA if _torch().cuda.is_available() else CPU
+
+
 def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
     """The solver's graph in PyTorch; ``export/solver_graph.py`` says what it computes."""
     torch, history, latent_shape = _torch(), manifest.solver.history, manifest.latent_shape
@@ -283,6 +300,10 @@ class Torch(CompiledAtLoad):
         """PyTorch's version."""
         return str(_torch().__version__)
 
+    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With the device, the GPU where there is one, and whether steps are compiled."""
+        return {"device": _device_here(), "compile": False, **options}
+
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> None:
@@ -296,13 +317,14 @@ class Torch(CompiledAtLoad):
         super().build(bundle, manifest, folder, options, progress)
 
     def open(self, options: Mapping[str, Any]) -> TorchDevice:
-        """Open the GPU or the CPU; see :class:`TorchDevice` for the options ``compile`` and ``model``."""
-        compiled, model = options.get("compile", False), options.get("model")
-        unknown = sorted(options.keys() - {"compile", "model"})
-        if unknown or not isinstance(compiled, bool) or not (model is None or isinstance(model, str)):
-            found = repr(unknown[0]) if unknown else f"compile {compiled!r}, model {model!r}"
+        """Open the GPU or the CPU; see :class:`TorchDevice` for the options."""
+        compiled, model, device = options.get("compile", False), options.get("model"), options.get("device")
+        unknown = sorted(options.keys() - {"compile", "model", "device"})
+        wrong = not isinstance(compiled, bool) or not (model is None or isinstance(model, str))
+        if unknown or wrong or device not in (None, *DEVICES):
+            found = repr(unknown[0]) if unknown else f"compile {compiled!r}, model {model!r}, device {device!r}"
             raise BackendError(
-                f"{self.name} takes the options compile, true or false, and model, a checkpoint's path;"
-                f" found {found}; build again"
+                f"{self.name} takes the options compile, true or false, model, a checkpoint's path, and device,"
+                f" {' or '.join(DEVICES)}; found {found}; build again"
             )
-        return TorchDevice(compiled=compiled, model=model)
+        return TorchDevice(compiled=compiled, model=model, device=device)

@@ -52,11 +52,14 @@ class _Contender:
 
     def facts(self) -> dict[str, Any]:
         schedule = self.pipeline.plan.run_schedule()
+        target = read_target(self.pipeline.path, self.pipeline.backend)
         return {
             "bundle": str(self.pipeline.path),
             "backend": self.pipeline.backend,
             "backend_version": registry.backend(self.pipeline.backend).version(),
-            "precision": read_target(self.pipeline.path, self.pipeline.backend).computes_in,
+            "precision": target.computes_in,
+            "options": target.options,
+            "options_in_words": target.options_in_words,
             "batch_size": self.pipeline.batch_size,
             "steps_full": schedule.full_steps,
             "steps_cached": schedule.steps - schedule.full_steps,

@@ -54,7 +54,7 @@ def command(
         click.echo(canonical_json(facts), nl=False)
         return
     contenders = facts["contenders"]
-    versions = sorted({f"{contender['backend']} {contender['backend_version']}" for contender in contenders})
+    versions = sorted({f"{one['backend']} {one['backend_version']} ({one['options_in_words']})" for one in contenders})
     click.echo(", ".join([facts["hardware"], *versions, facts["made_by"], facts["date"], f"{rounds} rounds in turn"]))
     _show_runs(contenders, rounds, compared=bool(against))
     _show_variants(contenders)

@@ -25,6 +25,7 @@ TAKEN_BY = {
     "weights": ("onnxruntime", "openvino"),
     "compile": ("torch",),
     "model": ("torch",),
+    "device": ("torch",),
     "precision": ("openvino",),
     "compute_capability": ("tensorrt-rtx",),
     "batch_profile": _TENSORRT,
@@ -80,6 +81,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     help="torch: compile the steps, which takes minutes.",
 )
 @option("--model", advanced=True, type=MODEL_PATH, help="torch: the checkpoint, where it is not where the plan says.")
+@option(
+    "--device",
+    advanced=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="torch: where; without it on the first visible GPU, or the CPU where there is none.",
+)
 @option(
     "--precision",
     type=click.Choice(["f32", "bf16", "f16"]),
@@ -167,5 +174,6 @@ def command(bundle: Path, backend: str, as_json: bool, **options: Any) -> None:
         click.echo(canonical_json({"path": str(bundle / backend), "backend": backend, **facts}), nl=False)
         return
     click.echo(
-        f"{bundle / backend}: built with {target.backend} {target.backend_version}, computes in {target.computes_in}"
+        f"{bundle / backend}: built with {target.backend} {target.backend_version}, computes in {target.computes_in},"
+        f" {target.options_in_words}"
     )

@@ -87,13 +87,8 @@ def _show_memory(memory: dict[str, Any]) -> None:
 def _target_line(name: str, target: dict[str, Any]) -> str:
     if not target["usable"]:
         return f"{name}: {target['why']}"
-    options = [f"{key} {_plain(value)}" for key, value in target["options"].items() if key != "precision"]
     gpu = [] if target["gpu"] is None else [f"for {target['gpu']['name']}"]
-    return ", ".join([f"{name} {target['version']}", target["precision"], *gpu, *options])
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join([f"{name} {target['version']}", target["precision"], *gpu, target["options_in_words"]])
 
 
 def _engine_line(engine: dict[str, Any]) -> str:

@@ -88,7 +88,8 @@ def _bundle_facts(source: Source) -> list[Fact]:
         error = "not compared" if graph.max_abs_error is None else f"within {graph.max_abs_error:.1e} of PyTorch"
         facts.append(Fact(term=f"graph {name}", text=error))
     for target in source.targets:
-        text = f"{target.backend} {target.backend_version}, {target.computes_in}, built by {target.made_by}"
+        text = f"{target.backend} {target.backend_version}, {target.computes_in}, {target.options_in_words}"
+        text += f", built by {target.made_by}"
         facts.append(Fact(term="engines", text=text))
     return facts
 

@@ -63,8 +63,8 @@ ENGINES = (
     Engine(
         backend="openvino",
         title="OpenVINO",
-        options="takes the options threads.*precision.*weights",
-        wrong_options=(*WRONG_THREADS, {"precision": "f8"}, {"precision": None}),
+        options="takes the options device.*threads.*precision.*weights",
+        wrong_options=(*WRONG_THREADS, {"device": "GPU"}, {"precision": "f8"}, {"precision": None}),
         spoil=a_tensor_that_shrank,
         seen=lambda value: value.data,
     ),

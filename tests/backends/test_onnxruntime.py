@@ -39,7 +39,7 @@ def test_a_target_holds_what_it_was_built_with(mixed: Made, tmp_path: Path) -> N
     told: list[str] = []
     target = build_target(bundle, "onnxruntime", {"threads": 2}, progress=lambda what, done, total: told.append(what))
     assert target == read_target(bundle, "onnxruntime")
-    assert target.options == {"threads": 2}
+    assert target.options == {"provider": "cpu", "threads": 2}
     assert (target.backend, target.backend_version) == ("onnxruntime", onnxruntime.__version__)
     assert target.manifest_sha256 == sha256_of_file(bundle / MANIFEST)
     assert sorted(told) == sorted(f"building {name}" for name in read_manifest(bundle).graphs)
@@ -112,6 +112,7 @@ def test_a_build_from_the_command_line_records_its_options(mixed: Made, tmp_path
     bundle = mixed.copy(tmp_path / "bundle")
     assert run_cli("build", bundle, "--threads", 3, "--unfused").code == 0
     assert json.loads((bundle / "onnxruntime" / MANIFEST).read_text())["options"] == {
+        "provider": "cpu",
         "threads": 3,
         "unfused": True,
     }

@@ -226,9 +226,13 @@ def test_a_precision_for_a_backend_that_has_none_is_refused(mixed: Made, tmp_pat
 def test_a_lower_precision_is_recorded_shown_and_used(built: dict[str, Path], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(built["mixed"], tmp_path / "bundle"))
     assert run_cli("build", bundle, "--backend", "openvino", "--threads", 1, "--precision", "bf16").code == 0
-    assert json.loads((bundle / "openvino" / MANIFEST).read_text())["options"] == {"threads": 1, "precision": "bf16"}
+    assert json.loads((bundle / "openvino" / MANIFEST).read_text())["options"] == {
+        "device": "cpu",
+        "threads": 1,
+        "precision": "bf16",
+    }
     shown = run_cli("inspect", bundle).out
-    assert f"engines   openvino {OpenVino().version()}, bf16, threads 1" in shown.splitlines()
+    assert f"engines   openvino {OpenVino().version()}, bf16, device cpu, threads 1" in shown.splitlines()
     found, expected = (latents(folder, "openvino", full=True) for folder in (bundle, built["mixed"]))
     error = relative_error(found, expected)
     assert tolerance("openvino", "fp32", "trajectory_max_rel") < error

@@ -35,7 +35,7 @@ PROFILE = (1, 2, 4)
 def test_a_target_says_what_its_engines_are_made_from_and_for(built: Made) -> None:
     manifest, target = read_manifest(built.bundle), read_target(built.bundle, NAME)
     assert (target.backend, target.backend_version) == (NAME, tensorrt_rtx.__version__)
-    assert target.options == {"compute_capability": CAPABILITIES, "batch_profile": [1, 2, 4]}
+    assert target.options == {"use_cuda_graph": True, "compute_capability": CAPABILITIES, "batch_profile": [1, 2, 4]}
     assert (target.precision, target.gpu) == ("fp32", None)
     assert target.plan_sha256 == sha256_of_file(built.bundle / "plan.json")
     assert sorted(target.files) == sorted(f"{name}.{kind}" for name in GRAPHS for kind in ("engine", "json", "log"))
@@ -58,8 +58,8 @@ def test_a_target_says_what_its_engines_are_made_from_and_for(built: Made) -> No
 def test_a_target_is_shown(built: Made) -> None:
     out = run_cli("inspect", built.bundle).out
     assert (
-        f"engines   {NAME} {tensorrt_rtx.__version__}, fp32, batch_profile 1 2 4, compute_capability 8.6 8.9 12.0"
-        in out
+        f"engines   {NAME} {tensorrt_rtx.__version__}, fp32, batch_profile 1 2 4, compute_capability 8.6 8.9 12.0,"
+        " use_cuda_graph True" in out
     )
     for name in GRAPHS:
         assert f"          {name}: " in out

@@ -22,6 +22,7 @@ from tc_deploy.backends.build import build_target
 from tc_deploy.errors import BackendError, ModelError, PlanError
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
+from tc_deploy.manifest import read_target
 from tc_deploy.types import FloatArray
 
 LABELS = [3, 9]
@@ -42,7 +43,10 @@ def built(
     copies = {name: bundle.copy(folder / name) for name, bundle in made.items()}
     answer = run_cli("build", copies["mixed"], "--backend", "torch", "--model", mixed.model)
     assert answer.code == 0, answer.err
-    assert answer.out == f"{copies['mixed'] / 'torch'}: built with torch {torch.__version__}, computes in fp32\n"
+    chosen = f"compile False, device cpu, model {mixed.model}"
+    assert (
+        answer.out == f"{copies['mixed'] / 'torch'}: built with torch {torch.__version__}, computes in fp32, {chosen}\n"
+    )
     build_target(copies["multistep"], "torch")
     build_target(copies["pixel"], "torch")
     return copies
@@ -121,10 +125,22 @@ def test_the_checkpoint_must_be_there_and_be_the_plan_s(mixed: Made, multistep: 
     assert snapshot(bundle) == before
 
 
-@pytest.mark.parametrize("options", [{"compile": 1}, {"model": 3}, {"threads": 1}])
+@pytest.mark.parametrize("options", [{"compile": 1}, {"model": 3}, {"threads": 1}, {"device": "abacus"}])
 def test_an_option_that_it_does_not_know_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(BackendError, match=r"torch takes the options compile.*model.*found"):
         registry.backend("torch").open(options)
+
+
+def test_a_target_runs_where_it_was_built_for(mixed: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device that was chosen stands in the target, and no other takes its place unasked."""
+    bundle = mixed.copy(tmp_path / "bundle")
+    assert build_target(bundle, "torch").options == {"device": "cpu", "compile": False}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert registry.backend("torch").settled({})["device"] == "cuda"
+    assert registry.backend("torch").open(read_target(bundle, "torch").options).place.type == "cpu"
+    monkeypatch.undo()
+    with pytest.raises(BackendError, match=r"sees no GPU here, and these engines are for cuda; build again with.*cpu"):
+        registry.backend("torch").open({"device": "cuda"})
 
 
 def test_a_machine_without_pytorch_is_told_the_extra(mixed: Made) -> None:

@@ -81,7 +81,7 @@ def test_a_bundle_is_exported(pixel: MadeByCommands) -> None:
 def test_engines_are_built(pixel: MadeByCommands) -> None:
     assert pixel.built.code == 0, pixel.built.err
     assert pixel.built.out.startswith(f"{pixel.bundle / 'onnxruntime'}: built with onnxruntime ")
-    assert pixel.built.out.endswith(", computes in fp32\n")
+    assert pixel.built.out.endswith(", computes in fp32, provider cpu, threads 1\n")
 
 
 def picture(path: Path) -> Image.Image:

@@ -35,5 +35,5 @@ def test_of_several_targets_none_is_chosen_silently(mixed: Made, tmp_path: Path)
     only = run_cli("-v", "generate", mixed.bundle, "--class-label", 1, "-o", tmp_path / "made.npy")
     assert only.code == 0
     assert only.out.endswith("s with onnxruntime\n")
-    chosen = f"{mixed.bundle}: onnxruntime {onnxruntime.__version__}, computes in fp32, threads 1"
+    chosen = f"{mixed.bundle}: onnxruntime {onnxruntime.__version__}, computes in fp32, provider cpu, threads 1"
     assert chosen in only.err
