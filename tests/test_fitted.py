@@ -32,14 +32,14 @@ from tc_deploy.tokencache.sampler import TokenCachedSteps, denoise
 from tc_deploy.validate.validation import validate_bundle
 
 SETTINGS: dict[str, Any] = {
-    # F c1 c1 F c1 c1 | F c2 F c2: phase 1 skips the model and is fitted, phase 2 computes tokens and is not.
+    # F c1 c1 F c1 c1 | F c2 F c2
     "seed": 5,
     "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
     "schedule": {"phase_start": 6, "cache_interval_early": 3, "cache_interval_late": 2},
-    "cache": {"keep_counts": ((0, 0), (8, 4)), "forecast_order": 1},
+    "cache": {"forecast_order": 1},
     "forecast": {"fit_samples": 8},
 }
-FITTED_STEPS = {1, 2, 4, 5}
+FITTED_STEPS = {1, 2, 4, 5, 7, 9}
 LABELS = [3, 207]
 EQUAL = tolerance("onnxruntime", "fp32", "trajectory_max_rel")
 VISIBLE = 100 * EQUAL
@@ -111,8 +111,8 @@ def test_the_command_line_fits_shows_it_and_prints_a_recipe_that_does_it_again(m
         "--forecast-order",
         1,
     )
-    counts = ("--keep-counts", "0", "8,4", "--samples", 0, "--seed", 5, "--fit-samples", 8)
-    answer = run_cli("calibrate", made.model, "-o", tmp_path / "plan", *words, *counts)
+    others = ("--samples", 0, "--seed", 5, "--fit-samples", 8)
+    answer = run_cli("calibrate", made.model, "-o", tmp_path / "plan", *words, *others)
     assert answer.code == 0, answer.err
     assert (tmp_path / "plan" / TABLES).read_bytes() == (made.plan / TABLES).read_bytes()
     assert "forecast weights fitted on 8 samples" in run_cli("inspect", tmp_path / "plan").out

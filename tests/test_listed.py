@@ -29,7 +29,6 @@ SETTINGS: dict[str, Any] = {
     "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
     "schedule": {"variants": LINE},
     "cache": {"keep_counts": ((0, 0), (8, 4)), "forecast_order": 1},
-    "forecast": {"fit_samples": 8},
 }
 LABELS = [3, 9]
 

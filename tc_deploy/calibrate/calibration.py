@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tc_deploy.bundle import Claim, canonical_json, claimed, clear_state, sha256_of_bytes, state_folder, write_state
-from tc_deploy.calibrate.fitting import fit_forecast
+from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.measure import measure
+from tc_deploy.calibrate.placing import check_number
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.calibrate.whole import recipe_for
@@ -132,13 +134,16 @@ class _State:
         return f"its state is in {self.folder}: start it again to go on, or remove that folder"
 
 
-def schedule_from_recipe(recipe: Recipe) -> Schedule:
-    """The list of steps that a recipe writes out, or makes by TPRR.
+def schedule_from_recipe(recipe: Recipe) -> Schedule | None:
+    """The list of steps that a recipe writes out, or makes by TPRR; None where full steps are to be placed.
 
     Raises:
         UsageError: it does not fit the step count, or is no schedule.
     """
     asked, steps = recipe.schedule, recipe.sampling.num_inference_steps
+    if asked.full_steps is not None:
+        check_number(asked.full_steps, steps)
+        return None
     if asked.variants is not None:
         try:
             listed = schedule_from_line(asked.variants)
@@ -187,25 +192,18 @@ def _calibrated(
             f" found {steps}; take fewer"
         ) from None
     model.family.convention.check_noise(pipeline_of(folder).entries, sampling.scheduler, unit=solver.unit_noise)
-    importance, manual = importance_of(recipe, model, sampling, schedule, state.open, report)
+    folder_of = partial(state.open, state_key(recipe, model, sampling))
+    fits = Fits(model, sampling, recipe.fit_seeds, folder_of, report)
+    if schedule is None:
+        schedule = fits.place(recipe.schedule, recipe.cache.forecast_order).schedule
+    importance, manual = importance_of(recipe, model, sampling, schedule, folder_of, report)
     keep_counts = _keep_counts(recipe, model, schedule, importance)
     cache = _cache_record(recipe, keep_counts)
     step_tables = StepTables.polynomial(
         schedule, cache.forecast_order, token_index_from_importance(importance, keep_counts, schedule)
     )
-    fit_seeds = range(recipe.seed, recipe.seed + recipe.forecast.fit_samples)
-    if fit_seeds:
-        weights = fit_forecast(
-            model,
-            sampling,
-            cache,
-            schedule,
-            step_tables,
-            solver,
-            fit_seeds,
-            lambda done: report("fitting the forecasts", done, 2 * schedule.steps),
-        )
-        step_tables = dataclasses.replace(step_tables, forecast_weights=weights)
+    if recipe.fit_seeds:
+        step_tables = dataclasses.replace(step_tables, forecast_weights=fits.weights(schedule, cache))
     origin = OriginRecord(
         method="manual" if manual else "predictor", seed=recipe.seed, settings=_settings(recipe, manual=manual)
     )
@@ -217,7 +215,7 @@ def _calibrated(
         step_tables,
         importance=None if manual else importance,
         origin=origin,
-        fit_seeds=fit_seeds,
+        fit_seeds=recipe.fit_seeds,
     )
     if recipe.measure.samples:
         report("measuring against the full run", 0, 1)
@@ -420,26 +418,18 @@ def importance_of(
     model: DiffusionTransformer,
     sampling: Sampling,
     schedule: Schedule,
-    state: Callable[[str], Path],
+    folder_of: Callable[[], Path],
     report: Report,
 ) -> tuple[FloatArray, bool]:
     """Scores (T, L, N) of every step, and whether they were set by hand (no predictor trained).
 
-    Training continues from the folder that ``state`` gives for what it depends on, and leaves its state there.
+    Training continues from the folder that ``folder_of`` gives, and leaves its state there.
     """
     blocks, tokens = len(model.blocks), model.geometry.tokens
     trivial = all(ratio in (0.0, 1.0) for ratio in recipe.cache.keep_ratio)
     if recipe.cache.keep_counts is not None or trivial:
         return np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)]), True
-    identity = canonical_json(
-        {
-            "recipe": recipe.model_dump(mode="json", exclude={"forecast", "measure", "search", "quality"}),
-            "model": model.record().model_dump(mode="json"),
-            "scheduler": [type(sampling.scheduler).__name__, plain_config(sampling.scheduler)],
-            "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,
-        }
-    )
-    folder = state(sha256_of_bytes(identity.encode())[:16])
+    folder = folder_of()
     trajectories = _trajectories(recipe, model, sampling, folder / "trajectories.safetensors", report)
     scores = train_predictor(
         model,
@@ -453,6 +443,19 @@ def importance_of(
         lambda done, loss: report("training the Cache Predictor", done, recipe.predictor.iterations),
     )
     return scores.numpy(), False
+
+
+def state_key(recipe: Recipe, model: DiffusionTransformer, sampling: Sampling) -> str:
+    """What training, fits and placements depend on, as one word."""
+    identity = canonical_json(
+        {
+            "recipe": recipe.model_dump(mode="json", exclude={"measure", "search", "quality"}),
+            "model": model.record().model_dump(mode="json"),
+            "scheduler": [type(sampling.scheduler).__name__, plain_config(sampling.scheduler)],
+            "prompts": None if sampling.prompts is None else sampling.prompts.record.sha256,
+        }
+    )
+    return sha256_of_bytes(identity.encode())[:16]
 
 
 def _trajectories(

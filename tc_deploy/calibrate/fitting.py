@@ -1,23 +1,23 @@
 """Forecast weights fitted by least squares on the model's own sampling runs, in the place of a polynomial's.
 
-In: a model, a sampler, a plan's cache settings, schedule and tables. Out: the plan's forecast weights, (T, r + 1).
-Two runs start from the same noise: the model's own, and the plan's. Before each cached step that skips the model, the
-weights are chosen with which the plan's next latents lie nearest to the model's own. The plan's run goes on with them,
-so later steps mend what earlier ones left. The idea of weights that are fitted, step by step, on a few trajectories is
-L2P's (arXiv 2604.26365); that they are fitted on the plan's own states, towards the next latents, is this project's.
+In: a model, a sampler, seeds, schedules whose cached steps all skip the model. Out: of each schedule the weights
+(T, r + 1), and where its run ends. The model's own run of the seeds is made once. A plan's run starts from the same
+noise, and before each cached step the weights are chosen with which its next latents lie nearest to the model's own:
+the run goes on with them, so later steps mend what earlier ones left. A schedule that begins as another one did goes
+on from there, so that of many alike (:mod:`tc_deploy.calibrate.placing`) none costs a whole run.
 
-A step that computes tokens forecasts many tensors, not one output: it keeps the polynomial. Never: sees a seed that a
-plan is judged on.
+The idea of weights that are fitted, step by step, on a few trajectories is L2P's (arXiv 2604.26365); that they are
+fitted on the plan's own states, towards the next latents, is this project's. Never: sees a seed that a plan is judged
+on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.calibrate.recipe import LEAST_FIT_SAMPLES
@@ -26,34 +26,240 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
-from tc_deploy.schedule import PHASES, Schedule
-from tc_deploy.tables import StepTables
-from tc_deploy.tokencache.forward import OUTPUT, cached_tensors
+from tc_deploy.schedule import FULL, PHASES, Schedule
 from tc_deploy.tokencache.sampler import (
     OWN_REMEDY,
     PLAN_REMEDY,
     Sampling,
-    StepFunction,
-    TokenCachedSteps,
     denoise,
+    device_of,
     finite_steps,
     guided_output,
+    model_batch,
 )
 from tc_deploy.types import FloatArray
 
-HELD_OUT = 4
-"""Every fourth sample is not fitted on: it judges how many full steps a forecast combines, and whether to fit any."""
-RIDGE = 1e-6
-"""Of the normal equations' mean diagonal: neighbouring outputs are alike, and the equations nearly singular."""
+RIDGE = 1e-5
+"""Towards the polynomial, of the normal equations' mean diagonal: neighbouring outputs are alike, and the equations
+nearly singular."""
 BATCH = 16
 """Samples that run together."""
-DoubleArray: TypeAlias = NDArray[np.float64]
 
 
-def fitted_phases(cache: CacheRecord, schedule: Schedule) -> tuple[int, ...]:
-    """The phases whose cached steps have weights that can be fitted: those that skip the model, and extrapolate."""
-    phases = (phase for phase in PHASES if cache.skips_model(phase) and schedule.cached_steps(phase))
-    return tuple(phases) if cache.forecast_order else ()
+def can_be_fitted(cache: CacheRecord, schedule: Schedule) -> bool:
+    """Whether every cached step skips the model, and extrapolates: other steps forecast many tensors, not one."""
+    phases = [phase for phase in PHASES if schedule.cached_steps(phase)]
+    return bool(phases) and cache.forecast_order > 0 and all(map(cache.skips_model, phases))
+
+
+def check_fit(cache: CacheRecord, schedule: Schedule, samples: int) -> None:
+    """Check that weights can be fitted.
+
+    Raises:
+        UsageError: no, or on too few samples.
+    """
+    if not can_be_fitted(cache, schedule):
+        raise UsageError(
+            "forecast.fit_samples: nothing can be fitted, as not every cached step of this plan skips the model and"
+            " extrapolates; keep no tokens, with skip = model and forecast_order 1 or 2, or leave it out"
+        )
+    if samples < LEAST_FIT_SAMPLES:
+        raise UsageError(
+            f"to fit forecasts: expected at least {LEAST_FIT_SAMPLES} samples to fit {cache.forecast_order + 1} weights"
+            f" a step, found {samples}; 32 are usual"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnRuns:
+    """The model's own runs of some samples, which plans are fitted to.
+
+    Args:
+        conditions: by name, (B, ...).
+        latents: (T + 1, B, ...), from the noise on that the solver starts from.
+    """
+
+    conditions: Mapping[str, Tensor]
+    latents: Tensor
+
+    def first(self, samples: int) -> OwnRuns:
+        """Those of the first samples."""
+        conditions = {name: values[:samples] for name, values in self.conditions.items()}
+        return OwnRuns(conditions=conditions, latents=self.latents[:, :samples])
+
+
+def own_runs(
+    model: DiffusionTransformer,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> OwnRuns:
+    """Run the model itself.
+
+    Args:
+        model: the model.
+        sampling: the sampler with all its steps.
+        seeds: one sample each.
+        on_step: told how many steps of how many are done, of all batches.
+
+    Raises:
+        NotFiniteError: a run comes to values that are not finite; names the step.
+    """
+    noise, conditions = draw_batch(model, sampling, seeds)
+    parts, batches = [], [slice(start, start + BATCH) for start in range(0, len(seeds), BATCH)]
+    check = finite_steps(f"{model.source}: the model's own run", sampling.steps, OWN_REMEDY)
+    for done, batch in enumerate(batches):
+        latents = [noise[batch] * float(getattr(sampling.fresh_scheduler(), "init_noise_sigma", 1.0))]
+
+        def keep(step: int, inputs: Mapping[str, Tensor], following: Tensor) -> None:
+            check(step, inputs, following)
+            latents.append(following.cpu())  # noqa: B023 - called in this turn only
+            on_step(done * sampling.steps + step + 1, len(batches) * sampling.steps)  # noqa: B023
+
+        own = {name: values[batch] for name, values in conditions.items()}
+        denoise(model, sampling, noise[batch], own, lambda _, inputs: model.forward(inputs), keep)
+        parts.append(torch.stack(latents))
+    return OwnRuns(conditions=conditions, latents=torch.cat(parts, dim=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """Where a run stands; of each tuple the latest comes first."""
+
+    latents: tuple[Tensor, ...]
+    """x_s and the h before it."""
+    outputs: tuple[Tensor, ...]
+    """m_{s-1} and those before, that the solver is given."""
+    cached: tuple[Tensor, ...]
+    """The guided outputs of the last full steps: to forecast these is to forecast both halves of guidance."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedRun:
+    """A schedule's run with weights of its own."""
+
+    schedule: Schedule
+    weights: FloatArray
+    """(T, r + 1)"""
+    latents: Tensor
+    """Where it ends, (B, ...)."""
+    states: Mapping[int, _State]
+    """By full step, after it."""
+
+    def common(self, schedule: Schedule) -> int | None:
+        """The last full step up to which another schedule is the same; None where that is none."""
+        same = np.cumprod(np.equal(self.schedule.variants, schedule.variants))
+        steps = [step for step in self.states if same[step]]
+        return max(steps, default=None)
+
+
+class Fitter:
+    """Fits schedules of one model and sampler on the same samples.
+
+    Args:
+        model: the model.
+        sampling: the sampler with all its steps.
+        solver: the sampler as a table.
+        order: r, the forecast order.
+        own: the model's own runs.
+        judges: every so many-th sample is not fitted on, so that others may be judged by it; 0: all are.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        sampling: Sampling,
+        solver: SolverTable,
+        order: int,
+        own: OwnRuns,
+        judges: int = 0,
+    ) -> None:
+        self.model, self.sampling, self.solver, self.order, self.own = model, sampling, solver, order, own
+        samples = np.arange(own.latents.shape[1])
+        judged = samples % judges == judges - 1 if judges else np.zeros(len(samples), bool)
+        self.learn, self.judge = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (~judged, judged))
+        self.calls = 0
+        """Steps of the model so far, each of all samples."""
+        self._coefficients = torch.from_numpy(solver.coefficients.astype(np.float32))
+
+    @torch.no_grad()
+    def __call__(
+        self, schedule: Schedule, like: FittedRun | None = None, on_step: Callable[[int], None] = lambda step: None
+    ) -> FittedRun:
+        """Run a schedule, and fit it.
+
+        Args:
+            schedule: whose cached steps all skip the model.
+            like: a run to go on from where the two part.
+            on_step: told the step that is done.
+
+        Raises:
+            NotFiniteError: it comes to values that are not finite; names the step.
+        """
+        usual = schedule.polynomial_weights(self.order).astype(np.float64)
+        weights, states = usual.copy(), dict[int, _State]()
+        last = None if like is None else like.common(schedule)
+        if like is None or last is None:
+            first, state = 0, _State(latents=(self.own.latents[0],), outputs=(), cached=())
+        else:
+            first, state = last + 1, like.states[last]
+            weights[:first] = like.weights[:first]
+            states = {step: kept for step, kept in like.states.items() if step <= last}
+        check = finite_steps(f"{self.model.source}: the plan's run", self.solver.steps, PLAN_REMEDY)
+        for step in range(first, schedule.steps):
+            cached = state.cached
+            if schedule.variants[step] == FULL:
+                output = self._output(step, state.latents[0])
+                cached = (output, *cached)[: self.order + 1]
+            else:
+                weights[step] = self._fitted(step, state, usual[step])
+                output = _sum(torch.from_numpy(weights[step].astype(np.float32)), cached)
+            following = self._following(step, state, output)
+            check(step, {}, following)
+            history = self.solver.history
+            state = _State(
+                latents=(following, *state.latents)[: history + 1],
+                outputs=(output, *state.outputs)[: history + 1],
+                cached=cached,
+            )
+            if schedule.variants[step] == FULL:
+                states[step] = state
+            on_step(step)
+        return FittedRun(schedule=schedule, weights=weights.astype(np.float32), latents=state.latents[0], states=states)
+
+    def _output(self, step: int, latents: Tensor) -> Tensor:
+        """The model's guided output at a step, (B, ...)."""
+        self.calls += 1
+        device, scale = device_of(self.model), float(self.solver.input_scale[step])
+        guided, parts = self.sampling.guidance_scale is not None, []
+        for start in range(0, len(latents), BATCH):
+            rows = latents[start : start + BATCH].to(device) * scale
+            conditions = {name: values[start : start + BATCH] for name, values in self.own.conditions.items()}
+            hidden_states = torch.cat([rows, rows]) if guided else rows
+            timestep = torch.full((len(hidden_states),), float(self.solver.timesteps[step]), device=device)
+            given = model_batch(self.model, conditions, guided=guided)
+            output = self.model.forward({"hidden_states": hidden_states, "timestep": timestep, **given})
+            parts.append(guided_output(output[:, : rows.shape[1]], self.sampling.guidance_scale).cpu())
+        return torch.cat(parts)
+
+    def _following(self, step: int, state: _State, output: Tensor) -> Tensor:
+        """The latents after a step."""
+        of_latents, of_outputs = self._coefficients[step].chunk(2)
+        return _sum(of_latents, state.latents) + _sum(of_outputs, (output, *state.outputs))
+
+    def _fitted(self, step: int, state: _State, usual: FloatArray) -> FloatArray:
+        """The weights with which the next latents lie nearest to the model's own, (r + 1,)."""
+        of_output = float(self._coefficients[step].chunk(2)[1][0])
+        forecast = _sum(torch.from_numpy(usual.astype(np.float32)), state.cached)
+        missing = _rows(self.own.latents[step + 1] - self._following(step, state, forecast), self.learn)
+        # What one unit of each weight adds to the next latents.
+        columns = np.stack([of_output * _rows(output, self.learn) for output in state.cached], axis=1)
+        gram = columns.T @ columns
+        ridge = RIDGE * gram.diagonal().mean() * np.eye(len(gram))
+        # Not solve: where all outputs are zero, so are the equations.
+        change = np.linalg.lstsq(gram + ridge, columns.T @ missing, rcond=None)[0]
+        fitted: FloatArray = usual + np.pad(change, (0, len(usual) - len(change)))
+        return fitted
 
 
 def fit_forecast(
@@ -61,171 +267,39 @@ def fit_forecast(
     sampling: Sampling,
     cache: CacheRecord,
     schedule: Schedule,
-    tables: StepTables,
     solver: SolverTable,
     seeds: Sequence[int],
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> FloatArray:
-    """Fit the weights of every cached step that skips the model.
+    """Fit the weights of one schedule.
 
     Args:
         model: the model.
         sampling: the sampler with all its steps.
-        cache: keep counts, reuse, attention, forecast order r.
+        cache: skips the model at cached steps; gives the forecast order r.
         schedule: which steps are full.
-        tables: the tokens of cached steps that compute some, and the weights that those keep which are not fitted.
         solver: the sampler as a table.
         seeds: one sample each, none of which the plan is judged on.
-        on_step: told how many steps are done of 2 T: of the model's own run, then of the plan's.
+        on_step: told how many steps of how many are done.
 
     Returns:
         (T, r + 1) weights; the same arguments give the same bytes on one machine.
 
     Raises:
-        UsageError: no step can be fitted, or there are fewer than eight samples.
+        UsageError: there is nothing to fit, or there are too few samples.
         NotFiniteError: a run comes to values that are not finite; names whose, and the step.
     """
-    phases = fitted_phases(cache, schedule)
-    if not phases:
-        raise UsageError(
-            "forecast.fit_samples: nothing can be fitted, as no cached step of this plan skips the model and"
-            " extrapolates; keep nothing in a phase, with skip = model and forecast_order 1 or 2, or leave it out"
-        )
-    if len(seeds) < LEAST_FIT_SAMPLES:
-        raise UsageError(
-            f"to fit forecasts: expected at least {LEAST_FIT_SAMPLES} samples to fit {cache.forecast_order + 1} weights"
-            f" a step, {HELD_OUT - 1} of {HELD_OUT} to fit and the others to judge by, found {len(seeds)}; 32 are usual"
-        )
-    noise, conditions = draw_batch(model, sampling, seeds)
-    own: dict[int, Tensor] = {}
-    check = finite_steps(f"{model.source}: the model's own run", sampling.steps, OWN_REMEDY)
-
-    def keep(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:
-        check(step, inputs, latents)
-        if schedule.variants[step] in phases:
-            own[step] = latents
-        on_step(step + 1)
-
-    batches = -(-len(seeds) // BATCH)
-    model_alone = _in_batches([lambda _, inputs: model.forward(inputs)] * batches, len(seeds))
-    denoise(model, sampling, noise, conditions, model_alone, keep)
-    plan = _PlanRun(
-        [TokenCachedSteps(model, cache, schedule, tables) for _ in range(batches)],
-        tables.forecast_weights.copy(),
-        solver,
-        sampling.guidance_scale,
-        noise * solver.init_noise_sigma,
-        own,
-    )
-    check = finite_steps(f"{model.source}: the plan's run", sampling.steps, PLAN_REMEDY)
-
-    def go_on(step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:
-        check(step, inputs, latents)
-        plan.latents.insert(0, latents)
-        on_step(sampling.steps + step + 1)
-
-    denoise(model, sampling, noise, conditions, plan.step, go_on)
-    return plan.weights
+    check_fit(cache, schedule, len(seeds))
+    own = own_runs(model, sampling, seeds, on_step)
+    return Fitter(model, sampling, solver, cache.forecast_order, own)(schedule).weights
 
 
-class _PlanRun:
-    """The plan's run of all samples, whose weights are fitted on the way.
-
-    Args:
-        runs: the plan's steps, of one batch each.
-        weights: (T, r + 1), written as they are fitted.
-        solver: the sampler as a table.
-        guidance_scale: None without guidance.
-        latents: (B, ...) before the first step.
-        own: by step that is fitted, the latents (B, ...) after it in the model's own run.
-    """
-
-    def __init__(
-        self,
-        runs: Sequence[TokenCachedSteps],
-        weights: FloatArray,
-        solver: SolverTable,
-        guidance_scale: float | None,
-        latents: Tensor,
-        own: Mapping[int, Tensor],
-    ) -> None:
-        self.runs, self.weights, self.solver, self.guidance_scale, self.own = runs, weights, solver, guidance_scale, own
-        self.latents, self.outputs = [latents], list[Tensor]()
-        """Of the steps before, latest first; of outputs, those that the solver is given."""
-        self._run_all = _in_batches(runs, len(latents))
-        first = runs[0]
-        phases = [phase for phase in PHASES if first.schedule.cached_steps(phase)]
-        self._read = set(cached_tensors(first.model, first.cache, phases))
-
-    def step(self, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run a step; one that is to be fitted is fitted before."""
-        if step in self.own:
-            row = self._fitted(step)
-            self.weights[step] = row
-            for run in self.runs:
-                run.weights[step] = torch.from_numpy(row)
-        output = self._run_all(step, inputs)
-        for run in self.runs:
-            # Of a large model the whole cache of all samples would not fit into memory.
-            run.history[0] = {name: tensor for name, tensor in run.history[0].items() if name in self._read}
-        history = self.solver.history
-        self.latents, self.outputs = self.latents[: history + 1], [self._guided(output), *self.outputs][: history + 1]
-        return output
-
-    def _guided(self, output: Tensor) -> Tensor:
-        return guided_output(output[:, : self.latents[0].shape[1]], self.guidance_scale)
-
-    def _fitted(self, step: int) -> FloatArray:
-        """The best of the fits to 1, 2, ... full steps and of the polynomial, by the samples that are held out."""
-        usual = self.weights[step].astype(np.float64)
-        of_latents, of_outputs = np.split(self.solver.coefficients[step].astype(np.float64), 2)
-        past = zip(of_latents, self.latents, strict=False), zip(of_outputs[1:], self.outputs, strict=False)
-        known = sum(coefficient * _array(values) for pairs in past for coefficient, values in pairs)
-        missing = _array(self.own[step]) - known
-        ages = range(len(self.runs[0].history))
-        outputs = [_joined([run.history[age][OUTPUT] for run in self.runs], len(missing)) for age in ages]
-        # What one unit of each weight adds to the next latents.
-        columns = np.stack([of_outputs[0] * _array(self._guided(output)) for output in outputs], axis=-1)
-        judge = np.arange(len(missing)) % HELD_OUT == HELD_OUT - 1
-        candidates = [usual]
-        for terms in range(1, len(outputs) + 1):
-            weights = least_squares(columns[~judge][..., :terms].reshape(-1, terms), missing[~judge].ravel())
-            candidates.append(np.pad(weights, (0, len(usual) - terms)))
-        errors = [np.square(columns[judge] @ weights[: len(outputs)] - missing[judge]).sum() for weights in candidates]
-        best: FloatArray = candidates[int(np.argmin(errors))].astype(np.float32)
-        return best
+def _sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Of as many as there are."""
+    terms = [weight * value for weight, value in zip(weights.tolist(), values, strict=False)]
+    return torch.stack(terms).sum(0) if terms else torch.zeros(())
 
 
-def least_squares(columns: DoubleArray, wanted: DoubleArray) -> DoubleArray:
-    """The weights (terms,) of columns (n, terms) whose sum lies nearest to what is wanted (n,), with a slight ridge."""
-    gram = columns.T @ columns
-    ridge = RIDGE * gram.diagonal().mean() * np.eye(len(gram))
-    # Not solve: where all outputs are zero, so are the equations.
-    return np.asarray(np.linalg.lstsq(gram + ridge, columns.T @ wanted, rcond=None)[0], np.float64)
-
-
-def _in_batches(runs: Sequence[StepFunction], samples: int) -> StepFunction:
-    """A step of all samples as one step of each batch, whose rows hold both halves of guidance."""
-
-    def step(step: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        parts = {name: _batches(values, samples) for name, values in inputs.items()}
-        outputs = [run(step, {name: part[batch] for name, part in parts.items()}) for batch, run in enumerate(runs)]
-        return _joined(outputs, samples)
-
-    return step
-
-
-def _batches(rows: Tensor, samples: int) -> list[Tensor]:
-    """(B or 2B, ...) of all samples to that of each batch."""
-    halves = [torch.split(half, BATCH) for half in torch.split(rows, samples)]
-    return [torch.cat(parts) for parts in zip(*halves, strict=True)]
-
-
-def _joined(batches: Sequence[Tensor], samples: int) -> Tensor:
-    """The reverse."""
-    halves = sum(map(len, batches)) // samples
-    return torch.cat([torch.cat(parts) for parts in zip(*(rows.chunk(halves) for rows in batches), strict=True)])
-
-
-def _array(values: Tensor) -> DoubleArray:
-    return np.asarray(values.cpu().double().numpy())
+def _rows(values: Tensor, samples: Tensor) -> FloatArray:
+    array: FloatArray = values[samples].double().numpy().ravel()
+    return array

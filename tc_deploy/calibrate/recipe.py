@@ -47,18 +47,24 @@ MAX_SEED = 500_000
 
 LEAST_FIT_SAMPLES = 8
 """With fewer a fit is one to their noise."""
+USUAL_FIT_SAMPLES = 32
 MAX_CANDIDATES = 1_000_000
 """Combinations that a search keeps in memory, to choose among them."""
 MAX_RECIPE_BYTES = 2**18
 _DEEP_KEY = re.compile(r"""(?:["'A-Za-z0-9_-]{1,64}\s{0,8}\.\s{0,8}){64}""")
 """A dotted key of so many parts; what tomllib takes for one grows with the square of them."""
 
+_ROUND_ROBIN = ("schedule.phase_start", "schedule.cache_interval_early", "schedule.cache_interval_late")
+_PLACED = ("schedule.full_steps", "schedule.budget_minutes")
 _ALTERNATIVES = {
     "cache.keep_ratio": ("cache.keep_counts",),
     "cache.keep_counts": ("cache.keep_ratio",),
     "prompts": ("conditions",),
     "conditions": ("prompts", "negative_prompt"),
     "height": ("latent_size",),
+    "schedule.variants": (*_PLACED, *_ROUND_ROBIN),
+    "schedule.full_steps": ("schedule.variants", *_ROUND_ROBIN),
+    **dict.fromkeys(_ROUND_ROBIN, ("schedule.variants", *_PLACED)),
 }
 """What an option says in other words than these keys of a recipe."""
 
@@ -77,7 +83,7 @@ class SamplingRecipe(Document):
 
 
 class ScheduleRecipe(Document):
-    """TPRR, whose defaults are those of docs/quality.md; or a list, step by step."""
+    """TPRR, whose defaults are those of docs/quality.md; or a list, step by step; or full steps that are placed."""
 
     phase_start: Step | None = None
     """First step of phase 2; None means half of the steps."""
@@ -85,12 +91,20 @@ class ScheduleRecipe(Document):
     cache_interval_late: Steps = 2
     variants: Annotated[str, Field(max_length=4 * MAX_STEPS)] | None = None
     """``F c1 c1 F c2``: one mark for each step, set by hand."""
+    full_steps: Steps | None = None
+    """How many steps are full, placed where the run ends nearest to the model's own; the forecasts are fitted."""
+    budget_minutes: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """After so long the best places so far are taken; None: when no full step is left that is better elsewhere."""
 
     @model_validator(mode="after")
     def _check_one_way(self) -> Self:
-        others = sorted(self.model_fields_set & {"phase_start", "cache_interval_early", "cache_interval_late"})
-        if self.variants is not None and others:
-            raise ValueError(f"variants and {others[0]} exclude each other; give one")
+        names = ("variants",), ("full_steps",), (key.partition(".")[2] for key in _ROUND_ROBIN)
+        ways = [self.model_fields_set & set(way) for way in names]
+        given = [min(way) for way in ways if way]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other; give one")
+        if self.budget_minutes is not None and self.full_steps is None:
+            raise ValueError("budget_minutes is for placing full steps; say how many with full_steps")
         return self
 
 
@@ -119,12 +133,13 @@ class CacheRecipe(Document):
 class ForecastRecipe(Document):
     """Where the weights of cached steps that skip the model come from."""
 
-    fit_samples: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Sampling runs of the model itself that the weights are fitted on; 0 takes polynomials."""
+    fit_samples: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """Sampling runs of the model itself that the weights are fitted on; 0 takes polynomials. None: 0, or
+    ``USUAL_FIT_SAMPLES`` where full steps are placed."""
 
     @model_validator(mode="after")
     def _check_enough(self) -> Self:
-        if 0 < self.fit_samples < LEAST_FIT_SAMPLES:
+        if self.fit_samples and self.fit_samples < LEAST_FIT_SAMPLES:
             raise ValueError(
                 f"fit_samples must be 0, which takes polynomials, or at least {LEAST_FIT_SAMPLES}, found"
                 f" {self.fit_samples}; 32 are usual"
@@ -248,6 +263,33 @@ class Recipe(Document):
         if self.prompts is None:
             return self.conditions
         return TextsRecord(prompts=self.prompts, negative_prompt=self.negative_prompt or "")
+
+    @model_validator(mode="after")
+    def _check_placed(self) -> Self:
+        if self.schedule.full_steps is not None:
+            counts = self.cache.keep_counts or ()
+            wrong = (
+                ("cache.keep_ratio", any(self.cache.keep_ratio)),
+                ("cache.keep_counts", any(any(phase) for phase in counts)),
+                ("cache.skip", self.cache.skip is not Skip.MODEL),
+                ("cache.forecast_order", not self.cache.forecast_order),
+                ("forecast.fit_samples", self.forecast.fit_samples == 0),
+            )
+            for name, is_wrong in wrong:
+                if is_wrong:
+                    raise ValueError(
+                        f"schedule.full_steps places the full steps of a run whose other steps skip the model, by"
+                        f" forecasts that are fitted; leave out {name}"
+                    )
+        return self
+
+    @property
+    def fit_seeds(self) -> range:
+        """The seeds of the samples that forecasts are fitted on; none: they are polynomials."""
+        samples = self.forecast.fit_samples
+        if samples is None:
+            samples = 0 if self.schedule.full_steps is None else USUAL_FIT_SAMPLES
+        return range(self.seed, self.seed + samples)
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:

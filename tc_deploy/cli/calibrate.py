@@ -40,6 +40,8 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     "--cache-interval-early", "schedule__cache_interval_early", type=int, help="Phase 1: one step in so many is full."
 )
 @option("--cache-interval-late", "schedule__cache_interval_late", type=int, help="Phase 2, likewise.")
+@option("--full-steps", "schedule__full_steps", type=int, help="Place so many full steps, and fit the forecasts.")
+@option("--budget", "schedule__budget_minutes", type=Number(0), metavar="MINUTES", help="For placing them.")
 @option(
     "--keep-ratio",
     "cache__keep_ratio",

@@ -13,9 +13,9 @@ was stopped goes on where it stood, from its state beside the plan (``bundle/sta
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import safetensors.numpy
@@ -41,6 +41,8 @@ from tc_deploy.calibrate.calibration import (
     model_from_recipe,
     sampling_from_recipe,
 )
+from tc_deploy.calibrate.fits import Fits
+from tc_deploy.calibrate.fitting import can_be_fitted
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.calibrate.whole import recipe_for
 from tc_deploy.errors import PlanError
@@ -54,7 +56,6 @@ from tc_deploy.search.built_points import PlannedPoint, PointMaker
 from tc_deploy.search.choose import Wish, check_wish, uniquely_named, write_search
 from tc_deploy.search.confirm import Confirmation
 from tc_deploy.search.cost import CostModel, cost_model
-from tc_deploy.search.fits import Fits
 from tc_deploy.search.grid import timed_graphs
 from tc_deploy.search.peer import why_no_peer
 from tc_deploy.search.record import (
@@ -221,7 +222,7 @@ class _Search:
             steps=steps, phase_start=steps, cache_interval_early=min(REFERENCE_INTERVAL, steps), cache_interval_late=1
         )
         importance, _ = importance_of(
-            settings, self.model, self.sampling, schedule, lambda key: self.folder / key, self.report
+            settings, self.model, self.sampling, schedule, lambda: self.folder / "predictor", self.report
         )
         return importance
 
@@ -242,13 +243,14 @@ class _Search:
             lambda done: self.report("sampling with candidates", done, total),
         )
         judged = judge_candidates(settings, steps, self.recipe.seed, screen)
-        seeds = range(self.recipe.seed, self.recipe.seed + self.recipe.forecast.fit_samples)
-        report = partial(self.report, "fitting the forecasts")
-        fits = Fits(self.model, self.sampling, seeds, self.folder / "fits", report)
+        fits = Fits(self.model, self.sampling, self.recipe.fit_seeds, lambda: self.folder / "fits", self.report)
         ours = []
         for item in chosen_for_engines(judged, settings.points):
             schedule, cache = item.candidate.schedule(steps), screen.cache(item.candidate)
-            step_tables, fit_seeds = fits(schedule, cache, screen.tables(item.candidate))
+            step_tables, fit_seeds = screen.tables(item.candidate), range(0)
+            if self.recipe.fit_seeds and can_be_fitted(cache, schedule):
+                fit_seeds = self.recipe.fit_seeds
+                step_tables = dataclasses.replace(step_tables, forecast_weights=fits.weights(schedule, cache))
             plan, tables = assemble_plan(
                 self.model,
                 self.sampling,

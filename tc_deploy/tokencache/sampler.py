@@ -148,7 +148,7 @@ def denoise(
     """
     scheduler = sampling.fresh_scheduler()
     guided = sampling.guidance_scale is not None
-    given = _model_batch(model, conditions, guided=guided)
+    given = model_batch(model, conditions, guided=guided)
     device = device_of(model)
     latents = noise.to(device)
     if hasattr(scheduler, "init_noise_sigma"):
@@ -174,7 +174,7 @@ def guided_output(output: Tensor, guidance_scale: float | None) -> Tensor:
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _model_batch(model: DiffusionTransformer, conditions: Mapping[str, Tensor], *, guided: bool) -> dict[str, Tensor]:
+def model_batch(model: DiffusionTransformer, conditions: Mapping[str, Tensor], *, guided: bool) -> dict[str, Tensor]:
     """The conditions of all rows of the model's batch."""
     device = device_of(model)
     conditions = {name: value.to(device) for name, value in conditions.items()}
