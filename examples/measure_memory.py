@@ -41,7 +41,7 @@ from pathlib import Path
 import numpy as np
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BufferSpec, loaded_graphs
-from tc_deploy.manifest import TOKEN_INDEX, history_of, read_manifest
+from tc_deploy.manifest import Role, read_manifest
 
 def resident_mib():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -57,7 +57,7 @@ for record in manifest.graphs.values():
         shape = tensor.shape_at(sizes)
         if (tensor.name, shape) not in buffers:
             [buffer] = device.buffers([BufferSpec(dtype=np.dtype(tensor.dtype), shape=shape)])
-            if history_of(tensor.name)[0] == TOKEN_INDEX:
+            if tensor.role is Role.TOKEN_INDEX:
                 buffer.write(np.broadcast_to(np.arange(shape[-1]) % 16, shape).astype(tensor.dtype))
             buffers[tensor.name, shape] = buffer
 before_mib = resident_mib()

@@ -21,27 +21,27 @@ from tc_deploy.figures import other_timesteps
 from tc_deploy.groups import TokenGroup, token_groups
 from tc_deploy.manifest import (
     BATCH,
-    CACHE_PREFIX,
     DECODER,
-    FORECAST_WEIGHTS,
-    HIDDEN_STATES,
-    IMAGES,
-    LATENTS,
     MODEL_BATCH,
     ONNX_FOLDER,
     RUNTIME_TABLES,
-    SAMPLE,
     SOLVER,
     TEXT_ENCODER,
-    TOKEN_INDEX,
     TOKENIZERS_FOLDER,
     GraphRecord,
     Manifest,
+    Role,
+    TensorName,
     TensorRecord,
-    cached_name,
-    history_name,
-    history_of,
+    cache_rows_tensor,
+    cache_tensor,
+    condition_tensor,
+    latents_tensor,
+    only_tensor,
     read_manifest,
+    solver_inputs,
+    solver_outputs,
+    token_inputs,
     variant_name,
 )
 from tc_deploy.onnx_files import check_graph_file
@@ -52,8 +52,10 @@ from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import FloatArray
 
 Shape: TypeAlias = tuple[int | str, ...]
-_Tensors: TypeAlias = Mapping[str, tuple[str, Shape]]
-"""Type and shape by name."""
+_Tensor: TypeAlias = tuple[TensorName, str, Shape]
+"""What it is for, type and shape."""
+_Tensors: TypeAlias = Mapping[str, _Tensor]
+"""By name."""
 _LARGEST_HEADER_BYTES = 2**20
 
 
@@ -180,28 +182,21 @@ def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, N
 
 def _check_conditions(manifest: Manifest, where: str) -> None:
     names = [item.name for item in manifest.conditions]
-    if len(set(names)) != len(names) or any(
-        history_of(name)[0] in _OURS or "#" in name or "@" in name for name in names
-    ):
+    if len(set(names)) != len(names) or any(not name.isidentifier() or name in list(Role) for name in names):
         _refuse(where, "conditions", "each name once, and none that the runtime has for something else", names)
     for item in manifest.conditions:
         if item.classes is not None and (item.dtype, item.shape) != ("int32", ()):
             _refuse(where, f"conditions: {item.name}", "int32 () as a label is", f"{item.dtype} {item.shape}")
 
 
-_OURS = (HIDDEN_STATES, "timestep", TOKEN_INDEX, FORECAST_WEIGHTS, LATENTS, SAMPLE, IMAGES)
-"""Names that no condition can have."""
-
-
 def _check_model_graphs(manifest: Manifest, plan: Plan, where: str) -> None:
     """Check the inputs and outputs of every variant: what a request gives, what tables give, what caches give."""
     rows = _rows(manifest, MODEL_BATCH)
-    full = _named(manifest.graphs[variant_name(FULL)].outputs, where)
-    channels = full.get(SAMPLE, ("", ()))[1][1:2]
+    channels = _sample_shape(manifest, where)[1:2]
     if not channels or not isinstance(channels[0], int) or channels[0] < manifest.latent_shape[0]:
-        _refuse(where, f"graphs.full: {SAMPLE}", f"at least {manifest.latent_shape[0]} channels", channels)
-    sample = {SAMPLE: ("float32", (rows, *channels, *manifest.latent_shape[1:]))}
-    caches = {cached_name(name): tensor for name, tensor in full.items() if name.startswith(CACHE_PREFIX)}
+        _refuse(where, f"graphs.full: {Role.SAMPLE}", f"at least {manifest.latent_shape[0]} channels", channels)
+    sample = _tensors((only_tensor(Role.SAMPLE), "float32", (rows, *channels, *manifest.latent_shape[1:])))
+    caches = _caches(manifest, where)
     groups = token_groups(plan.cache, plan.phases_used(), plan.model.tokens) if manifest.one_graph else ()
     for variant in (FULL, *plan.phases_used()):
         what = f"graphs.{variant_name(variant)}"
@@ -209,79 +204,94 @@ def _check_model_graphs(manifest: Manifest, plan: Plan, where: str) -> None:
         inputs, outputs = _named(graph.inputs, where), _named(graph.outputs, where)
         skips = variant != FULL and plan.cache.skips_model(variant)
         open_groups = () if skips else groups
-        expected = {} if skips else _given(manifest, rows)
+        expected = [] if skips else _given(manifest, rows)
         if open_groups:
-            expected |= _group_tensors(open_groups, variant, inputs, rows)
+            expected += _group_tensors(open_groups, variant, inputs, rows)
         elif variant != FULL and (pruned := pruned_blocks(plan.keep_counts(variant), plan.model.tokens)):
             kept = sum(plan.keep_counts(variant)[block] for block in pruned)
-            expected |= _index(inputs, TOKEN_INDEX, rows, (kept,))
+            expected.append(_index(inputs, only_tensor(Role.TOKEN_INDEX), rows, (kept,)))
         if variant != FULL or open_groups:
-            expected |= _read_caches(plan, inputs, caches, rows)
-        _check_tensors(inputs, expected, where, f"{what}.inputs")
+            expected += _read_caches(plan, graph, caches, rows)
+        _check_tensors(inputs, _tensors(*expected), where, f"{what}.inputs")
         # What a full step leaves for later is its own affair; in the one graph a cached step's goes where nobody reads.
         leaves = variant == FULL or open_groups
-        left = {name: kind for name, kind in outputs.items() if leaves and name.startswith(CACHE_PREFIX)}
-        _check_tensors(outputs, sample | left, where, f"{what}.outputs")
+        left = {name: found for name, found in outputs.items() if leaves and found[0].role is Role.CACHE}
+        _check_tensors(outputs, {**left, **sample}, where, f"{what}.outputs")
 
 
-def _given(manifest: Manifest, rows: int | str) -> dict[str, tuple[str, Shape]]:
-    """What a variant that runs the model takes of a request and of the step."""
-    return {
-        HIDDEN_STATES: ("float32", (rows, *manifest.latent_shape)),
-        "timestep": ("float32", (rows,)),
-        **{item.name: (item.dtype, (rows, *item.shape)) for item in manifest.conditions},
-    }
+def _sample_shape(manifest: Manifest, where: str) -> Shape:
+    """Of the full step's output; empty where it has none."""
+    outputs = _named(manifest.graphs[variant_name(FULL)].outputs, where)
+    return outputs[Role.SAMPLE][2] if Role.SAMPLE in outputs else ()
 
 
-def _read_caches(plan: Plan, inputs: _Tensors, caches: _Tensors, rows: int | str) -> dict[str, tuple[str, Shape]]:
-    """The caches that a variant reads, as the full step leaves them, and their weights; an unknown one is left out."""
-    read = sorted({history_of(name)[0] for name in inputs if name.startswith(CACHE_PREFIX)} & caches.keys())
-    ages = range(plan.cache.forecast_order + 1)
-    found = {history_name(name, age): caches[name] for name in read for age in ages}
-    if read and len(ages) > 1:
-        found[FORECAST_WEIGHTS] = ("float32", (rows, len(ages)))
-    return found
-
-
-def _group_tensors(
-    groups: Iterable[TokenGroup], variant: int, inputs: _Tensors, rows: int | str
-) -> dict[str, tuple[str, Shape]]:
+def _caches(manifest: Manifest, where: str) -> dict[str, tuple[str, Shape]]:
+    """Type and shape of what a full step leaves for later, each once and by its own name."""
     found: dict[str, tuple[str, Shape]] = {}
-    for group in groups:
-        found |= _index(inputs, group.index_name, rows, (len(group.blocks), group.size(variant)))
-        if group.may_keep_none:
-            found[group.computed_name] = ("int32", (rows,))
+    for tensor in manifest.graphs[variant_name(FULL)].outputs:
+        if tensor.cache is not None:
+            expected = (cache_rows_tensor if tensor.rows else cache_tensor)(tensor.cache)
+            if tensor.cache in found or _name_of(tensor) != expected:
+                _refuse(where, f"graphs.full: {tensor.name}", f"{tensor.cache}, once", f"{tensor.name}")
+            found[tensor.cache] = (tensor.dtype, tensor.shape)
     return found
 
 
-def _index(inputs: _Tensors, name: str, rows: int | str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+def _given(manifest: Manifest, rows: int | str) -> list[_Tensor]:
+    """What a variant that runs the model takes of a request and of the step."""
+    return [
+        (only_tensor(Role.HIDDEN_STATES), "float32", (rows, *manifest.latent_shape)),
+        (only_tensor(Role.TIMESTEP), "float32", (rows,)),
+        *((condition_tensor(item.name), item.dtype, (rows, *item.shape)) for item in manifest.conditions),
+    ]
+
+
+def _read_caches(
+    plan: Plan, graph: GraphRecord, caches: Mapping[str, tuple[str, Shape]], rows: int | str
+) -> list[_Tensor]:
+    """The caches that a variant reads, as the full step leaves them, and their weights; an unknown one is left out."""
+    read = sorted({tensor.cache for tensor in graph.inputs if tensor.cache is not None} & caches.keys())
+    ages = range(plan.cache.forecast_order + 1)
+    found: list[_Tensor] = [(cache_tensor(name, age), *caches[name]) for name in read for age in ages]
+    if read and len(ages) > 1:
+        found.append((only_tensor(Role.FORECAST_WEIGHTS), "float32", (rows, len(ages))))
+    return found
+
+
+def _group_tensors(groups: Iterable[TokenGroup], variant: int, inputs: _Tensors, rows: int | str) -> list[_Tensor]:
+    found: list[_Tensor] = []
+    for group in groups:
+        found.append(_index(inputs, group.index, rows, (len(group.blocks), group.size(variant))))
+        if group.may_keep_none:
+            found.append((group.computed, "int32", (rows,)))
+    return found
+
+
+def _index(inputs: _Tensors, tensor: TensorName, rows: int | str, shape: Shape) -> _Tensor:
     """A token index, which some families' samples share: it has no batch axis then."""
-    shared = name in inputs and len(inputs[name][1]) == len(shape)
-    return {name: ("int32", shape if shared else (rows, *shape))}
+    shared = tensor.name in inputs and len(inputs[tensor.name][2]) == len(shape)
+    return tensor, "int32", shape if shared else (rows, *shape)
 
 
 def _check_solver(manifest: Manifest, where: str) -> None:
     """Check the solver's tensors; ``export/solver_graph.py`` says what they are."""
     rows = _rows(manifest, BATCH)
     model_rows = _rows(manifest, MODEL_BATCH) if manifest.guided else rows
-    latents = ("float32", (rows, *manifest.latent_shape))
-    history = range(manifest.solver.history + 1)
-    full = _named(manifest.graphs[variant_name(FULL)].outputs, where)
-    inputs: dict[str, tuple[str, Shape]] = {
-        "model_output": ("float32", (model_rows, *full[SAMPLE][1][1:])),
-        **{history_name(LATENTS, age): latents for age in history},
-        **{history_name("guided_output", age): latents for age in history[1:]},
-        "coefficients": ("float32", (rows, 2 * len(history))),
-        "input_scale": ("float32", (rows,)),
+    history = manifest.solver.history
+    latents = (rows, *manifest.latent_shape)
+    shapes: dict[Role, Shape] = {
+        Role.SAMPLE: (model_rows, *_sample_shape(manifest, where)[1:]),
+        Role.LATENTS: latents,
+        Role.GUIDED_OUTPUT: latents,
+        Role.COEFFICIENTS: (rows, 2 * (history + 1)),
+        Role.INPUT_SCALE: (rows,),
+        Role.GUIDANCE_SCALE: (rows,),
+        Role.HIDDEN_STATES: (model_rows, *manifest.latent_shape),
     }
-    if manifest.guided:
-        inputs["guidance_scale"] = ("float32", (rows,))
-    outputs: dict[str, tuple[str, Shape]] = {
-        "next_latents": latents,
-        HIDDEN_STATES: ("float32", (model_rows, *manifest.latent_shape)),
-    }
-    if len(history) > 1:
-        outputs["guided_output"] = latents
+    inputs, outputs = (
+        _tensors(*((tensor, "float32", shapes[tensor.role]) for tensor in tensors))
+        for tensors in (solver_inputs(history, guided=manifest.guided), solver_outputs(history))
+    )
     _check_graph(manifest.graphs[SOLVER], inputs, outputs, where, SOLVER)
 
 
@@ -292,11 +302,13 @@ def _check_decoder(manifest: Manifest, where: str) -> None:
         return
     rows = _rows(manifest, BATCH)
     graph = manifest.graphs[DECODER]
-    images = _named(graph.outputs, where).get(IMAGES, ("", ()))[1]
+    made = _named(graph.outputs, where)
+    images = made[Role.IMAGES][2] if Role.IMAGES in made else ()
     if len(images) not in (4, 5) or images[1] not in (1, 3):
-        _refuse(where, f"graphs.{DECODER}: {IMAGES}", "pictures (B, 3, H, W) or video (B, 3, F, H, W)", images)
-    latents = {LATENTS: ("float32", (rows, *manifest.latent_shape))}
-    _check_graph(graph, latents, {IMAGES: ("float32", (rows, *images[1:]))}, where, DECODER)
+        _refuse(where, f"graphs.{DECODER}: {Role.IMAGES}", "pictures (B, 3, H, W) or video (B, 3, F, H, W)", images)
+    latents = _tensors((latents_tensor(), "float32", (rows, *manifest.latent_shape)))
+    outputs = _tensors((only_tensor(Role.IMAGES), "float32", (rows, *images[1:])))
+    _check_graph(graph, latents, outputs, where, DECODER)
 
 
 def _check_text(manifest: Manifest, where: str) -> None:
@@ -311,12 +323,20 @@ def _check_text(manifest: Manifest, where: str) -> None:
     names = [name for item in text.tokenizers for name in item.inputs]
     if len(set(names)) != len(names):
         _refuse(where, "text.tokenizers", "inputs of their own", names)
-    inputs: dict[str, tuple[str, Shape]] = {
-        name: ("int32", (rows, item.tokens)) for item in text.tokenizers for name in item.inputs
-    }
-    made: dict[str, tuple[str, Shape]] = {
-        name: (item.dtype, (rows, *item.shape)) for name, item in conditions.items() if name not in text.defaults
-    }
+    inputs = _tensors(
+        *(
+            (tensor, "int32", (rows, item.tokens))
+            for item in text.tokenizers
+            for tensor in token_inputs(item.ids, item.mask)
+        )
+    )
+    made = _tensors(
+        *(
+            (condition_tensor(name), item.dtype, (rows, *item.shape))
+            for name, item in conditions.items()
+            if name not in text.defaults
+        )
+    )
     _check_graph(manifest.graphs[TEXT_ENCODER], inputs, made, where, TEXT_ENCODER)
 
 
@@ -325,12 +345,20 @@ def _check_graph(graph: GraphRecord, inputs: _Tensors, outputs: _Tensors, where:
     _check_tensors(_named(graph.outputs, where), outputs, where, f"graphs.{name}.outputs")
 
 
-def _named(tensors: Iterable[TensorRecord], where: str) -> dict[str, tuple[str, Shape]]:
-    found: dict[str, tuple[str, Shape]] = {}
+def _tensors(*tensors: _Tensor) -> dict[str, _Tensor]:
+    return {tensor[0].name: tensor for tensor in tensors}
+
+
+def _name_of(tensor: TensorRecord) -> TensorName:
+    return TensorName(**{name: getattr(tensor, name) for name in TensorName.model_fields})
+
+
+def _named(tensors: Iterable[TensorRecord], where: str) -> dict[str, _Tensor]:
+    found: dict[str, _Tensor] = {}
     for tensor in tensors:
         if tensor.name in found:
             raise BundleError(f"{where}: a graph has the tensor {tensor.name} twice; export again")
-        found[tensor.name] = (tensor.dtype, tensor.shape)
+        found[tensor.name] = (_name_of(tensor), tensor.dtype, tensor.shape)
     return found
 
 
@@ -341,5 +369,9 @@ def _check_tensors(found: _Tensors, expected: _Tensors, where: str, what: str) -
             _refuse(where, f"{what}: {name}", wanted, present)
 
 
-def _in_words(tensor: tuple[str, Shape] | None) -> str:
-    return "nothing" if tensor is None else f"{tensor[0]} ({', '.join(map(str, tensor[1]))})"
+def _in_words(tensor: _Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    named, dtype, shape = tensor
+    purpose = ", ".join(f"{key} {value}" for key, value in named.model_dump(mode="json").items() if key != "name")
+    return f"{dtype} ({', '.join(map(str, shape))}), {purpose}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tc_deploy.manifest import COMPUTED, TOKEN_INDEX
+from tc_deploy.manifest import Role, TensorName, group_tensor
 from tc_deploy.plan import CacheRecord, Plan
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
@@ -29,14 +29,14 @@ class TokenGroup:
     """By variant, the tokens that each of the blocks keeps."""
 
     @property
-    def index_name(self) -> str:
+    def index(self) -> TensorName:
         """Input (model batch, blocks, tokens) int32, or (blocks, tokens) for all samples: what each block computes."""
-        return f"{TOKEN_INDEX}.{self.number}"
+        return group_tensor(Role.TOKEN_INDEX, self.number)
 
     @property
-    def computed_name(self) -> str:
+    def computed(self) -> TensorName:
         """Input (model batch,) int32: 1, or 0 where the blocks keep nothing."""
-        return f"{COMPUTED}.{self.number}"
+        return group_tensor(Role.COMPUTED, self.number)
 
     @property
     def axis(self) -> str:
@@ -49,9 +49,9 @@ class TokenGroup:
         return 0 in self.keep_counts.values()
 
     @property
-    def input_names(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[TensorName, ...]:
         """Its inputs."""
-        return (self.index_name, self.computed_name) if self.may_keep_none else (self.index_name,)
+        return (self.index, self.computed) if self.may_keep_none else (self.index,)
 
     def size(self, variant: int) -> int:
         """Of the open axis."""
@@ -107,9 +107,9 @@ def group_inputs(
     found: dict[str, IntArray] = {}
     for group in groups:
         rest = np.arange(group.size(variant), dtype=np.int32)
-        found[group.index_name] = np.stack([kept.get(block, rest) for block in group.blocks])
+        found[group.index.name] = np.stack([kept.get(block, rest) for block in group.blocks])
         if group.may_keep_none:
-            found[group.computed_name] = np.asarray(group.keep_counts[variant] > 0, np.int32)
+            found[group.computed.name] = np.asarray(group.keep_counts[variant] > 0, np.int32)
     return found
 
 

@@ -28,7 +28,8 @@ from tc_deploy.manifest import (
 )
 from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan
 from tc_deploy.remarks import remark_on, saves_steps
-from tc_deploy.runtime.layout import Kind, checked_batch_size, pipeline_layout, pipeline_programs
+from tc_deploy.runtime.buffers import Kind
+from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.schedule import PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 
@@ -139,7 +140,7 @@ def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str,
     """What a pipeline asks a device for, beside its engines: every buffer with its place."""
     batch_size = checked_batch_size(manifest, batch_size)
     layout = pipeline_layout(manifest, pipeline_programs(manifest, plan), batch_size)
-    by_kind = {kind: [one.size_bytes for one in layout.buffers if one.kind is kind] for kind in Kind}
+    by_kind = {kind: [one.size_bytes for one in layout.buffers if one.key.kind is kind] for kind in Kind}
     return {
         "batch_size": batch_size,
         "size_bytes": layout.size_bytes,
@@ -149,8 +150,8 @@ def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str,
         },
         "buffers": [
             {
-                "name": one.name,
-                "kind": one.kind.value,
+                "name": str(one.key),
+                "kind": one.key.kind.value,
                 "dtype": one.tensor.dtype,
                 "shape": list(one.shape),
                 "offset_bytes": one.offset_bytes,

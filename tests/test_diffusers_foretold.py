@@ -3,10 +3,11 @@
 import numpy as np
 
 from tc_deploy.diffusers.foretold import Foretelling, Past, Seen
+from tc_deploy.manifest import Role
 
 # Latents plus half of the output, at each of six steps.
 SOLVER = Foretelling(
-    {"coefficients": np.tile(np.array([[1.0, 0.5]], np.float32), (6, 1)), "input_scale": np.ones(6, np.float32)},
+    {Role.COEFFICIENTS: np.tile(np.array([[1.0, 0.5]], np.float32), (6, 1)), Role.INPUT_SCALE: np.ones(6, np.float32)},
     np.float32(1),
 )
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tc_deploy.groups import group_inputs, running_variants, token_groups
+from tc_deploy.manifest import names_of
 from tc_deploy.plan import CacheRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
@@ -27,7 +28,7 @@ def test_blocks_with_equal_counts_in_every_variant_are_a_group() -> None:
     assert [group.blocks for group in groups] == [(0, 4), (1, 3)]
     assert [group.keep_counts for group in groups] == [{FULL: 6, 1: 0, 2: 4}, {FULL: 6, 1: 4, 2: 6}]
     assert [group.size(variant) for group in groups for variant in (FULL, 1, 2)] == [6, 1, 4, 6, 4, 6]
-    assert [group.input_names for group in groups] == [("token_index.0", "computed.0"), ("token_index.1",)]
+    assert [names_of(group.inputs) for group in groups] == [("token_index.0", "computed.0"), ("token_index.1",)]
 
 
 def test_a_phase_that_skips_the_model_or_has_no_cached_step_plays_no_part() -> None:
@@ -58,15 +59,15 @@ def test_every_block_is_given_its_own_tokens(counts: list[tuple[int, int]], vari
         row = np.asarray([token for block in chosen.values() for token in block], np.int32) if chosen else None
     groups = token_groups(settings, (1, 2), TOKENS)
     found = group_inputs(groups, settings, TOKENS, variant, row)
-    assert set(found) == {name for group in groups for name in group.input_names}
+    assert set(found) == {name for group in groups for name in names_of(group.inputs)}
     for group in groups:
         kept = group.keep_counts[variant]
         for place, block in enumerate(group.blocks):
             tokens = chosen.get(block, list(range(TOKENS)) if kept else [0])
-            assert found[group.index_name][place].tolist() == tokens
+            assert found[group.index.name][place].tolist() == tokens
         if group.may_keep_none:
-            assert found[group.computed_name].shape == ()
-            assert found[group.computed_name] == (kept > 0)
+            assert found[group.computed.name].shape == ()
+            assert found[group.computed.name] == (kept > 0)
     assert {array.dtype for array in found.values()} <= {np.dtype(np.int32)}
     grouped = [block for group in groups for block in group.blocks]
     assert sorted(grouped) == [block for block, counts_of in enumerate(counts) if set(counts_of) != {TOKENS}]

@@ -24,7 +24,17 @@ from tc_deploy.backends.host import check_array, check_fits
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.libraries import imported
-from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Manifest, history_name, read_manifest
+from tc_deploy.manifest import (
+    FP32_GRAPHS,
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
+    SOLVER,
+    Manifest,
+    Role,
+    guided_output_tensor,
+    latents_tensor,
+    read_manifest,
+)
 from tc_deploy.plan import load_plan
 
 if TYPE_CHECKING:
@@ -271,21 +281,21 @@ def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         given = dict(zip(input_names, tensors, strict=True))
         per_sample = (-1, *[1] * len(latent_shape))
-        output = given["model_output"][:, : latent_shape[0]]
+        output = given[MODEL_OUTPUT.name][:, : latent_shape[0]]
         if manifest.guided:
             conditional, unconditional = output.chunk(2)
-            output = unconditional + given["guidance_scale"].reshape(per_sample) * (conditional - unconditional)
+            output = unconditional + given[Role.GUIDANCE_SCALE].reshape(per_sample) * (conditional - unconditional)
         values = [
-            *(given[history_name("latents", age)] for age in range(history + 1)),
+            *(given[latents_tensor(age).name] for age in range(history + 1)),
             output,
-            *(given[history_name("guided_output", age)] for age in range(1, history + 1)),
+            *(given[guided_output_tensor(age).name] for age in range(1, history + 1)),
         ]
-        columns = given["coefficients"].unbind(1)
+        columns = given[Role.COEFFICIENTS].unbind(1)
         terms = [column.reshape(per_sample) * value for column, value in zip(columns, values, strict=True)]
         latents = functools.reduce(torch.add, terms)
-        scaled = latents * given["input_scale"].reshape(per_sample)
+        scaled = latents * given[Role.INPUT_SCALE].reshape(per_sample)
         states = torch.cat([scaled, scaled]) if manifest.guided else scaled
-        made = {"next_latents": latents, "hidden_states": states, "guided_output": output}
+        made = {NEXT_LATENTS.name: latents, Role.HIDDEN_STATES: states, Role.GUIDED_OUTPUT: output}
         return [made[name] for name in output_names]
 
     return step

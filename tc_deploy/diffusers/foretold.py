@@ -14,6 +14,8 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from tc_deploy.manifest import Role
+
 TOLERANCE: Final = 1e-3
 """Of the largest latent of a sample. Rounding in single precision leaves 1e-6, latents of another run about 1."""
 
@@ -30,10 +32,10 @@ class Foretelling:
         first_scale: the scale of the first step's input.
     """
 
-    def __init__(self, tables: Mapping[str, NDArray[Any]], first_scale: np.float32) -> None:
-        coefficients = tables["coefficients"].astype(np.float64)
+    def __init__(self, tables: Mapping[Role, NDArray[Any]], first_scale: np.float32) -> None:
+        coefficients = tables[Role.COEFFICIENTS].astype(np.float64)
         self.coefficients = coefficients.reshape(len(coefficients), 2, -1)
-        self.input_scale = np.append(first_scale, tables["input_scale"][:-1]).astype(np.float64)
+        self.input_scale = np.append(first_scale, tables[Role.INPUT_SCALE][:-1]).astype(np.float64)
 
 
 class Seen:

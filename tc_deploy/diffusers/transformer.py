@@ -26,7 +26,7 @@ from tc_deploy.bundle import reading
 from tc_deploy.diffusers.caller import TIMESTEP_TOLERANCE, PipelineRun, PlannedScheduler, calling_run
 from tc_deploy.diffusers.runs import LATENTS, Call, NamedRun, Runs
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BUNDLE_FOLDER, TensorRecord
+from tc_deploy.manifest import BUNDLE_FOLDER, Role, TensorRecord
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import family_of_class
@@ -109,7 +109,7 @@ class EngineTransformer(nn.Module):
                 f"{path}: {bundle.plan.model.model_class} is no class of diffusers, so no pipeline of its calls it; run"
                 " the bundle with tc_deploy.load"
             )
-        timesteps = torch.from_numpy(bundle.step_tables["timestep"])
+        timesteps = torch.from_numpy(bundle.step_tables[Role.TIMESTEP])
         module, call = _usual_call(family, bundle.plan.model, timesteps)
         self.config = _Config(module.config)  # type: ignore[no-untyped-call]
         self.config.model_class = family.model_class

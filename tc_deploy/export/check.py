@@ -20,7 +20,14 @@ from torch import Tensor
 from tc_deploy.errors import ExportError, first_line
 from tc_deploy.groups import TokenGroup, group_inputs, running_variants
 from tc_deploy.libraries import imported
-from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
+from tc_deploy.manifest import (
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
+    Role,
+    cache_tensor,
+    guided_output_tensor,
+    latents_tensor,
+)
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
@@ -88,21 +95,23 @@ def step_inputs(
     rows = None
     if variant != FULL:
         history, weights, rows = steps.cached_arguments(step, batch)
-        example[FORECAST_WEIGHTS] = weights.contiguous()
+        example[Role.FORECAST_WEIGHTS] = weights.contiguous()
     elif groups:
         noted = steps.history[0] if steps.history else run_full(steps.model, steps.cache, inputs)[1]
         history = [{name: torch.zeros_like(tensor) for name, tensor in noted.items()}] * (
             steps.cache.forecast_order + 1
         )
-        example[FORECAST_WEIGHTS] = steps.weights[step].expand(batch, -1).contiguous()
+        example[Role.FORECAST_WEIGHTS] = steps.weights[step].expand(batch, -1).contiguous()
     else:
         return example
     for age, noted in enumerate(history):
         # A history that is not full yet holds a step twice, which the exporter would make one input.
         repeated = any(noted is later for later in history[:age])
-        example |= {history_name(name, age): tensor.clone() if repeated else tensor for name, tensor in noted.items()}
+        example |= {
+            cache_tensor(name, age).name: tensor.clone() if repeated else tensor for name, tensor in noted.items()
+        }
     if rows is not None:
-        example[TOKEN_INDEX] = rows.contiguous()
+        example[Role.TOKEN_INDEX] = rows.contiguous()
     row = None if rows is None else rows.reshape(-1, rows.shape[-1])[0].cpu().numpy()
     for name, values in group_inputs(groups, steps.cache, steps.model.geometry.tokens, variant, row).items():
         given = torch.from_numpy(values.copy()).to(steps.weights.device)
@@ -128,7 +137,7 @@ def check_graph(
     found = dict(zip(graph.output_names, run(path, feed, graph.output_names), strict=True))
     with torch.no_grad():
         expected = dict(zip(graph.output_names, graph(*feed.values()), strict=True))
-    return _worst_error(path, found, expected, precision), found[SAMPLE]
+    return _worst_error(path, found, expected, precision), found[Role.SAMPLE]
 
 
 def check_outputs(path: Path, feed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -183,34 +192,32 @@ def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tup
     session = _session(path)
     inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
     outputs = [tensor.name for tensor in session.get_outputs()]
-    batch, channels = guided_shape[0], int(inputs["latents"][1])
+    batch, channels = guided_shape[0], int(inputs[Role.LATENTS][1])
     generator = torch.Generator().manual_seed(0)
     scheduler = sampling.fresh_scheduler()
     latents = torch.randn((batch, channels, *guided_shape[2:]), generator=generator) * table.init_noise_sigma
-    seen = {"latents": [latents.numpy()] * (table.history + 1)}
-    seen["guided_output"] = [np.zeros_like(seen["latents"][0])] * table.history
+    earlier = [latents.numpy()] * (table.history + 1)
+    guided = [np.zeros_like(earlier[0])] * table.history
     worst = 0.0
     for step, timestep in enumerate(scheduler.timesteps):
         halves = torch.randn((2, *guided_shape), generator=generator)
         scale = sampling.guidance_scale
         output = halves[0] if scale is None else halves[1] + scale * (halves[0] - halves[1])
         latents = scheduler.step(output[:, :channels], timestep, latents, return_dict=False)[0]
-        feed = {
-            "model_output": (halves[0] if scale is None else halves.flatten(0, 1)).numpy(),
-            "coefficients": np.tile(table.coefficients[step], (batch, 1)),
-            "input_scale": np.ones(batch, np.float32),
-            "guidance_scale": np.full(batch, scale or 0.0, np.float32),
+        feed: dict[str, NDArray[Any]] = {
+            MODEL_OUTPUT.name: (halves[0] if scale is None else halves.flatten(0, 1)).numpy(),
+            Role.COEFFICIENTS: np.tile(table.coefficients[step], (batch, 1)),
+            Role.INPUT_SCALE: np.ones(batch, np.float32),
+            Role.GUIDANCE_SCALE: np.full(batch, scale or 0.0, np.float32),
         }
-        for age in range(table.history + 1):
-            feed[history_name("latents", age)] = seen["latents"][age]
-            if age:
-                feed[history_name("guided_output", age)] = seen["guided_output"][age - 1]
+        feed |= {latents_tensor(age).name: array for age, array in enumerate(earlier)}
+        feed |= {guided_output_tensor(age).name: array for age, array in enumerate(guided, start=1)}
         found = dict(zip(outputs, session.run(outputs, {name: feed[name] for name in inputs}), strict=True))
         where = f"{path.name}: latents after step {step}"
-        worst = max(worst, _checked_error(found["next_latents"], latents.numpy(), where))
-        seen["latents"] = [found["next_latents"], *seen["latents"][:-1]]
+        worst = max(worst, _checked_error(found[NEXT_LATENTS.name], latents.numpy(), where))
+        earlier = [found[NEXT_LATENTS.name], *earlier[:-1]]
         if table.history:
-            seen["guided_output"] = [found["guided_output"], *seen["guided_output"][:-1]]
+            guided = [found[Role.GUIDED_OUTPUT], *guided[:-1]]
     return worst
 
 

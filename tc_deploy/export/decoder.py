@@ -19,15 +19,16 @@ from tc_deploy.export.check import check_outputs
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.saving import ExportedPart, saved_graph
 from tc_deploy.export.weights import WeightsFile
-from tc_deploy.golden import GoldenGraph, Trajectory
+from tc_deploy.golden import Feed, GoldenGraph, Trajectory
 from tc_deploy.manifest import (
     BATCH,
     DECODER,
-    IMAGES,
-    LATENTS,
     ONNX_FOLDER,
     WEIGHTS,
     ComponentRecord,
+    Role,
+    latents_tensor,
+    only_tensor,
 )
 from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.family import Family
@@ -45,8 +46,8 @@ class DecoderGraph(NamedGraph):
         geometry: the latents' sizes.
     """
 
-    input_names = (LATENTS,)
-    output_names = (IMAGES,)
+    inputs = (latents_tensor(),)
+    outputs = (only_tensor(Role.IMAGES),)
     title = "the decoder"
     batch_axis = BATCH
 
@@ -99,10 +100,10 @@ def export_decoder(
     example = torch.cat([real, drawn])[:rows]
     path = folder / ONNX_FOLDER / f"{DECODER}.onnx"
     with torch.no_grad():
-        model = onnx_from_graph(graph, {LATENTS: example}, dynamic_batch=batch_size is None)
+        model = onnx_from_graph(graph, {Role.LATENTS: example}, dynamic_batch=batch_size is None)
         with WeightsFile(folder / ONNX_FOLDER / WEIGHTS, dict(loaded.module.named_parameters())) as weights:
             weights.pack(model)
-        record = saved_graph(model, path)
+        record = saved_graph(model, path, (*graph.inputs, *graph.outputs))
         component = ComponentRecord(
             name=AUTOENCODER, model_class=loaded.model_class, weights_sha256=loaded.weights_sha256
         )
@@ -110,10 +111,11 @@ def export_decoder(
             return ExportedPart(graph=record, samples=None), component
         progress(f"comparing {DECODER} with PyTorch")
         (images,) = graph(example)
-    error = check_outputs(path, {LATENTS: example}, {IMAGES: images})
+    error = check_outputs(path, {Role.LATENTS: example}, {Role.IMAGES: images})
     samples = None
     if trajectory is not None:
-        read, made = {LATENTS: real.numpy()}, {IMAGES: images[: len(real)].numpy()}
+        read: Feed = {Role.LATENTS: real.numpy()}
+        made: Feed = {Role.IMAGES: images[: len(real)].numpy()}
         samples = GoldenGraph(steps=(len(trajectory.cached) - 1,), inputs=(read,), outputs=(made,))
     return ExportedPart(graph=record.model_copy(update={"max_abs_error": error}), samples=samples), component
 

@@ -15,24 +15,15 @@ from torch import Tensor
 
 from tc_deploy.conditions import UNCONDITIONAL, is_unconditional
 from tc_deploy.export.check import step_inputs
-from tc_deploy.export.solver_graph import (
-    COEFFICIENTS,
-    GUIDANCE_SCALE,
-    GUIDED_OUTPUT,
-    INPUT_SCALE,
-    MODEL_OUTPUT,
-    NEXT_LATENTS,
-)
 from tc_deploy.golden import Feed, GoldenGraph, Trajectory, chosen_steps
 from tc_deploy.manifest import (
-    FORECAST_WEIGHTS,
-    HIDDEN_STATES,
-    LATENTS,
-    SAMPLE,
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
     SOLVER,
     GraphRecord,
-    cached_name,
-    history_name,
+    Role,
+    guided_output_tensor,
+    latents_tensor,
     variant_name,
 )
 from tc_deploy.models.family import DiffusionTransformer
@@ -67,10 +58,9 @@ class _Run:
         example = {} if graph is None else step_inputs(self.steps, step, inputs, graph.groups)
         output = self.steps(step, inputs)
         if graph is not None:
-            known = {SAMPLE: output}
-            if self.steps.schedule.variants[step] == FULL:
-                known |= self.steps.history[0]
-            made = {name: known[cached_name(name)] for name in graph.output_names if cached_name(name) in known}
+            left = self.steps.history[0] if self.steps.schedule.variants[step] == FULL else {}
+            made = {tensor.name: left[tensor.cache] for tensor in graph.outputs if tensor.cache in left}
+            made[Role.SAMPLE] = output
             if len(made) < len(graph.output_names):
                 # The rows that a cached step computes, which nobody reads, only a graph for all variants gives out.
                 feed = (example[name] for name in graph.input_names)
@@ -81,7 +71,7 @@ class _Run:
         return output
 
     def note(self, step: int, inputs: Mapping[str, Tensor], latents: Tensor) -> None:  # noqa: ARG002 - denoise's
-        self.hidden_states.append(_array(inputs["hidden_states"]))
+        self.hidden_states.append(_array(inputs[Role.HIDDEN_STATES]))
         self.latents.append(_array(latents))
 
 
@@ -145,10 +135,10 @@ def samples_of(
     first = _array(noise) * np.float32(solver.init_noise_sigma)
     samples[SOLVER] = _solver_samples(run, records[SOLVER], solver, sampling, first)
     tables = {
-        "timestep": solver.timesteps,
-        COEFFICIENTS: solver.coefficients,
-        INPUT_SCALE: solver.input_scale,
-        FORECAST_WEIGHTS: step_tables.forecast_weights,
+        Role.TIMESTEP: solver.timesteps,
+        Role.COEFFICIENTS: solver.coefficients,
+        Role.INPUT_SCALE: solver.input_scale,
+        Role.FORECAST_WEIGHTS: step_tables.forecast_weights,
         **{token_index_name(phase): table for phase, table in step_tables.token_index.items()},
     }
     return samples, Trajectory(
@@ -181,22 +171,22 @@ def _solver_samples(
     for step in steps:
         scale = solver.input_scale[step + 1] if step + 1 < solver.steps else np.float32(1)
         feed: Feed = {
-            MODEL_OUTPUT: run.model_outputs[step],
-            COEFFICIENTS: np.tile(solver.coefficients[step], (batch, 1)),
-            INPUT_SCALE: np.full(batch, scale, np.float32),
-            GUIDANCE_SCALE: np.full(batch, sampling.guidance_scale or 0.0, np.float32),
+            MODEL_OUTPUT.name: run.model_outputs[step],
+            Role.COEFFICIENTS: np.tile(solver.coefficients[step], (batch, 1)),
+            Role.INPUT_SCALE: np.full(batch, scale, np.float32),
+            Role.GUIDANCE_SCALE: np.full(batch, sampling.guidance_scale or 0.0, np.float32),
         }
         for age in range(solver.history + 1):
-            feed[history_name(LATENTS, age)] = latents[max(step - age, 0)]
-            feed[history_name(GUIDED_OUTPUT, age)] = guided[step - age] if step >= age else np.zeros_like(guided[0])
+            feed[latents_tensor(age).name] = latents[max(step - age, 0)]
+            feed[guided_output_tensor(age).name] = guided[step - age] if step >= age else np.zeros_like(guided[0])
         last = step + 1 == solver.steps
         made: Feed = {
-            NEXT_LATENTS: latents[step + 1],
-            HIDDEN_STATES: latents[step + 1] if last else run.hidden_states[step + 1],
-            GUIDED_OUTPUT: guided[step],
+            NEXT_LATENTS.name: latents[step + 1],
+            Role.HIDDEN_STATES: latents[step + 1] if last else run.hidden_states[step + 1],
+            Role.GUIDED_OUTPUT: guided[step],
         }
         if last and sampling.guidance_scale is not None:
-            made[HIDDEN_STATES] = np.concatenate([made[HIDDEN_STATES]] * 2)
+            made[Role.HIDDEN_STATES] = np.concatenate([made[Role.HIDDEN_STATES]] * 2)
         inputs.append({tensor.name: feed[tensor.name] for tensor in record.inputs})
         outputs.append({tensor.name: made[tensor.name] for tensor in record.outputs})
     return GoldenGraph(steps=steps, inputs=tuple(inputs), outputs=tuple(outputs))

@@ -99,7 +99,7 @@ def onnx_from_graph(
 
 def _open_axes(graph: NamedGraph, *, dynamic_batch: bool) -> tuple[dict[int, Any], ...]:
     """The axes of each input that the exporter is to leave open."""
-    opened = [graph.open_axes(name) for name in graph.input_names]
+    opened = [graph.open_axes(tensor) for tensor in graph.inputs]
     # At least one, and never a range that some operator could narrow.
     dims = {size: torch.export.Dim(size, min=1) for axes in opened for size in axes.values()}
     return tuple(

@@ -12,17 +12,21 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from tc_deploy.errors import ExportError
-from tc_deploy.manifest import BATCH, HIDDEN_STATES, LATENTS, MODEL_BATCH, SOLVER, history_name
+from tc_deploy.manifest import (
+    BATCH,
+    MODEL_BATCH,
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
+    SOLVER,
+    Role,
+    TensorName,
+    guided_output_tensor,
+    latents_tensor,
+    only_tensor,
+)
 
 OPSET = 20
 IR_VERSION = 10
-
-MODEL_OUTPUT = "model_output"
-GUIDED_OUTPUT = "guided_output"
-COEFFICIENTS = "coefficients"
-INPUT_SCALE = "input_scale"
-GUIDANCE_SCALE = "guidance_scale"
-NEXT_LATENTS = "next_latents"
 
 
 def solver_model(
@@ -86,21 +90,21 @@ def solver_model(
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=SOLVER)
     op = GraphBuilder(graph).op
 
-    def given(name: str, *shape: int | str) -> ir.Value:
-        graph.inputs.append(ir.val(name, ir.DataType.FLOAT, shape))
+    def given(tensor: TensorName, *shape: int | str) -> ir.Value:
+        graph.inputs.append(ir.val(tensor.name, ir.DataType.FLOAT, shape))
         return graph.inputs[-1]
 
-    def made(value: ir.Value, name: str, *shape: int | str) -> None:
-        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+    def made(value: ir.Value, tensor: TensorName, *shape: int | str) -> None:
+        value.name, value.dtype, value.shape = tensor.name, ir.DataType.FLOAT, ir.Shape(shape)
         graph.outputs.append(value)
 
     ages = range(table_history + 1)
     terms = 2 * len(ages)
     model_output = given(MODEL_OUTPUT, model_rows, output_channels, *latent_shape[1:])
-    latents = [given(history_name(LATENTS, age), rows, *latent_shape) for age in ages]
-    earlier_outputs = [given(history_name(GUIDED_OUTPUT, age), rows, *latent_shape) for age in ages[1:]]
-    coefficients = given(COEFFICIENTS, rows, terms)
-    input_scale = given(INPUT_SCALE, rows)
+    latents = [given(latents_tensor(age), rows, *latent_shape) for age in ages]
+    earlier_outputs = [given(guided_output_tensor(age), rows, *latent_shape) for age in ages[1:]]
+    coefficients = given(only_tensor(Role.COEFFICIENTS), rows, terms)
+    input_scale = given(only_tensor(Role.INPUT_SCALE), rows)
 
     # -1 in place of a fixed batch would hide the batch from engines that plan their memory ahead.
     count = -1 if batch is None else batch
@@ -109,7 +113,7 @@ def solver_model(
         model_output = op.Slice(model_output, [0], [channels], [1])
     guided_output = model_output
     if guided:
-        scale = op.Reshape(given(GUIDANCE_SCALE, rows), per_sample)
+        scale = op.Reshape(given(only_tensor(Role.GUIDANCE_SCALE), rows), per_sample)
         halves = op.Reshape(model_output, [2, count, *latent_shape])
         conditional, unconditional = (op.Gather(halves, half, axis=0) for half in (0, 1))
         guided_output = op.Add(unconditional, op.Mul(scale, op.Sub(conditional, unconditional)))
@@ -122,9 +126,9 @@ def solver_model(
     hidden_states = op.Concat(scaled, scaled, axis=0) if guided else scaled
 
     made(next_latents, NEXT_LATENTS, rows, *latent_shape)
-    made(hidden_states, HIDDEN_STATES, model_rows, *latent_shape)
+    made(hidden_states, only_tensor(Role.HIDDEN_STATES), model_rows, *latent_shape)
     if table_history > 0:
         # A value has one name, and the graph keeps its input's.
         copied = op.Identity(guided_output) if guided_output.is_graph_input() else guided_output
-        made(copied, GUIDED_OUTPUT, rows, *latent_shape)
+        made(copied, guided_output_tensor(), rows, *latent_shape)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="tc-deploy")

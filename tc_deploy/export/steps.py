@@ -35,6 +35,8 @@ from tc_deploy.manifest import (
     SOLVER,
     WEIGHTS,
     GraphRecord,
+    solver_inputs,
+    solver_outputs,
     variant_name,
 )
 from tc_deploy.models.family import DiffusionTransformer
@@ -117,7 +119,8 @@ def exported_steps(
     onnx_model = solver_model(
         solver.history, geometry.latent_shape, geometry.output_channels, guided, options.batch_size
     )
-    records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx")
+    solver_tensors = (*solver_inputs(solver.history, guided=guided), *solver_outputs(solver.history))
+    records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx", solver_tensors)
     if options.check:
         progress(f"comparing {SOLVER} with the scheduler")
         half = (batch, geometry.output_channels, *geometry.latent_shape[1:])
@@ -164,7 +167,7 @@ def _exported(
                     graph, examples[variants[0]], dynamic_batch=dynamic, precision=options.precision
                 )
                 weights.pack(onnx_model)
-                record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx")
+                record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx", (*graph.inputs, *graph.outputs))
                 for variant in variants:
                     sizes = {group.axis: group.size(variant) for group in graph.groups}
                     records[variant_name(variant)] = _sized(record, sizes)

@@ -8,7 +8,7 @@ T5 overflows fp16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,12 @@ from tc_deploy.manifest import (
     TOKENIZERS_FOLDER,
     WEIGHTS,
     ComponentRecord,
+    Role,
+    TensorName,
     TextRecord,
     TokenizerRecord,
+    condition_tensor,
+    token_inputs,
 )
 from tc_deploy.models.components import PipelineFolder
 from tc_deploy.models.encoders import TextPlan, check_conditions, fitting
@@ -67,7 +71,7 @@ class EncoderGraph(NamedGraph):
     def __init__(self, part: TextPart, encoder: Any) -> None:
         super().__init__()
         self.module, self._part = encoder, part
-        self.input_names, self.output_names = part.input_names, part.output_names
+        self.inputs, self.outputs = token_inputs(part.ids, part.mask), _values(part.output_names)
         self.title = part.encoder
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -90,15 +94,21 @@ class JoinGraph(NamedGraph):
         super().__init__()
         self._plan = plan
         masks = (part.mask for part in plan.parts if part.mask is not None)
-        self.input_names = (*(name for part in plan.parts for name in part.output_names), *masks)
+        self.inputs = _values((*(name for part in plan.parts for name in part.output_names), *masks))
         defaults = plan.encoding.defaults
-        self.output_names = tuple(item.name for item in plan.geometry.conditions if item.name not in defaults)
+        made = (item.name for item in plan.geometry.conditions if item.name not in defaults)
+        self.outputs = tuple(map(condition_tensor, made))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Join them."""
         conditions = self._plan.encoding.join(self.named(tensors), self._plan.geometry)
         # A copy: of an input that is an output too the exporter would make one value.
         return tuple(conditions[name].clone() for name in self.output_names)
+
+
+def _values(names: Iterable[str]) -> tuple[TensorName, ...]:
+    """What only passes from one part to the next."""
+    return tuple(TensorName(name=name, role=Role.VALUE) for name in names)
 
 
 def export_text_encoder(
@@ -152,7 +162,8 @@ def export_text_encoder(
     models["conditions"] = onnx_from_graph(join, joined, dynamic_batch=dynamic)
     _pack(models["conditions"], {}, folder)
     path = folder / ONNX_FOLDER / f"{TEXT_ENCODER}.onnx"
-    graph = saved_graph(merged_model(models, TEXT_ENCODER), path)
+    tokens = (tensor for part in plan.parts for tensor in token_inputs(part.ids, part.mask))
+    graph = saved_graph(merged_model(models, TEXT_ENCODER), path, (*tokens, *join.outputs))
     samples = None
     if check:
         progress(f"comparing {TEXT_ENCODER} with PyTorch")

@@ -20,17 +20,10 @@ from tc_deploy.bundle import MANIFEST
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
-from tc_deploy.manifest import (
-    COMPUTED,
-    FORECAST_WEIGHTS,
-    TOKEN_INDEX,
-    Manifest,
-    history_of,
-    read_manifest,
-)
+from tc_deploy.manifest import INDEX_ROLES, Manifest, Role, TensorName, read_manifest
 from tc_deploy.plan import Plan
 from tc_deploy.runtime.layout import Layout
-from tc_deploy.runtime.program import EVERY_FULL_STEP, Call, row_of
+from tc_deploy.runtime.program import EVERY_FULL_STEP, Call
 from tc_deploy.schedule import FULL
 from tc_deploy.signing import check_signature
 from tc_deploy.tables import index_row
@@ -48,23 +41,23 @@ class Bundle:
     plan: Plan
     token_index: Mapping[int, IntArray]
     """Per phase, the plan's."""
-    step_tables: Mapping[str, NDArray[Any]]
-    """By input name, (T, ...): what every step of a kind takes, whatever its phase."""
+    step_tables: Mapping[Role, NDArray[Any]]
+    """By role of the input, (T, ...): what every step of a kind takes, whatever its phase."""
     first_scale: np.float32
     """What the first step's input is scaled by."""
 
-    def row(self, table: str, step: int) -> NDArray[Any]:
-        """One step's row of a table, without the batch axis."""
-        if history_of(table)[0] not in (TOKEN_INDEX, COMPUTED):
-            return np.asarray(self.step_tables[table][step])
+    def row(self, tensor: TensorName, step: int) -> NDArray[Any]:
+        """One step's row of the table that an input is read from, without the batch axis."""
+        if tensor.role not in INDEX_ROLES:
+            return np.asarray(self.step_tables[tensor.role][step])
         schedule = self.plan.run_schedule()
         variant = FULL if step == EVERY_FULL_STEP else schedule.variants[step]
         index = None if variant == FULL else self.token_index.get(variant)
         row = None if index is None else np.asarray(index[index_row(schedule, step)], np.int32)
-        if table == TOKEN_INDEX:
+        if tensor.group is None:
             assert row is not None, "check_plan sees to it that a phase that prunes has an index table"
             return row
-        return planned_group_inputs(self.plan, variant, row)[table]
+        return planned_group_inputs(self.plan, variant, row)[tensor.name]
 
 
 def read_bundle(path: Path, backend: str | None, require_signature: Path | None = None) -> Bundle:
@@ -94,11 +87,11 @@ def read_bundle(path: Path, backend: str | None, require_signature: Path | None 
         plan=plan,
         token_index=documents.step_tables.token_index,
         step_tables={
-            "timestep": solver["timesteps"],
-            "coefficients": solver["coefficients"],
+            Role.TIMESTEP: solver["timesteps"],
+            Role.COEFFICIENTS: solver["coefficients"],
             # The solver prepares the next step's input; after the last step nobody reads it.
-            "input_scale": np.append(solver["input_scale"][1:], np.float32(1)),
-            FORECAST_WEIGHTS: documents.step_tables.forecast_weights,
+            Role.INPUT_SCALE: np.append(solver["input_scale"][1:], np.float32(1)),
+            Role.FORECAST_WEIGHTS: documents.step_tables.forecast_weights,
         },
         first_scale=solver["input_scale"][0],
     )
@@ -126,12 +119,12 @@ class Binder:
     ) -> None:
         self._manifest, self._graphs = bundle.manifest, graphs
         made = device.buffers([planned.spec() for planned in layout.buffers])
-        self.buffers = {planned.name: buffer for planned, buffer in zip(layout.buffers, made, strict=True)}
+        self.buffers = {planned.key: buffer for planned, buffer in zip(layout.buffers, made, strict=True)}
         for planned in layout.buffers:
-            row = row_of(planned.name)
-            if row is not None:
-                values = np.broadcast_to(bundle.row(*row), planned.shape).astype(planned.tensor.numpy_dtype)
-                self.buffers[planned.name].write(values)
+            if planned.key.step is not None:
+                row = bundle.row(planned.tensor, planned.key.step)
+                values = np.broadcast_to(row, planned.shape).astype(planned.tensor.numpy_dtype)
+                self.buffers[planned.key].write(values)
 
     def bind(self, call: Call) -> BoundGraph:
         """Fix a call's buffers.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tc_deploy.manifest import TOKEN_INDEX, TensorRecord, history_of, variant_name
+from tc_deploy.manifest import Role, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Bundle
 from tc_deploy.schedule import FULL, full_schedule
 
@@ -79,8 +79,7 @@ def is_shared(tensor: TensorRecord) -> bool:
 
     A sample's own is a row of it, one row for all its blocks or one for each block of a group.
     """
-    name, group = tensor.name, history_of(tensor.name)
-    return group[0] == TOKEN_INDEX and len(tensor.shape) == (1 if name == TOKEN_INDEX else 2)
+    return tensor.role is Role.TOKEN_INDEX and len(tensor.shape) == (1 if tensor.group is None else 2)
 
 
 def courses_of(bundle: Bundle) -> dict[str, Course]:
@@ -95,7 +94,7 @@ def _course(bundle: Bundle, name: str, variants: Sequence[int]) -> Course:
     rows: dict[int, list[bytes]] = {}
     kinds: list[StepKind | None] = []
     for step, variant in enumerate(variants):
-        shared = [each.name for each in bundle.manifest.graphs[variant_name(variant)].inputs if is_shared(each)]
+        shared = [each for each in bundle.manifest.graphs[variant_name(variant)].inputs if is_shared(each)]
         if variant != FULL and cache.skips_model(variant):
             kinds.append(None)
         elif variant == FULL or not shared:

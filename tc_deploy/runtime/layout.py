@@ -7,7 +7,6 @@ holds beside its buffers (weights, scratch memory) is its own and not in here. N
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,48 +17,19 @@ from tc_deploy.backends.arena import arena_offsets
 from tc_deploy.backends.base import BufferSpec
 from tc_deploy.conditions import whole_number
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import (
-    CACHE_PREFIX,
-    IMAGES,
-    SAMPLE,
-    TEXT_ENCODER,
-    GraphRecord,
-    Manifest,
-    TensorRecord,
-)
+from tc_deploy.manifest import DECODER, TEXT_ENCODER, GraphRecord, Manifest, TensorRecord
 from tc_deploy.plan import Plan
-from tc_deploy.runtime.program import (
-    Call,
-    ProgramStep,
-    decoder_call,
-    program_of,
-    row_of,
-    tensor_of,
-    text_call,
-)
+from tc_deploy.runtime.buffers import BufferKey, Kind
+from tc_deploy.runtime.program import Call, ProgramStep, decoder_call, program_of, text_call
 from tc_deploy.schedule import full_schedule
-
-
-class Kind(enum.StrEnum):
-    """What a buffer is for."""
-
-    CACHE = "caches"
-    LATENTS = "latents"
-    """And what is made of them: the model's input, the history of the solver."""
-    TABLE = "tables"
-    """A step's row, written at load and never again."""
-    CONDITION = "conditions"
-    OUTPUT = "outputs"
-    """The model's and the decoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedBuffer:
     """A buffer and its place."""
 
-    name: str
+    key: BufferKey
     """As the programs call it."""
-    kind: Kind
     tensor: TensorRecord
     """One of the tensors that are bound to it; all are alike."""
     shape: tuple[int, ...]
@@ -72,7 +42,7 @@ class PlannedBuffer:
         Raises:
             BackendError: as for :attr:`TensorRecord.numpy_dtype`.
         """
-        exchanged = self.kind not in (Kind.CACHE, Kind.TABLE)
+        exchanged = self.key.kind not in (Kind.CACHE, Kind.TABLE)
         return BufferSpec(dtype=self.tensor.numpy_dtype, shape=self.shape, exchanged=exchanged)
 
 
@@ -95,19 +65,17 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
     Returns:
         Each buffer once, in the order of first mention.
     """
-    found: dict[str, tuple[TensorRecord, tuple[int, ...]]] = {}
+    found: dict[BufferKey, tuple[TensorRecord, tuple[int, ...]]] = {}
     for call in calls:
         record = graphs[call.graph]
-        for names, tensors in ((call.inputs, record.inputs), (call.outputs, record.outputs)):
+        for keys, tensors in ((call.inputs, record.inputs), (call.outputs, record.outputs)):
             for tensor in tensors:
-                found.setdefault(names[tensor.name], (tensor, tensor.shape_at(axes)))
+                found.setdefault(keys[tensor.name], (tensor, tensor.shape_at(axes)))
     sizes_bytes = [_itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
     offsets, size_bytes = arena_offsets(sizes_bytes)
     buffers = tuple(
-        PlannedBuffer(
-            name=name, kind=_kind(name), tensor=tensor, shape=shape, offset_bytes=offset, size_bytes=buffer_bytes
-        )
-        for (name, (tensor, shape)), offset, buffer_bytes in zip(found.items(), offsets, sizes_bytes, strict=True)
+        PlannedBuffer(key=key, tensor=tensor, shape=shape, offset_bytes=offset, size_bytes=buffer_bytes)
+        for (key, (tensor, shape)), offset, buffer_bytes in zip(found.items(), offsets, sizes_bytes, strict=True)
     )
     return Layout(buffers=buffers, size_bytes=size_bytes)
 
@@ -124,7 +92,7 @@ def pipeline_layout(manifest: Manifest, programs: Sequence[Sequence[ProgramStep]
     """The buffers of a pipeline, whose two programs share them."""
     calls = [call for steps in programs for step in steps for call in (step.model, step.solver)]
     if manifest.decoder is not None:
-        calls.append(decoder_call(programs[0]))
+        calls.append(decoder_call(manifest.graphs[DECODER], programs[0]))
     if manifest.text is not None:
         calls.append(text_call(manifest.graphs[TEXT_ENCODER]))
     return layout_of(manifest.graphs, calls, manifest.batch_axes(batch_size))
@@ -150,17 +118,6 @@ def checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
             " export again with another --static-batch, or without it"
         )
     return manifest.batch_size
-
-
-def _kind(name: str) -> Kind:
-    if row_of(name) is not None:
-        return Kind.TABLE
-    tensor = tensor_of(name)
-    if tensor.startswith(CACHE_PREFIX):
-        return Kind.CACHE
-    if tensor in (SAMPLE, IMAGES):
-        return Kind.OUTPUT
-    return Kind.LATENTS if tensor in ("latents", "guided_output", "hidden_states") else Kind.CONDITION
 
 
 def _itemsize(tensor: TensorRecord) -> int:

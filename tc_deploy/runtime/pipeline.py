@@ -25,14 +25,15 @@ from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import reading
 from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import Cancelled, UsageError
-from tc_deploy.manifest import BUNDLE_FOLDER, IMAGES, SOLVER, variant_name
+from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, SOLVER, Role, variant_name
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import Binder, read_bundle
 from tc_deploy.runtime.bound import BoundProgram, BoundStep, Watch, bound_program
+from tc_deploy.runtime.buffers import BufferKey, condition_buffer, role_buffer
 from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.runtime.pixels import images_from_pixels
-from tc_deploy.runtime.program import decoder_call, slot
+from tc_deploy.runtime.program import decoder_call
 from tc_deploy.runtime.request import Request, checked_request, checked_seed, noise_of
 from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
@@ -131,7 +132,7 @@ class Pipeline:
         self._decoder: BoundGraph | None = None
         if self.manifest.decoder is not None:
             # The last step leaves its latents in the same place whichever steps are full.
-            self._decoder = device.capture([binder.bind(decoder_call(planned))])
+            self._decoder = device.capture([binder.bind(decoder_call(self.manifest.graphs[DECODER], planned))])
         self._encoder: PromptEncoder | None = None
         if self.manifest.text is not None:
             self._encoder = PromptEncoder(bundle, self.manifest.text, binder, self.batch_size)
@@ -340,7 +341,7 @@ class Pipeline:
         """Pictures of the latents that the last step left; the caller holds the pipeline, which is open."""
         assert self._decoder is not None, "an open pipeline of a bundle with a decoder has it"
         self._decoder.run()
-        pixels = _first_samples(self._buffers[IMAGES], count)
+        pixels = _first_samples(self._buffers[role_buffer(Role.IMAGES)], count)
         if self._check_finite and not is_finite(pixels):
             raise pixels_error(self.path)
         return images_from_pixels(pixels)
@@ -421,8 +422,8 @@ class Pipeline:
             yield Step(index=index, total=len(steps), full=step.variant == FULL, read_latents=read)
 
     def _write(self, request: Request, part: slice) -> None:
-        for name, array in self._arrays(request, part).items():
-            self._buffers[name].write(array)
+        for key, array in self._arrays(request, part).items():
+            self._buffers[key].write(array)
 
     def placeholders(self, count: int) -> dict[str, Any]:
         """Arguments for ``count`` pictures whose looks do not matter, for runs that are timed."""
@@ -443,8 +444,8 @@ class Pipeline:
         """
         return noise_of(self.manifest.latent_shape, checked_seed(seed), count)
 
-    def _arrays(self, request: Request, part: slice) -> dict[str, NDArray[Any]]:
-        """What a batch of a request writes, by buffer name; a batch that is not full repeats its last sample."""
+    def _arrays(self, request: Request, part: slice) -> dict[BufferKey, NDArray[Any]]:
+        """What a batch of a request writes, by buffer; a batch that is not full repeats its last sample."""
         rows = np.arange(request.count)[part]
         noise = self.noise(request.seed + int(rows[0]), len(rows)) if request.latents is None else request.latents[part]
         fill = np.minimum(np.arange(self.batch_size), len(rows) - 1)
@@ -452,18 +453,19 @@ class Pipeline:
         start = noise[fill] * np.float32(self.manifest.solver.init_noise_sigma)
         scaled = start * self._first_scale
         halves = 2 if self.manifest.guided else 1
-        arrays: dict[str, NDArray[Any]] = {
-            slot("latents", 0): start,
-            "hidden_states": np.concatenate([scaled] * halves),
+        arrays: dict[BufferKey, NDArray[Any]] = {
+            role_buffer(Role.LATENTS, 0): start,
+            role_buffer(Role.HIDDEN_STATES): np.concatenate([scaled] * halves),
         }
         for name, given in conditions.given.items():
-            arrays[name] = np.concatenate([given, conditions.unconditional[name]]) if self.manifest.guided else given
+            both = np.concatenate([given, conditions.unconditional[name]]) if self.manifest.guided else given
+            arrays[condition_buffer(name)] = both
         if self.manifest.guided:
-            arrays["guidance_scale"] = np.full(self.batch_size, request.guidance_scale, np.float32)
+            arrays[role_buffer(Role.GUIDANCE_SCALE)] = np.full(self.batch_size, request.guidance_scale, np.float32)
         # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.
-        for name in self._buffers:
-            if name.startswith("guided_output@"):
-                arrays[name] = np.zeros_like(start)
+        for key in self._buffers:
+            if key.role is Role.GUIDED_OUTPUT:
+                arrays[key] = np.zeros_like(start)
         return arrays
 
 

@@ -3,9 +3,6 @@
 The schedule is known before a run, and so is every buffer that a step reads and writes: caches and latents rotate
 through slots by binding, never by copy. In: a manifest and a schedule. Out: a list of calls, the same for every
 request. Never: touches a buffer or an engine.
-
-Buffers are named ``<tensor>@<slot>`` where slots rotate, ``<table>#<step>`` for a row of a table, and by the
-tensor's name otherwise.
 """
 
 from __future__ import annotations
@@ -14,37 +11,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tc_deploy.manifest import (
-    CACHE_PREFIX,
-    COMPUTED,
     DECODER,
-    FORECAST_WEIGHTS,
-    IMAGES,
-    LATENTS,
-    SAMPLE,
+    INDEX_ROLES,
     SOLVER,
+    TABLE_ROLES,
     TEXT_ENCODER,
-    TOKEN_INDEX,
     GraphRecord,
+    Role,
     TensorRecord,
-    cached_name,
-    history_of,
     variant_name,
 )
+from tc_deploy.runtime.buffers import BufferKey, own_buffer, role_buffer, table_row
 from tc_deploy.schedule import FULL, Schedule
 
-STEP_TABLES = ("timestep", TOKEN_INDEX, COMPUTED, FORECAST_WEIGHTS, "coefficients", "input_scale")
-"""Inputs that a step takes from a table: one constant buffer per step."""
 EVERY_FULL_STEP = -1
 """In the place of a step: what every full step takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One graph on its buffers: tensor name to buffer name."""
+    """One graph on its buffers, by tensor name."""
 
     graph: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
+    inputs: Mapping[str, BufferKey]
+    outputs: Mapping[str, BufferKey]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +44,8 @@ class ProgramStep:
     variant: int
     model: Call
     solver: Call
-    latents: str
-    """Buffer that holds the latents after the step."""
-
-
-def slot(name: str, number: int | str) -> str:
-    """Name of one slot of a rotating buffer, or of the buffer that one variant has of a tensor."""
-    return f"{name}@{number}"
-
-
-def table_row(table: str, step: int) -> str:
-    """Name of the constant buffer with a table's row for a step."""
-    return f"{table}#{step}"
-
-
-def row_of(buffer: str) -> tuple[str, int] | None:
-    """The table and the step that :func:`table_row` made a buffer's name of; None for any other buffer."""
-    table, mark, step = buffer.partition("#")
-    return (table, int(step)) if mark else None
-
-
-def tensor_of(buffer: str) -> str:
-    """The tensor that :func:`slot` made a buffer's name of; where slots do not rotate, the name itself."""
-    return buffer.partition("@")[0]
-
-
-def is_given(tensor: str) -> bool:
-    """Whether an input of the model's graph comes from the request: no table has it, and no earlier step made it."""
-    return history_of(tensor)[0] not in STEP_TABLES and not tensor.startswith(CACHE_PREFIX)
+    latents: BufferKey
+    """The buffer that holds the latents after the step."""
 
 
 def program_of(
@@ -108,28 +72,12 @@ def program_of(
     for step, variant in enumerate(schedule.variants):
         graph = graphs[variant_name(variant)]
         full_steps += variant == FULL
-        inputs = {}
-        for tensor in graph.inputs:
-            if is_given(tensor.name):
-                inputs[tensor.name] = tensor.name
-            elif not tensor.name.startswith(CACHE_PREFIX):
-                # What tokens a full step computes is the same at each of them, and in the run in which all are full.
-                grouped = variant == FULL and history_of(tensor.name)[0] in (TOKEN_INDEX, COMPUTED)
-                inputs[tensor.name] = table_row(tensor.name, EVERY_FULL_STEP if grouped else step)
-            elif variant == FULL:
-                inputs[tensor.name] = _zeros(tensor)
-            else:
-                inputs[tensor.name] = _cache_slot(tensor.name, full_steps, forecast_order)
-        outputs = {}
-        for tensor in graph.outputs:
-            if tensor.name == SAMPLE:
-                outputs[tensor.name] = SAMPLE
-            elif variant == FULL:
-                outputs[tensor.name] = _cache_slot(cached_name(tensor.name), full_steps, forecast_order)
-            else:
-                outputs[tensor.name] = slot(tensor.name, variant_name(variant))
+        inputs = {
+            tensor.name: _model_input(tensor, step, variant, full_steps, forecast_order) for tensor in graph.inputs
+        }
+        outputs = {tensor.name: _model_output(tensor, variant, full_steps, forecast_order) for tensor in graph.outputs}
         model = Call(graph=variant_name(variant), inputs=inputs, outputs=outputs)
-        latents = _rotating("latents", step + 1, solver_history + 2)
+        latents = role_buffer(Role.LATENTS, (step + 1) % (solver_history + 2))
         steps.append(
             ProgramStep(
                 variant=variant, model=model, solver=_solver_call(graphs[SOLVER], step, solver_history), latents=latents
@@ -138,56 +86,81 @@ def program_of(
     return tuple(steps)
 
 
-def decoder_call(steps: Sequence[ProgramStep]) -> Call:
+def decoder_call(graph: GraphRecord, steps: Sequence[ProgramStep]) -> Call:
     """The decoder's call after the last step, on the latents where that left them."""
-    return Call(graph=DECODER, inputs={LATENTS: steps[-1].latents}, outputs={IMAGES: IMAGES})
+    inputs = {tensor.name: steps[-1].latents for tensor in graph.inputs}
+    return Call(graph=DECODER, inputs=inputs, outputs={tensor.name: own_buffer(tensor) for tensor in graph.outputs})
 
 
 def text_call(graph: GraphRecord) -> Call:
     """The text encoder's call, on buffers of its own: a request's prompts are not one to a row of the model's batch."""
 
-    def names(tensors: Iterable[TensorRecord]) -> dict[str, str]:
-        return {tensor.name: f"{TEXT_ENCODER}.{tensor.name}" for tensor in tensors}
+    def keys(tensors: Iterable[TensorRecord]) -> dict[str, BufferKey]:
+        return {tensor.name: BufferKey(role=tensor.role, tensor=tensor.name, place=TEXT_ENCODER) for tensor in tensors}
 
-    return Call(graph=TEXT_ENCODER, inputs=names(graph.inputs), outputs=names(graph.outputs))
+    return Call(graph=TEXT_ENCODER, inputs=keys(graph.inputs), outputs=keys(graph.outputs))
+
+
+def _model_input(tensor: TensorRecord, step: int, variant: int, full_steps: int, forecast_order: int) -> BufferKey:
+    if tensor.role in TABLE_ROLES:
+        # What tokens a full step computes is the same at each of them, and in the run in which all are full.
+        grouped = variant == FULL and tensor.role in INDEX_ROLES
+        return table_row(tensor, EVERY_FULL_STEP if grouped else step)
+    if tensor.role is not Role.CACHE:
+        return own_buffer(tensor)
+    return _zeros(tensor) if variant == FULL else _cache_slot(tensor, full_steps, forecast_order)
+
+
+def _model_output(tensor: TensorRecord, variant: int, full_steps: int, forecast_order: int) -> BufferKey:
+    if tensor.role is Role.SAMPLE:
+        return own_buffer(tensor)
+    if variant == FULL:
+        return _cache_slot(tensor, full_steps, forecast_order)
+    return BufferKey(role=tensor.role, tensor=tensor.name, place=variant_name(variant))
 
 
 def _solver_call(graph: GraphRecord, step: int, history: int) -> Call:
-    inputs = {}
-    for tensor in graph.inputs:
-        name, age = history_of(tensor.name)
-        if name in STEP_TABLES:
-            inputs[tensor.name] = table_row(name, step)
-        elif name == "latents":
-            # Before step 0 there is nothing; the coefficient is 0 and any finite buffer will do.
-            inputs[tensor.name] = _rotating(name, max(step - age, 0), history + 2)
-        elif name == "guided_output":
-            inputs[tensor.name] = _rotating(name, step - age, history + 1)
-        else:
-            inputs[tensor.name] = SAMPLE if name == "model_output" else name
-    outputs = {
-        "next_latents": _rotating("latents", step + 1, history + 2),
-        "hidden_states": "hidden_states",
-        "guided_output": _rotating("guided_output", step, history + 1),
-    }
-    return Call(graph=SOLVER, inputs=inputs, outputs={tensor.name: outputs[tensor.name] for tensor in graph.outputs})
+    def read(tensor: TensorRecord) -> BufferKey:
+        match tensor.role:
+            case role if role in TABLE_ROLES:
+                return table_row(tensor, step)
+            case Role.LATENTS:
+                # Before step 0 there is nothing; the coefficient is 0 and any finite buffer will do.
+                return role_buffer(Role.LATENTS, max(step - tensor.age, 0) % (history + 2))
+            case Role.GUIDED_OUTPUT:
+                return role_buffer(Role.GUIDED_OUTPUT, (step - tensor.age) % (history + 1))
+            case _:
+                return own_buffer(tensor)
+
+    def written(tensor: TensorRecord) -> BufferKey:
+        match tensor.role:
+            case Role.LATENTS:
+                return role_buffer(Role.LATENTS, (step + 1) % (history + 2))
+            case Role.GUIDED_OUTPUT:
+                return role_buffer(Role.GUIDED_OUTPUT, step % (history + 1))
+            case _:
+                return own_buffer(tensor)
+
+    return Call(
+        graph=SOLVER,
+        inputs={tensor.name: read(tensor) for tensor in graph.inputs},
+        outputs={tensor.name: written(tensor) for tensor in graph.outputs},
+    )
 
 
-def _cache_slot(tensor: str, full_steps: int, forecast_order: int) -> str:
+def _cache_slot(tensor: TensorRecord, full_steps: int, forecast_order: int) -> BufferKey:
     """Slot of a cached tensor, given how many full steps have begun.
 
     Where fewer full steps have run than the age asks for, the forecast's weight is 0, and the latest is bound: it is
     finite and of this request, whatever an earlier request left behind.
     """
-    name, age = history_of(tensor)
-    age = age if age < full_steps else 0
-    return _rotating(name, full_steps - 1 - age, forecast_order + 1)
+    assert tensor.cache is not None, "a cached tensor says of what"
+    age = tensor.age if tensor.age < full_steps else 0
+    place = (full_steps - 1 - age) % (forecast_order + 1)
+    return BufferKey(role=Role.CACHE, tensor=tensor.cache, place=place)
 
 
-def _zeros(tensor: TensorRecord) -> str:
+def _zeros(tensor: TensorRecord) -> BufferKey:
     """The buffer that nobody writes, for all cached tensors of a kind."""
-    return slot(f"{CACHE_PREFIX}zeros", "x".join((tensor.dtype, *map(str, tensor.shape))))
-
-
-def _rotating(name: str, position: int, slots: int) -> str:
-    return slot(name, position % slots)
+    place = "x".join((tensor.dtype, *map(str, tensor.shape)))
+    return BufferKey(role=Role.CACHE, tensor="cache.zeros", place=place)

@@ -19,24 +19,18 @@ import numpy as np
 from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Device, Graph
 from tc_deploy.manifest import (
     BATCH,
-    CACHE_PREFIX,
-    HIDDEN_STATES,
-    LATENTS,
+    GIVEN_ROLES,
     MODEL_BATCH,
-    SAMPLE,
     SOLVER,
+    Role,
     TensorRecord,
-    cached_name,
-    history_of,
     variant_name,
 )
 from tc_deploy.runtime.binding import Bundle
 from tc_deploy.runtime.course import is_shared
-from tc_deploy.runtime.program import is_given, slot
 from tc_deploy.schedule import FULL
 
-GUIDED_OUTPUT, MODEL_OUTPUT = "guided_output", "model_output"
-_IN_HALVES = (MODEL_OUTPUT, HIDDEN_STATES)
+_IN_HALVES = (Role.SAMPLE, Role.HIDDEN_STATES)
 """Of the solver's tensors, those that have a row for each half of guidance."""
 
 
@@ -68,7 +62,7 @@ class SlotBuffers:
         for name, tensor, rows in self._wanted():
             axes = {MODEL_BATCH: 1, BATCH: 1}
             shape = tensor.shape_at(axes) if rows is None else (rows * count, *tensor.shape_at(axes)[1:])
-            exchanged = CACHE_PREFIX not in name
+            exchanged = tensor.role is not Role.CACHE
             specs.setdefault(name, BufferSpec(dtype=tensor.numpy_dtype, shape=shape, exchanged=exchanged))
             if rows is not None:
                 self._rows_of[name] = rows
@@ -99,22 +93,22 @@ class SlotBuffers:
         """Every buffer by name, a tensor like it, and its rows for a slot; None where it has no batch axis."""
         record = self.records[SOLVER]
         for tensor in (*record.inputs, *record.outputs):
-            name, age = history_of(tensor.name)
-            yield f"{SOLVER}.{tensor.name}", tensor, self.halves if name in _IN_HALVES else 1
-            if name in (LATENTS, GUIDED_OUTPUT) and tensor in record.inputs:
-                yield slot(f"slot.{name}", age if name == LATENTS else age - 1), tensor, 1
+            yield call_name(SOLVER, tensor.name), tensor, self.halves if tensor.role in _IN_HALVES else 1
+            if tensor.role in (Role.LATENTS, Role.GUIDED_OUTPUT) and tensor in record.inputs:
+                place = tensor.age if tensor.role is Role.LATENTS else tensor.age - 1
+                yield slot_name(tensor.role, place), tensor, 1
         for graph in self._models:
             record = self.records[graph]
             for tensor in record.inputs:
                 if not _is_window(graph, tensor):
                     yield _of_call(graph, tensor), tensor, None if is_shared(tensor) else self.halves
-                if is_given(tensor.name):
-                    yield f"slot.{tensor.name}", tensor, self.halves
+                if tensor.role in GIVEN_ROLES:
+                    yield slot_name(tensor.name), tensor, self.halves
             for tensor in record.outputs:
                 yield _of_call(graph, tensor), tensor, self.halves
-                if graph == variant_name(FULL) and tensor.name != SAMPLE:
+                if graph == variant_name(FULL) and tensor.cache is not None:
                     for position in range(self.ages):
-                        yield slot(f"slot.{cached_name(tensor.name)}", position), tensor, self.halves
+                        yield slot_name(tensor.cache, position), tensor, self.halves
 
     def _model(self, variant: int, first: int, size: int) -> BoundGraph:
         """A variant on the slots from ``first`` on."""
@@ -123,8 +117,7 @@ class SlotBuffers:
 
         def place(tensor: TensorRecord) -> Buffer:
             if _is_window(graph, tensor):
-                name, position = history_of(tensor.name)
-                return self.rows(slot(f"slot.{name}", position), first * halves, (first + size) * halves)
+                return self.rows(slot_name(str(tensor.cache), tensor.age), first * halves, (first + size) * halves)
             name = _of_call(graph, tensor)
             return self.whole(name) if is_shared(tensor) else self.rows(name, 0, size * halves)
 
@@ -138,7 +131,7 @@ class SlotBuffers:
         record = self.records[SOLVER]
 
         def of_call(tensor: TensorRecord) -> Buffer:
-            name = f"{SOLVER}.{tensor.name}"
+            name = call_name(SOLVER, tensor.name)
             return self.rows(name, 0, size * self._rows_of[name])
 
         inputs, outputs = (
@@ -147,14 +140,24 @@ class SlotBuffers:
         return self._device.capture([self._graphs[SOLVER].bind(inputs, outputs)])
 
 
-def table_name(graph: str, table: str) -> str:
-    """The buffer of a call that a graph's input has which comes from a table."""
-    return f"{graph}.{table}"
+def slot_name(what: str, position: int | None = None) -> str:
+    """The buffer of all slots that holds something; of what is kept of several steps, the one for a place."""
+    return f"slot.{what}" + ("" if position is None else f"@{position}")
+
+
+def call_name(graph: str, tensor: str) -> str:
+    """The buffer of a call that a tensor of one graph has."""
+    return f"{graph}.{tensor}"
+
+
+def model_name(tensor: str) -> str:
+    """The buffer of a call that a tensor of all the model's graphs has."""
+    return call_name("model", tensor)
 
 
 def _is_window(graph: str, tensor: TensorRecord) -> bool:
     """Whether an input of a model's graph is bound to where the slots' caches lie."""
-    return tensor.name.startswith(CACHE_PREFIX) and graph != variant_name(FULL)
+    return tensor.role is Role.CACHE and graph != variant_name(FULL)
 
 
 def _of_call(graph: str, tensor: TensorRecord) -> str:
@@ -162,6 +165,5 @@ def _of_call(graph: str, tensor: TensorRecord) -> str:
 
     Where one graph holds all variants, the full one is given caches to read too: zeros, which nobody writes.
     """
-    if tensor.name == SAMPLE or is_given(tensor.name):
-        return f"model.{tensor.name}"
-    return f"{graph}.{tensor.name}"
+    shared = tensor.role in (Role.SAMPLE, *GIVEN_ROLES)
+    return model_name(tensor.name) if shared else call_name(graph, tensor.name)

@@ -21,23 +21,22 @@ from numpy.typing import NDArray
 from tc_deploy.backends.base import Device, Graph
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import (
-    CACHE_PREFIX,
-    COMPUTED,
-    FORECAST_WEIGHTS,
-    HIDDEN_STATES,
-    LATENTS,
-    SAMPLE,
+    GIVEN_ROLES,
+    INDEX_ROLES,
+    MODEL_OUTPUT,
+    NEXT_LATENTS,
     SOLVER,
-    TOKEN_INDEX,
-    cached_name,
-    history_name,
-    history_of,
+    TABLE_ROLES,
+    Role,
+    TensorName,
+    guided_output_tensor,
+    latents_tensor,
     variant_name,
 )
 from tc_deploy.runtime.binding import Bundle
 from tc_deploy.runtime.course import Course, Place, Tick, courses_of, is_shared
-from tc_deploy.runtime.program import EVERY_FULL_STEP, is_given, slot
-from tc_deploy.runtime.slot_buffers import GUIDED_OUTPUT, MODEL_OUTPUT, SlotBuffers, table_name
+from tc_deploy.runtime.program import EVERY_FULL_STEP
+from tc_deploy.runtime.slot_buffers import SlotBuffers, call_name, model_name, slot_name
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
@@ -94,7 +93,7 @@ class Slots:
         self._samples: dict[int, Sample] = {}
         self._table_row = cache(self._row_of_table)
         made = self._buffers.records[variant_name(FULL)].outputs
-        self._cached = [tensor.name for tensor in made if tensor.name != SAMPLE]
+        self._cached = {tensor.name: tensor.cache for tensor in made if tensor.cache is not None}
 
     def start(self, number: int, sample: Sample) -> None:
         """Put a sample into a slot; whatever was there is gone.
@@ -107,14 +106,14 @@ class Slots:
         start = sample.noise[None] * np.float32(self._solver_record.init_noise_sigma)
         for age in range(self._history + 1):
             # Before step 0 there is nothing; the coefficient is 0, but 0 times what a failed sample left may be NaN.
-            buffers.of_slot(slot(f"slot.{LATENTS}", age), number).write(start)
+            buffers.of_slot(slot_name(Role.LATENTS, age), number).write(start)
         for age in range(self._history):
-            buffers.of_slot(slot(f"slot.{GUIDED_OUTPUT}", age), number).write(np.zeros_like(start))
+            buffers.of_slot(slot_name(Role.GUIDED_OUTPUT, age), number).write(np.zeros_like(start))
         scaled = start * self._bundle.first_scale
-        buffers.of_slot(f"slot.{HIDDEN_STATES}", number).write(np.concatenate([scaled] * halves))
+        buffers.of_slot(slot_name(Role.HIDDEN_STATES), number).write(np.concatenate([scaled] * halves))
         for name, value in sample.given.items():
             both = [value, sample.unconditional[name]] if halves == 2 else [value]
-            buffers.of_slot(f"slot.{name}", number).write(np.stack(both))
+            buffers.of_slot(slot_name(name), number).write(np.stack(both))
 
     def run(self, tick: Tick) -> None:
         """Take a step with some slots, and the steps after it that skip the model.
@@ -179,19 +178,19 @@ class Slots:
         told = [by_slot.get(tick.first + row, places[0]) for row in range(tick.size)]
         for tensor in buffers.records[graph].inputs:
             name = tensor.name
-            if name.startswith(CACHE_PREFIX):
+            if tensor.role is Role.CACHE:
                 continue
-            if is_given(name):
+            if tensor.role in GIVEN_ROLES:
                 for place in places:
                     row = (place.slot - tick.first) * halves
-                    given = buffers.of_slot(f"slot.{name}", place.slot)
-                    buffers.rows(f"model.{name}", row, row + halves).copy(given)
+                    given = buffers.of_slot(slot_name(name), place.slot)
+                    buffers.rows(model_name(name), row, row + halves).copy(given)
                 continue
-            table = table_name(graph, name)
+            table = call_name(graph, name)
             if is_shared(tensor):
-                buffers.whole(table).write(self._row(table, name, places[0]))
+                buffers.whole(table).write(self._row(table, tensor, places[0]))
             else:
-                rows = np.stack([self._row(table, name, place) for place in told])
+                rows = np.stack([self._row(table, tensor, place) for place in told])
                 buffers.rows(table, 0, tick.size * halves).write(np.repeat(rows, halves, axis=0))
         buffers.model(variant, tick.first if variant != FULL else 0, tick.size).run()
         if variant == FULL:
@@ -208,10 +207,10 @@ class Slots:
             earlier = variants[: place.step].count(FULL)
             # After the first one all places hold it: those that no weight asks for must be finite, and of this sample.
             positions = [earlier % buffers.ages] if earlier else range(buffers.ages)
-            for output in self._cached:
-                made = buffers.rows(f"{graph}.{output}", row, row + halves)
+            for output, cached in self._cached.items():
+                made = buffers.rows(call_name(graph, output), row, row + halves)
                 for position in positions:
-                    buffers.of_slot(slot(f"slot.{cached_name(output)}", position), place.slot).copy(made)
+                    buffers.of_slot(slot_name(cached, position), place.slot).copy(made)
 
     def _run_solver(self, tick: Tick, places: Sequence[Place]) -> None:
         """The sampler's update of some slots, gathered into the smallest call that holds them."""
@@ -219,48 +218,51 @@ class Slots:
         size = next(size for size in self.sizes if size >= len(places))
 
         def call(name: str, row: int) -> Any:
-            return buffers.rows(f"{SOLVER}.{name}", row, row + 1)
+            return buffers.rows(call_name(SOLVER, name), row, row + 1)
 
         for row, place in enumerate(places):
             # The model has a sample's halves side by side, the solver all conditional rows before the others.
             for half in range(halves):
                 made = (place.slot - tick.first) * halves + half
-                call(MODEL_OUTPUT, half * size + row).copy(buffers.rows(f"model.{SAMPLE}", made, made + 1))
+                call(MODEL_OUTPUT.name, half * size + row).copy(buffers.rows(model_name(Role.SAMPLE), made, made + 1))
             for age in range(self._history + 1):
-                call(history_name(LATENTS, age), row).copy(self._latents(place.slot, place.step - age))
+                call(latents_tensor(age).name, row).copy(self._latents(place.slot, place.step - age))
             for age in range(1, self._history + 1):
-                call(history_name(GUIDED_OUTPUT, age), row).copy(self._guided_output(place.slot, place.step - age))
+                call(guided_output_tensor(age).name, row).copy(self._guided_output(place.slot, place.step - age))
         told = [*places, *[places[-1]] * (size - len(places))]
-        for table in ("coefficients", "input_scale"):
-            name = table_name(SOLVER, table)
-            buffers.rows(name, 0, size).write(np.stack([self._row(name, table, place) for place in told]))
+        for tensor in buffers.records[SOLVER].inputs:
+            if tensor.role in TABLE_ROLES:
+                name = call_name(SOLVER, tensor.name)
+                buffers.rows(name, 0, size).write(np.stack([self._row(name, tensor, place) for place in told]))
         if halves == 2:
             scales = np.array([self._samples[place.slot].guidance_scale for place in told], np.float32)
-            buffers.rows(f"{SOLVER}.guidance_scale", 0, size).write(scales)
+            buffers.rows(call_name(SOLVER, Role.GUIDANCE_SCALE), 0, size).write(scales)
         buffers.solver(size).run()
         for row, place in enumerate(places):
-            self._latents(place.slot, place.step + 1).copy(call("next_latents", row))
+            self._latents(place.slot, place.step + 1).copy(call(NEXT_LATENTS.name, row))
             if self._history:
-                self._guided_output(place.slot, place.step).copy(call(GUIDED_OUTPUT, row))
+                self._guided_output(place.slot, place.step).copy(call(Role.GUIDED_OUTPUT, row))
             for half in range(halves):
                 to = place.slot * halves + half
-                buffers.rows(f"slot.{HIDDEN_STATES}", to, to + 1).copy(call(HIDDEN_STATES, half * size + row))
+                buffers.rows(slot_name(Role.HIDDEN_STATES), to, to + 1).copy(
+                    call(Role.HIDDEN_STATES, half * size + row)
+                )
 
     def _latents(self, number: int, step: int) -> Any:
-        return self._buffers.of_slot(slot(f"slot.{LATENTS}", step % (self._history + 1)), number)
+        return self._buffers.of_slot(slot_name(Role.LATENTS, step % (self._history + 1)), number)
 
     def _guided_output(self, number: int, step: int) -> Any:
-        return self._buffers.of_slot(slot(f"slot.{GUIDED_OUTPUT}", step % self._history), number)
+        return self._buffers.of_slot(slot_name(Role.GUIDED_OUTPUT, step % self._history), number)
 
-    def _row(self, buffer: str, table: str, place: Place) -> NDArray[Any]:
-        return self._table_row(buffer, table, self._samples[place.slot].course.name, place.step)
+    def _row(self, buffer: str, tensor: TensorName, place: Place) -> NDArray[Any]:
+        return self._table_row(buffer, tensor, self._samples[place.slot].course.name, place.step)
 
-    def _row_of_table(self, buffer: str, table: str, course: str, step: int) -> NDArray[Any]:
-        """What a step of a course takes of a table, in the type of the buffer that it goes to."""
+    def _row_of_table(self, buffer: str, tensor: TensorName, course: str, step: int) -> NDArray[Any]:
+        """What a step of a course takes of an input's table, in the type of the buffer that it goes to."""
         variants, ages = self.courses[course].variants, self._buffers.ages
-        grouped = variants[step] == FULL and history_of(table)[0] in (TOKEN_INDEX, COMPUTED)
-        row = self._bundle.row(table, EVERY_FULL_STEP if grouped else step)
-        if table == FORECAST_WEIGHTS and variants[step] != FULL:
+        grouped = variants[step] == FULL and tensor.role in INDEX_ROLES
+        row = self._bundle.row(tensor, EVERY_FULL_STEP if grouped else step)
+        if tensor.role is Role.FORECAST_WEIGHTS and variants[step] != FULL:
             # The cache of the f-th full step lies in place f mod (r + 1).
             latest = variants[:step].count(FULL) - 1
             row = row[[(latest - position) % ages for position in range(ages)]]

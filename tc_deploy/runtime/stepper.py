@@ -17,10 +17,11 @@ from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.process import check_process
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import FP32_GRAPHS, MODEL_BATCH, SAMPLE, SOLVER, TensorRecord, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, GIVEN_ROLES, MODEL_BATCH, SOLVER, Role, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Binder, Bundle
+from tc_deploy.runtime.buffers import own_buffer, role_buffer
 from tc_deploy.runtime.layout import layout_of
-from tc_deploy.runtime.program import is_given, program_of
+from tc_deploy.runtime.program import program_of
 from tc_deploy.schedule import FULL, full_schedule
 from tc_deploy.types import FloatArray
 
@@ -57,7 +58,7 @@ class Engines:
     def inputs(self) -> tuple[TensorRecord, ...]:
         """What the caller gives at every step; the batch is the first axis of each."""
         graph = self.bundle.manifest.graphs[variant_name(FULL)]
-        return tuple(tensor for tensor in graph.inputs if is_given(tensor.name))
+        return tuple(tensor for tensor in graph.inputs if tensor.role in GIVEN_ROLES)
 
     @property
     def static_batch(self) -> int | None:
@@ -87,22 +88,23 @@ class Engines:
         program = program_of(manifest.graphs, schedule, plan.cache.forecast_order, manifest.solver.history)
         layout = layout_of(manifest.graphs, [step.model for step in program], {MODEL_BATCH: model_batch})
         binder = Binder(self.bundle, self._device, self._graphs, layout)
-        names = [tensor.name for tensor in self.inputs]
+        keys = {tensor.name: own_buffer(tensor) for tensor in self.inputs}
         calls = [
             _BoundCall(
                 graph=self._device.capture([binder.bind(step.model)]),
-                reads=tuple(name for name in names if name in step.model.inputs),
+                reads=tuple(name for name in keys if name in step.model.inputs),
             )
             for step in program
         ]
-        return Stepper(calls, {name: binder.buffers[name] for name in (*names, SAMPLE)})
+        given = {name: binder.buffers[key] for name, key in keys.items()}
+        return Stepper(calls, given, binder.buffers[role_buffer(Role.SAMPLE)])
 
 
 class Stepper:
     """One trajectory: its position and its caches. Made by :meth:`Engines.stepper`."""
 
-    def __init__(self, calls: list[_BoundCall], buffers: Mapping[str, Buffer]) -> None:
-        self._calls, self._buffers = calls, buffers
+    def __init__(self, calls: list[_BoundCall], given: Mapping[str, Buffer], output: Buffer) -> None:
+        self._calls, self._given, self._output = calls, given, output
         self.position = 0
         """The step that comes next; T after the last."""
 
@@ -128,7 +130,7 @@ class Stepper:
         check_process()
         call = self._calls[self.position]
         for name in call.reads:
-            self._buffers[name].write(inputs[name])
+            self._given[name].write(inputs[name])
         call.graph.run()
         self.position += 1
-        return np.asarray(self._buffers[SAMPLE].read())
+        return np.asarray(self._output.read())

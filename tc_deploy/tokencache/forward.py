@@ -158,11 +158,11 @@ def run_open(
     index: dict[int, Tensor] = {}
     computed: dict[int, Tensor] = {}
     for group in groups:
-        rows = given[group.index_name].long()
+        rows = given[group.index.name].long()
         rows = rows if rows.ndim == 3 else rows[None]
         index |= {block: rows[:, place] for place, block in enumerate(group.blocks)}
         if group.may_keep_none:
-            computed |= dict.fromkeys(group.blocks, given[group.computed_name] > 0)
+            computed |= dict.fromkeys(group.blocks, given[group.computed.name] > 0)
     points = OpenPass(cache, model.geometry.tokens, index, computed, history, weights)
     with cache_points(model, cache.reuse, points):
         output = model.forward(inputs)

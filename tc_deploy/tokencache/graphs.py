@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from tc_deploy.groups import TokenGroup, running_variants, token_groups
 from tc_deploy.manifest import (
-    FORECAST_WEIGHTS,
     MODEL_BATCH,
-    SAMPLE,
     STEPS,
-    TOKEN_INDEX,
-    history_name,
-    history_of,
-    rows_name,
+    Role,
+    TensorName,
+    cache_rows_tensor,
+    cache_tensor,
+    model_inputs,
+    names_of,
+    only_tensor,
     variant_name,
 )
 from tc_deploy.models.family import DiffusionTransformer
@@ -40,32 +41,41 @@ class NamedGraph(nn.Module):
     What the graph is made of stands in its attribute ``module``, after whose parameters its weights are named.
     """
 
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
+    inputs: tuple[TensorName, ...]
+    outputs: tuple[TensorName, ...]
     title: str
     """What messages call it."""
     batch_axis = MODEL_BATCH
     """Name of the batch axis where it is left open."""
     folded_elements = FOLDED_ELEMENTS
 
-    def is_shared(self, name: str) -> bool:  # noqa: ARG002 - a variant has such an input
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return names_of(self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the outputs, in order."""
+        return names_of(self.outputs)
+
+    def is_shared(self, tensor: TensorName) -> bool:  # noqa: ARG002 - a variant has such an input
         """Whether an input has no batch axis."""
         return False
 
-    def open_axes(self, name: str) -> dict[int, str]:
+    def open_axes(self, tensor: TensorName) -> dict[int, str]:
         """The axes of an input that can be left open, and their names."""
-        return {} if self.is_shared(name) else {0: self.batch_axis}
+        return {} if self.is_shared(tensor) else {0: self.batch_axis}
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The inputs by name; the exporter is told that they have one batch.
 
         Without being told it gives every input a batch of its own, which views that mix two cannot have.
         """
-        given = dict(zip(self.input_names, tensors, strict=True))
-        for name, tensor in given.items():
-            if not self.is_shared(name):
+        for named, tensor in zip(self.inputs, tensors, strict=True):
+            if not self.is_shared(named):
                 torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
-        return given
+        return dict(zip(self.input_names, tensors, strict=True))
 
 
 class ModelGraph(NamedGraph):
@@ -78,14 +88,14 @@ class ModelGraph(NamedGraph):
     groups: tuple[TokenGroup, ...] = ()
     """Blocks whose number of tokens is open."""
 
-    def is_shared(self, name: str) -> bool:
+    def is_shared(self, tensor: TensorName) -> bool:
         """Whether an input has no batch axis: the token index of a family whose samples share it."""
-        return history_of(name)[0] == TOKEN_INDEX and self.model.family.shares_index
+        return tensor.role is Role.TOKEN_INDEX and self.model.family.shares_index
 
     def history(self, given: Mapping[str, Tensor], names: Sequence[str]) -> list[dict[str, Tensor]]:
         """Of the inputs, the caches of the last full steps, latest first."""
         ages = range(self.cache.forecast_order + 1)
-        return [{name: given[history_name(name, age)] for name in names} for age in ages]
+        return [{name: given[cache_tensor(name, age).name] for name in names} for age in ages]
 
 
 class StepGraph(ModelGraph):
@@ -106,19 +116,18 @@ class StepGraph(ModelGraph):
         depth = cache.forecast_order + 1
         if variant == FULL:
             self.cache_names = cached_tensors(model, cache, phases)
-            self.input_names = model.input_names
-            self.output_names = (SAMPLE, *self.cache_names)
+            self.inputs = model_inputs(model.input_names)
+            self.outputs = (only_tensor(Role.SAMPLE), *map(cache_tensor, self.cache_names))
             return
         self.cache_names = cached_tensors(model, cache, (variant,))
-        self.history_names = tuple(history_name(name, age) for age in range(depth) for name in self.cache_names)
         self.pruned = pruned_blocks(cache.keep_counts[variant - 1], model.geometry.tokens)
-        self.input_names = (
-            *(() if cache.skips_model(variant) else model.input_names),
-            *((FORECAST_WEIGHTS,) if depth > 1 and self.cache_names else ()),
-            *((TOKEN_INDEX,) if self.pruned else ()),
-            *self.history_names,
+        self.inputs = (
+            *(() if cache.skips_model(variant) else model_inputs(model.input_names)),
+            *((only_tensor(Role.FORECAST_WEIGHTS),) if depth > 1 and self.cache_names else ()),
+            *((only_tensor(Role.TOKEN_INDEX),) if self.pruned else ()),
+            *(cache_tensor(name, age) for age in range(depth) for name in self.cache_names),
         )
-        self.output_names = (SAMPLE,)
+        self.outputs = (only_tensor(Role.SAMPLE),)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
@@ -128,8 +137,8 @@ class StepGraph(ModelGraph):
             sample, noted = run_full(self.model, self.cache, inputs)
             return (sample, *(noted[name] for name in self.cache_names))
         history = self.history(given, self.cache_names)
-        weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
-        sample = run_cached(self.model, self.cache, self.variant, inputs, history, weights, given.get(TOKEN_INDEX))
+        weights = given.get(Role.FORECAST_WEIGHTS, torch.ones(1, 1))
+        sample = run_cached(self.model, self.cache, self.variant, inputs, history, weights, given.get(Role.TOKEN_INDEX))
         return (sample,)
 
 
@@ -149,31 +158,31 @@ class OpenStepGraph(ModelGraph):
         self.module = model.module
         self.model, self.cache = model, cache
         self.groups = token_groups(cache, phases, model.geometry.tokens)
-        self._axes = {group.index_name: group.axis for group in self.groups}
+        self._axes = {group.index: group.axis for group in self.groups}
         self.cache_names = cached_tensors(model, cache, phases)
         depth = cache.forecast_order + 1
         # The model's own output is read by cached steps without the model alone.
         self._read = [name for name in self.cache_names if name != OUTPUT]
-        given = [name for group in self.groups for name in group.input_names]
-        self.input_names = (
-            *model.input_names,
-            *((FORECAST_WEIGHTS,) if depth > 1 and self._read else ()),
-            *given,
-            *(history_name(name, age) for age in range(depth) for name in self._read),
+        self.inputs = (
+            *model_inputs(model.input_names),
+            *((only_tensor(Role.FORECAST_WEIGHTS),) if depth > 1 and self._read else ()),
+            *(tensor for group in self.groups for tensor in group.inputs),
+            *(cache_tensor(name, age) for age in range(depth) for name in self._read),
         )
-        self.output_names = (SAMPLE, *(rows_name(name) if name in self._read else name for name in self.cache_names))
+        left = (cache_rows_tensor(name) if name in self._read else cache_tensor(name) for name in self.cache_names)
+        self.outputs = (only_tensor(Role.SAMPLE), *left)
 
-    def open_axes(self, name: str) -> dict[int, str]:
+    def open_axes(self, tensor: TensorName) -> dict[int, str]:
         """The batch, and of a group's index (batch, blocks, tokens) or (blocks, tokens) the tokens."""
-        tokens = {1 if self.is_shared(name) else 2: self._axes[name]} if name in self._axes else {}
-        return super().open_axes(name) | tokens
+        tokens = {1 if self.is_shared(tensor) else 2: self._axes[tensor]} if tensor in self._axes else {}
+        return super().open_axes(tensor) | tokens
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run a step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""
         given = self.named(tensors)
         inputs = {name: given[name] for name in self.model.input_names}
         history = self.history(given, self._read)
-        weights = given.get(FORECAST_WEIGHTS, torch.ones(1, 1))
+        weights = given.get(Role.FORECAST_WEIGHTS, torch.ones(1, 1))
         sample, noted = run_open(self.model, self.cache, self.groups, inputs, history, weights, given)
         return (sample, *(noted[name] for name in self.cache_names))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from tc_deploy.manifest import MODULE_END, ONNX_FOLDER, WEIGHTS, GraphRecord, TensorRecord
+from tc_deploy.manifest import MODULE_END, ONNX_FOLDER, WEIGHTS, GraphRecord, Role, TensorRecord
 
 _BLOCK = re.compile(r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.\d+(?=\.|$)")
 """The first numbered module of a path: ``transformer_blocks.3`` of ``transformer_blocks.3.attn1.to_q``."""
@@ -113,7 +113,7 @@ class MarkableGraph:
         for name in shapes.keys() - self._outputs:
             dtype = self.values[name].dtype
             assert dtype is not None, "values holds floats"
-            extra.append(TensorRecord(name=name, dtype=str(dtype.numpy()), shape=shapes[name]))
+            extra.append(TensorRecord(name=name, role=Role.VALUE, dtype=str(dtype.numpy()), shape=shapes[name]))
         return self.record.model_copy(update={"file": path.name, "outputs": (*self.record.outputs, *extra)})
 
 

@@ -16,9 +16,7 @@ import numpy as np
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.golden import Feed, Trajectory
-from tc_deploy.manifest import history_of
 from tc_deploy.runtime.pipeline import Pipeline
-from tc_deploy.runtime.program import STEP_TABLES
 from tc_deploy.types import FloatArray
 
 Engines: TypeAlias = tuple[Device, Mapping[str, Graph]]
@@ -34,7 +32,7 @@ class CallNote:
     """Fingerprints by tensor name."""
     outputs: Mapping[str, str]
     arrays: Feed
-    """The inputs that come from a table or condition the model; all of them where the step was asked for."""
+    """The inputs that were asked for; all of them where the step was asked for."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +41,7 @@ class Recorder:
 
     Args:
         whole_steps: steps whose inputs are kept as arrays; of the others' a fingerprint has to do, caches are large.
-        small: further inputs that are kept as arrays.
+        small: inputs that are kept as arrays at every step.
     """
 
     whole_steps: Container[int] = ()
@@ -64,7 +62,7 @@ class Recorder:
         for tensor, buffer in inputs.items():
             array = buffer.read()
             read[tensor] = fingerprint(array)
-            if whole or tensor in self.small or history_of(tensor)[0] in STEP_TABLES:
+            if whole or tensor in self.small:
                 arrays[tensor] = array
         bound.run()
         made = {tensor: fingerprint(buffer.read()) for tensor, buffer in outputs.items()}

@@ -32,7 +32,9 @@ from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     FP32_GRAPHS,
     SOLVER,
+    TABLE_ROLES,
     Manifest,
+    Role,
     TargetManifest,
     read_target,
     variant_name,
@@ -150,9 +152,9 @@ class _Validation:
         trajectory = self.checkpoint.trajectory(self.saved) if self.against == TORCH else self.saved
         variants = tuple(self._variant(name) for name in _in_order(self.manifest))
         self.progress("sampling with the engines")
-        recorder = Recorder(small=tuple(trajectory.conditions))
+        recorder = Recorder(small=_small(self.manifest))
         (latents,) = self._run(recorder.wrapped(self.engines))
-        faults = wiring_faults(recorder.calls, self.saved, self.plan)
+        faults = wiring_faults(recorder.calls, self.manifest.graphs, self.saved, self.plan)
         drift = drift_of(self._runs(latents, trajectory), pixels=self.manifest.pixels)
         found = excesses(drift, self.backend, self.manifest.precision, self.precision)
         blamed = self._blame(variants, found)
@@ -359,6 +361,12 @@ def _precision_in(name: str, precision: str) -> str:
 def _in_order(manifest: Manifest) -> list[str]:
     """The graphs, those of the model first."""
     return sorted(manifest.graphs, key=lambda name: (name not in _VARIANTS, _VARIANTS.get(name, 0), name))
+
+
+def _small(manifest: Manifest) -> set[str]:
+    """The inputs that are kept as arrays at every step: rows of tables, and conditions."""
+    tensors = (tensor for graph in manifest.graphs.values() for tensor in graph.inputs)
+    return {tensor.name for tensor in tensors if tensor.role in (*TABLE_ROLES, Role.CONDITION)}
 
 
 def _why_missing(backend: str) -> str | None:

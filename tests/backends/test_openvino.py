@@ -23,7 +23,7 @@ from tc_deploy.backends.host import HostBuffer
 from tc_deploy.backends.openvino import OpenVino, OpenVinoDevice, precisions_of
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import BackendError, BundleError, UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, ONNX_FOLDER, SOLVER, TOKEN_INDEX, WEIGHTS, GraphRecord, read_manifest
+from tc_deploy.manifest import BATCH, MODEL_BATCH, ONNX_FOLDER, SOLVER, WEIGHTS, GraphRecord, Role, read_manifest
 from tc_deploy.types import FloatArray
 
 FP32 = {"threads": 1, "precision": "f32"}
@@ -76,7 +76,7 @@ def input_arrays(record: GraphRecord, batch: int, *, guided: bool) -> dict[str, 
     arrays: dict[str, NDArray[np.generic]] = {}
     for tensor in record.inputs:
         shape = tuple(sizes.get(str(size), size) for size in tensor.shape)
-        if tensor.name == TOKEN_INDEX:
+        if tensor.name == Role.TOKEN_INDEX:
             values = np.broadcast_to(np.arange(shape[1]), shape)
         elif tensor.dtype == "float32":
             values = generator.standard_normal(shape)

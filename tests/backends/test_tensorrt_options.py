@@ -12,20 +12,35 @@ from tc_deploy.backends.tensorrt_options import (
     engine_options,
 )
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, GraphRecord, Manifest, SolverRecord, TensorRecord
+from tc_deploy.manifest import (
+    BATCH,
+    MODEL_BATCH,
+    GraphRecord,
+    Manifest,
+    Role,
+    SolverRecord,
+    TensorName,
+    TensorRecord,
+    only_tensor,
+)
 from tc_deploy.types import Precision
 
 
 def manifest(*, guided: bool = True, batch_size: int | None = None, precision: Precision = Precision.FP32) -> Manifest:
     """As much of a manifest as options are checked against."""
     inputs = {
-        "full": {"hidden_states": (MODEL_BATCH, 4, 8, 8), "timestep": (MODEL_BATCH,)},
-        "solver": {"x.1": (BATCH, 4)},
+        "full": {
+            only_tensor(Role.HIDDEN_STATES): (MODEL_BATCH, 4, 8, 8),
+            only_tensor(Role.TIMESTEP): (MODEL_BATCH,),
+        },
+        "solver": {TensorName(name="x.1", role=Role.VALUE): (BATCH, 4)},
     }
     graphs = {
         name: GraphRecord(
             file="",
-            inputs=tuple(TensorRecord(name=tensor, dtype="float32", shape=shape) for tensor, shape in tensors.items()),
+            inputs=tuple(
+                TensorRecord(**dict(tensor), dtype="float32", shape=shape) for tensor, shape in tensors.items()
+            ),
             outputs=(),
             max_abs_error=None,
         )

@@ -30,6 +30,7 @@ from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.errors import BackendError, Cancelled, NotFiniteError
 from tc_deploy.manifest import SOLVER, read_manifest
 from tc_deploy.runtime.binding import read_bundle
+from tc_deploy.runtime.buffers import Kind
 from tc_deploy.runtime.layout import pipeline_layout, pipeline_programs
 from tc_deploy.runtime.stepper import Engines
 from tc_deploy.types import FloatArray
@@ -366,7 +367,7 @@ def test_a_pipeline_s_memory_is_the_layout_in_one_piece(
         assert len(runtime.scratch) == 1
         buffers = {name: buffer.address for name, buffer in pipeline._buffers.items()}
         first = min(buffers.values())
-        assert buffers == {planned.name: first + planned.offset_bytes for planned in layout.buffers}
+        assert buffers == {planned.key: first + planned.offset_bytes for planned in layout.buffers}
         pipeline.warmup()
         pipeline(**REQUEST, on_step=lambda number, step: None)
         assert gpu.allocations == 2
@@ -473,9 +474,9 @@ def test_rows_of_a_buffer_are_its_own_memory(exchanged: bool, gpu: StandInCudaRu
 
 def test_only_what_the_host_exchanges_is_pinned(built: Made, gpu: StandInCudaRuntime, runtime: StandInRuntime) -> None:
     with tc_deploy.load(built.bundle, NAME) as pipeline:
-        pinned = {name for name, buffer in pipeline._buffers.items() if buffer._pinned is not None}
-    assert {"class_labels", "guidance_scale", "hidden_states", "latents@0", "latents@1"} <= pinned
-    assert not any(name.startswith("cache.") or "#" in name for name in pinned)
+        pinned = {key for key, buffer in pipeline._buffers.items() if buffer._pinned is not None}
+    assert {"class_labels", "guidance_scale", "hidden_states", "latents@0", "latents@1"} <= set(map(str, pinned))
+    assert not any(key.kind in (Kind.CACHE, Kind.TABLE) for key in pinned)
 
 
 def test_a_gpu_without_that_much_memory_says_so() -> None:

@@ -148,7 +148,7 @@ def test_a_file_of_another_s_among_several_is_found_out_before_the_work(pixel: M
 
 def test_a_plan_and_its_engines_are_told_as_json(tiny_dit_folder: Path, tmp_path: Path) -> None:
     """What a program reads is what ``inspect`` says of the folder."""
-    words = ("--steps", 4, "--k1", 2, "--k2", 2, "--samples", 2, "--json")
+    words = ("--steps", 4, "--cache-interval-early", 2, "--cache-interval-late", 2, "--samples", 2, "--json")
     made = [
         run_cli("-q", "calibrate", tiny_dit_folder, "-o", tmp_path / "plan", *words),
         run_cli("-q", "export", tmp_path / "plan", "-o", tmp_path / "bundle", "--json"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from tc_deploy.errors import ExportError
 from tc_deploy.export.graphs import onnx_from_graph
 from tc_deploy.groups import group_inputs
-from tc_deploy.manifest import FORECAST_WEIGHTS, MODEL_BATCH, TOKEN_INDEX, history_of
+from tc_deploy.manifest import MODEL_BATCH, Role
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions, Values
 from tc_deploy.models.loading import load_model
@@ -54,9 +54,9 @@ def draw(graph: StepGraph, batch: int) -> dict[str, Tensor]:
     for name in graph.input_names:
         if name in inputs:
             drawn[name] = inputs[name]
-        elif name == FORECAST_WEIGHTS:
+        elif name == Role.FORECAST_WEIGHTS:
             drawn[name] = torch.randn((batch, cache.forecast_order + 1), generator=generator)
-        elif name == TOKEN_INDEX:
+        elif name == Role.TOKEN_INDEX:
             drawn[name] = draw_index(model, cache.keep_counts[0], batch, generator)
         else:
             of = noted[name if name in noted else name.rpartition(".")[0]]
@@ -122,7 +122,7 @@ def test_a_graph_computes_what_pytorch_does_at_any_batch(name: str, variant: int
     session = exported(graph, tmp_path / "graph.onnx", dynamic_batch=True)
     for batch in (1, 2, 3):
         assert_same_as_pytorch(graph, session, batch)
-    index = {tensor.name: tensor.shape for tensor in session.get_inputs()}.get(TOKEN_INDEX)
+    index = {tensor.name: tensor.shape for tensor in session.get_inputs()}.get(Role.TOKEN_INDEX)
     if variant != FULL:
         assert index == ([5] if model.family.shares_index else [MODEL_BATCH, 5])
 
@@ -153,14 +153,15 @@ def draw_variant(graph: OpenStepGraph, variant: int, batch: int) -> dict[str, Te
     drawn = zoo.inputs_of(model, batch, seed=batch)
     with torch.no_grad():
         _, noted = run_full(model, cache, drawn)
-    for name in graph.input_names:
+    for tensor in graph.inputs:
+        name = tensor.name
         if name in given:
             values = torch.from_numpy(given[name].copy())
-            drawn[name] = values if graph.is_shared(name) else values.expand(batch, *values.shape).contiguous()
-        elif name == FORECAST_WEIGHTS:
+            drawn[name] = values if graph.is_shared(tensor) else values.expand(batch, *values.shape).contiguous()
+        elif name == Role.FORECAST_WEIGHTS:
             drawn[name] = torch.randn((batch, cache.forecast_order + 1), generator=generator)
-        elif name not in drawn:
-            drawn[name] = torch.randn(noted[history_of(name)[0]].shape, generator=generator)
+        elif tensor.cache is not None:
+            drawn[name] = torch.randn(noted[tensor.cache].shape, generator=generator)
     return drawn
 
 

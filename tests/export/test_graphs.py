@@ -33,16 +33,7 @@ from tc_deploy.export.graphs import _quiet
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.golden import POLYGRAPHY, SCRIPT, GoldenGraph, Trajectory
-from tc_deploy.manifest import (
-    FORECAST_WEIGHTS,
-    ONNX_FOLDER,
-    SAMPLE,
-    SOLVER,
-    TOKEN_INDEX,
-    WEIGHTS,
-    read_manifest,
-    variant_name,
-)
+from tc_deploy.manifest import ONNX_FOLDER, SOLVER, WEIGHTS, Role, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
@@ -53,7 +44,7 @@ from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.graphs import StepGraph
 
 MODEL_INPUTS = ["hidden_states", "timestep", "class_labels"]
-CACHED_INPUTS = [*MODEL_INPUTS, FORECAST_WEIGHTS, TOKEN_INDEX]
+CACHED_INPUTS = [*MODEL_INPUTS, Role.FORECAST_WEIGHTS, Role.TOKEN_INDEX]
 FULL_ONLY = {**MULTISTEP, "schedule": {"phase_start": 8, "cache_interval_early": 1, "cache_interval_late": 1}}
 LARGEST_OVERHEAD = 1.2
 """Weights file to fp32 weights: tensors start at pages, and a weight that is used as it is and transposed lies there
@@ -85,12 +76,12 @@ def random_inputs(made: Made, model: DiffusionTransformer, variant: int, rows: i
     drawn = {}
     for name, tensor in example.items():
         noise = torch.randn(tensor.shape, generator=generator)
-        drawn[name] = noise if name.startswith(("cache.", FORECAST_WEIGHTS)) else tensor
-    if TOKEN_INDEX in example:
+        drawn[name] = noise if name.startswith(("cache.", Role.FORECAST_WEIGHTS)) else tensor
+    if Role.TOKEN_INDEX in example:
         keep_counts = plan.keep_counts(variant)
         blocks = [keep_counts[block] for block in pruned_blocks(keep_counts, plan.model.tokens)]
         order = [torch.randperm(plan.model.tokens, generator=generator)[:keep] for _ in range(rows) for keep in blocks]
-        drawn[TOKEN_INDEX] = torch.cat(order).reshape(rows, -1).int()
+        drawn[Role.TOKEN_INDEX] = torch.cat(order).reshape(rows, -1).int()
     return drawn
 
 
@@ -166,9 +157,9 @@ def test_the_order_of_the_tokens_does_not_matter_to_a_graph(mixed: Made) -> None
     names = step_graph(model, plan, 2).input_names
     run = session(graph_path(mixed, "cached-2")).run
     counts = [keep for keep in plan.keep_counts(2) if 0 < keep < plan.model.tokens]
-    parts = torch.split(inputs[TOKEN_INDEX], counts, dim=1)
-    turned = inputs | {TOKEN_INDEX: torch.cat([part.flip(1) for part in parts], dim=1)}
-    one, other = (run([SAMPLE], {name: given[name].numpy() for name in names})[0] for given in (inputs, turned))
+    parts = torch.split(inputs[Role.TOKEN_INDEX], counts, dim=1)
+    turned = inputs | {Role.TOKEN_INDEX: torch.cat([part.flip(1) for part in parts], dim=1)}
+    one, other = (run([Role.SAMPLE], {name: given[name].numpy() for name in names})[0] for given in (inputs, turned))
     assert np.abs(one - other).max() <= tolerance("onnxruntime", "fp32", "max_abs") * np.abs(one).max()
 
 
@@ -193,13 +184,13 @@ def of_block(block: int, parts: tuple[str, ...]) -> tuple[str, ...]:
         (
             "full",
             MODEL_INPUTS,
-            [SAMPLE, *caches(*of_block(0, ALL_FOUR), *of_block(1, BOTH), *of_block(2, ALL_FOUR))],
+            [Role.SAMPLE, *caches(*of_block(0, ALL_FOUR), *of_block(1, BOTH), *of_block(2, ALL_FOUR))],
         ),
-        ("cached-1", [*CACHED_INPUTS, *caches(*of_block(0, BOTH), *of_block(2, ALL_FOUR), ages=2)], [SAMPLE]),
+        ("cached-1", [*CACHED_INPUTS, *caches(*of_block(0, BOTH), *of_block(2, ALL_FOUR), ages=2)], [Role.SAMPLE]),
         (
             "cached-2",
             [*CACHED_INPUTS, *caches(*of_block(0, ALL_FOUR), *of_block(1, BOTH), *of_block(2, ALL_FOUR), ages=2)],
-            [SAMPLE],
+            [Role.SAMPLE],
         ),
         (
             "solver",
@@ -226,7 +217,7 @@ def test_inputs_and_outputs_are_named_and_in_order(
 
 def test_residual_reuse_caches_one_tensor_a_block(pixel: MadeByCommands) -> None:
     graphs = read_manifest(pixel.bundle).graphs
-    assert [tensor.name for tensor in graphs["full"].outputs] == [SAMPLE, *caches("0.block", "1.block")]
+    assert [tensor.name for tensor in graphs["full"].outputs] == [Role.SAMPLE, *caches("0.block", "1.block")]
     cached = [*CACHED_INPUTS, *caches("0.block", "1.block", ages=3)]
     assert [tensor.name for tensor in graphs["cached-1"].inputs] == cached
     assert "cached-2" not in graphs
@@ -236,7 +227,7 @@ def test_reuse_needs_no_forecast_weights_and_a_multistep_solver_looks_back(multi
     graphs = read_manifest(multistep.bundle).graphs
     assert [tensor.name for tensor in graphs["cached-1"].inputs] == [
         *MODEL_INPUTS,
-        TOKEN_INDEX,
+        Role.TOKEN_INDEX,
         *caches(*of_block(0, ALL_FOUR)),
     ]
     assert {"latents.1", "guided_output.1"} <= {tensor.name for tensor in graphs[SOLVER].inputs}
@@ -245,7 +236,7 @@ def test_reuse_needs_no_forecast_weights_and_a_multistep_solver_looks_back(multi
 
 @pytest.mark.parametrize(("name", "tokens"), [("cached-1", 8), ("cached-2", 8 + 4)])
 def test_the_token_index_is_int32_with_a_fixed_count(mixed: Made, name: str, tokens: int) -> None:
-    index = {tensor.name: tensor for tensor in read_manifest(mixed.bundle).graphs[name].inputs}[TOKEN_INDEX]
+    index = {tensor.name: tensor for tensor in read_manifest(mixed.bundle).graphs[name].inputs}[Role.TOKEN_INDEX]
     assert (index.dtype, index.shape) == ("int32", ("model_batch", tokens))
 
 

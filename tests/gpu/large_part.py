@@ -22,7 +22,7 @@ from torch import Tensor
 from tc_deploy.backends.torch import TorchBoundGraph, TorchBuffer, TorchDevice, TorchGraph
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
-from tc_deploy.manifest import FORECAST_WEIGHTS, SAMPLE, TOKEN_INDEX, history_name
+from tc_deploy.manifest import Role, cache_tensor
 from tc_deploy.models.dit import FAMILY
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
@@ -137,7 +137,7 @@ class Steps:
             "hidden_states": torch.randn((rows, *model.geometry.latent_shape), generator=generator),
             "timestep": torch.full((rows,), 500.0),
             **model.random_conditions(rows, generator),
-            FORECAST_WEIGHTS: torch.tensor([[1.5, -0.5]]).repeat(rows, 1),
+            Role.FORECAST_WEIGHTS: torch.tensor([[1.5, -0.5]]).repeat(rows, 1),
         }
         self.tensors = {name: tensor.cuda() for name, tensor in tensors.items()}
         self._indices = {phase: token_index(model, cache, phase, rows, generator).cuda() for phase in PHASES}
@@ -146,14 +146,14 @@ class Steps:
         with torch.no_grad():
             made = full(*(self.tensors[name] for name in full.input_names))
         for name, value in zip(full.output_names, made, strict=True):
-            self.tensors |= {history_name(name, age): value.clone() for age in range(cache.forecast_order + 1)}
+            self.tensors |= {cache_tensor(name, age).name: value.clone() for age in range(cache.forecast_order + 1)}
         release()
 
     def bind(self, name: str) -> TorchBoundGraph:
         """One of :data:`NAMES`, bound; its output is ``tensors["sample"]``."""
         variant = NAMES.index(name)
         graph = self._graphs[variant]
-        given = self.tensors | ({TOKEN_INDEX: self._indices[variant]} if variant != FULL else {})
+        given = self.tensors | ({Role.TOKEN_INDEX: self._indices[variant]} if variant != FULL else {})
         names = graph.input_names, graph.output_names
         taken = TorchGraph(self._device, Path(name), graph.eval(), names, traced=True)
         return taken.bind(buffers(given, names[0]), buffers(given, names[1]))
@@ -249,7 +249,7 @@ def numbers(size: str) -> dict[str, Any]:
         steps = Steps(model, cache, 1)
         for name in NAMES:
             steps.bind(name).run()
-            samples[precision.value, name] = steps.tensors[SAMPLE].double().cpu()
+            samples[precision.value, name] = steps.tensors[Role.SAMPLE].double().cpu()
     return {
         "snr_to_fp32_db": {
             name: snr_db(samples[Precision.BF16.value, name], samples[Precision.FP32.value, name]) for name in NAMES
@@ -277,16 +277,16 @@ def memory(models: Models) -> dict[str, Any]:
     caches = sum(
         tensor.nbytes
         for name, tensor in steps.tensors.items()
-        if name not in ("hidden_states", "timestep", "class_labels", FORECAST_WEIGHTS)
+        if name not in ("hidden_states", "timestep", "class_labels", Role.FORECAST_WEIGHTS)
     )
     inputs = {name: steps.tensors[name] for name in model.input_names}
     plain = TorchGraph(
         device,
         Path("plain"),
         lambda *tensors: (model.forward(dict(zip(model.input_names, tensors, strict=True))),),
-        (model.input_names, (SAMPLE,)),
+        (model.input_names, (Role.SAMPLE,)),
         traced=False,
-    ).bind(buffers(inputs, model.input_names), buffers(steps.tensors, (SAMPLE,)))
+    ).bind(buffers(inputs, model.input_names), buffers(steps.tensors, (Role.SAMPLE,)))
     plain.run()
     release()
     with_plain = taken_bytes() - caches

@@ -17,7 +17,7 @@ import torch
 import zoo
 from bundles import Made, recipe_of, run_cli
 from prompted import CASES
-from tc_deploy.samples import sampled_on_in_words
+from tc_deploy.golden import sampled_on_in_words
 from tolerances import tolerance
 
 import tc_deploy

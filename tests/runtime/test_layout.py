@@ -15,10 +15,11 @@ from runtime.test_program import HISTORIES, ORDERS, graphs_of, schedules
 import tc_deploy
 from tc_deploy.backends.arena import ALIGNMENT_BYTES, arena_offsets
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BATCH, MODEL_BATCH, GraphRecord, read_manifest
+from tc_deploy.manifest import BATCH, MODEL_BATCH, GraphRecord, Role, only_tensor, read_manifest
 from tc_deploy.plan import load_plan
-from tc_deploy.runtime.layout import Kind, Layout, checked_batch_size, layout_of, pipeline_layout, pipeline_programs
-from tc_deploy.runtime.program import Call, program_of, row_of, slot, table_row
+from tc_deploy.runtime.buffers import BufferKey, Kind, role_buffer, table_row
+from tc_deploy.runtime.layout import Layout, checked_batch_size, layout_of, pipeline_layout, pipeline_programs
+from tc_deploy.runtime.program import Call, program_of
 from tc_deploy.schedule import Schedule, full_schedule
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
@@ -37,16 +38,15 @@ def assert_sound(layout: Layout) -> None:
 
 def dressed(draw: st.DataObject, graphs: Mapping[str, GraphRecord]) -> dict[str, GraphRecord]:
     """The same graphs with types and shapes; a tensor that several have, or that is handed on, is alike in all."""
-    alike = {"model_output": "sample", "next_latents": "latents"}
     sizes = st.one_of(st.sampled_from([BATCH, MODEL_BATCH]), st.integers(1, 300))
     chosen: dict[str, tuple[str, tuple[int | str, ...]]] = {}
 
     def tensors(graph: str, record: GraphRecord) -> GraphRecord:
         made = []
         for tensor in (*record.inputs, *record.outputs):
-            name = tensor.name.rpartition(".")[0] if tensor.name[-1].isdigit() else tensor.name
+            name = tensor.cache or (tensor.name if tensor.role is Role.CONDITION else tensor.role.value)
             # The rows of this one differ from phase to phase.
-            name = f"{name} of {graph}" if name == "token_index" else alike.get(name, name)
+            name = f"{name} of {graph}" if tensor.role is Role.TOKEN_INDEX else name
             if name not in chosen:
                 shape = draw.draw(st.lists(sizes, max_size=3), label=name)
                 chosen[name] = (draw.draw(st.sampled_from(DTYPES)), tuple(shape))
@@ -69,7 +69,7 @@ def test_every_buffer_of_both_programs_has_a_place_of_its_own(
     axes = {BATCH: batch, MODEL_BATCH: 2 * batch}
     layout = layout_of(graphs, calls, axes)
     assert_sound(layout)
-    found = {planned.name: planned for planned in layout.buffers}
+    found = {planned.key: planned for planned in layout.buffers}
     assert len(found) == len(layout.buffers)
     mentioned = {name for call in calls for name in (*call.inputs.values(), *call.outputs.values())}
     assert found.keys() == mentioned
@@ -98,34 +98,29 @@ def test_a_pipeline_asks_for_the_layout(bundle: str, request: pytest.FixtureRequ
         programs = pipeline_programs(pipeline.manifest, pipeline.plan)
         layout = pipeline_layout(pipeline.manifest, programs, pipeline.batch_size)
         assert_sound(layout)
-        found = {name: buffer.read() for name, buffer in pipeline._buffers.items()}
-    assert list(found) == [planned.name for planned in layout.buffers]
+        found = {key: buffer.read() for key, buffer in pipeline._buffers.items()}
+    assert list(found) == [planned.key for planned in layout.buffers]
     for planned in layout.buffers:
-        assert (found[planned.name].shape, found[planned.name].nbytes) == (planned.shape, planned.size_bytes)
+        assert (found[planned.key].shape, found[planned.key].nbytes) == (planned.shape, planned.size_bytes)
 
 
 def test_buffers_are_told_apart_by_what_they_are_for(mixed: Made) -> None:
     manifest = read_manifest(mixed.bundle)
     layout = pipeline_layout(manifest, pipeline_programs(manifest, load_plan(mixed.bundle)[0]), 2)
-    kinds = {planned.name: planned.kind for planned in layout.buffers}
-    assert {name for name, kind in kinds.items() if kind is Kind.CONDITION} == {"class_labels", "guidance_scale"}
-    assert {name for name, kind in kinds.items() if kind is Kind.OUTPUT} == {"sample"}
-    latents = {"hidden_states", slot("latents", 0), slot("latents", 1)}
-    assert {name for name, kind in kinds.items() if kind is Kind.LATENTS} == latents
-    caches = {name for name, kind in kinds.items() if kind is Kind.CACHE}
-    assert caches
-    assert all(name.startswith("cache.") for name in caches)
-    tables = {row_of(name) for name, kind in kinds.items() if kind is Kind.TABLE}
-    assert {("timestep", 0), ("token_index", 1), ("coefficients", 9), ("input_scale", 9)} <= tables
-    exchanged = {planned.kind for planned in layout.buffers if planned.spec().exchanged}
+    kinds = {planned.key: planned.key.kind for planned in layout.buffers}
+
+    def of(kind: Kind) -> set[BufferKey]:
+        return {key for key, found in kinds.items() if found is kind}
+
+    assert set(map(str, of(Kind.CONDITION))) == {"class_labels", "guidance_scale"}
+    assert of(Kind.OUTPUT) == {role_buffer(Role.SAMPLE)}
+    assert set(map(str, of(Kind.LATENTS))) == {"hidden_states", "latents@0", "latents@1"}
+    assert of(Kind.CACHE)
+    assert all(key.tensor.startswith("cache.") for key in of(Kind.CACHE))
+    rows = {(Role.TIMESTEP, 0), (Role.TOKEN_INDEX, 1), (Role.COEFFICIENTS, 9), (Role.INPUT_SCALE, 9)}
+    assert {table_row(only_tensor(role), step) for role, step in rows} <= of(Kind.TABLE)
+    exchanged = {planned.key.kind for planned in layout.buffers if planned.spec().exchanged}
     assert exchanged == {Kind.CONDITION, Kind.OUTPUT, Kind.LATENTS}
-
-
-@given(st.text(st.characters(exclude_characters="#@"), min_size=1), st.integers(0, 999))
-def test_a_table_s_row_is_known_by_its_name(table: str, step: int) -> None:
-    assert row_of(table_row(table, step)) == (table, step)
-    assert row_of(slot(table, step)) is None
-    assert row_of(table) is None
 
 
 def test_which_batch_sizes_a_bundle_takes(mixed: Made, pixel: MadeByCommands) -> None:

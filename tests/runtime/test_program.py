@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,23 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tc_deploy.manifest import (
-    FORECAST_WEIGHTS,
-    SAMPLE,
     SOLVER,
-    TOKEN_INDEX,
+    TABLE_ROLES,
     GraphRecord,
+    Role,
+    TensorName,
     TensorRecord,
-    history_name,
-    history_of,
+    cache_tensor,
+    model_inputs,
+    names_of,
+    only_tensor,
+    solver_inputs,
+    solver_outputs,
+    variant_name,
 )
-from tc_deploy.runtime.program import Call, ProgramStep, program_of, slot, table_row
+from tc_deploy.runtime.buffers import BufferKey, Kind, condition_buffer, role_buffer, table_row
+from tc_deploy.runtime.program import Call, ProgramStep, program_of
 from tc_deploy.schedule import FULL, Schedule, full_schedule, tprr
 
 READ_BY = {1: ("cache.0.mlp", "cache.1.key"), 2: ("cache.0.mlp", "cache.2.block")}
 """What the cached steps of each phase read; one tensor is shared."""
-MODEL_INPUTS = ("hidden_states", "timestep", "class_labels")
-STEP_TABLES = ("timestep", TOKEN_INDEX, FORECAST_WEIGHTS, "coefficients", "input_scale")
-WRITTEN_BY_A_REQUEST = ("class_labels", "guidance_scale", "hidden_states", slot("latents", 0))
+MODEL_INPUTS = model_inputs(("hidden_states", "timestep", "class_labels"))
+WRITTEN_BY_A_REQUEST = (
+    condition_buffer("class_labels"),
+    role_buffer(Role.GUIDANCE_SCALE),
+    role_buffer(Role.HIDDEN_STATES),
+    role_buffer(Role.LATENTS, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -38,32 +49,27 @@ class Content:
     request: int
 
 
-def record(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> GraphRecord:
-    def tensors(names: tuple[str, ...]) -> tuple[TensorRecord, ...]:
-        return tuple(TensorRecord(name=name, dtype="float32", shape=(1,)) for name in names)
+def record(inputs: tuple[TensorName, ...], outputs: tuple[TensorName, ...]) -> GraphRecord:
+    def tensors(names: tuple[TensorName, ...]) -> tuple[TensorRecord, ...]:
+        return tuple(TensorRecord(**dict(name), dtype="float32", shape=(1,)) for name in names)
 
     return GraphRecord(file="", inputs=tensors(inputs), outputs=tensors(outputs), max_abs_error=None)
 
 
 def graphs_of(order: int, history: int) -> dict[str, GraphRecord]:
     """Graphs as export makes them, without the graphs."""
-    ages = range(order + 1)
-    extra = (FORECAST_WEIGHTS,) if order else ()
+    sample, index = only_tensor(Role.SAMPLE), only_tensor(Role.TOKEN_INDEX)
+    extra = (only_tensor(Role.FORECAST_WEIGHTS),) if order else ()
     cached = {
-        f"cached-{phase}": record(
-            (*MODEL_INPUTS, *extra, TOKEN_INDEX, *(history_name(name, age) for age in ages for name in names)),
-            (SAMPLE,),
+        variant_name(phase): record(
+            (*MODEL_INPUTS, *extra, index, *(cache_tensor(name, age) for age in range(order + 1) for name in names)),
+            (sample,),
         )
         for phase, names in READ_BY.items()
     }
-    latents = tuple(history_name("latents", age) for age in range(history + 1))
-    earlier = tuple(history_name("guided_output", age) for age in range(1, history + 1))
-    solver = record(
-        ("model_output", *latents, *earlier, "coefficients", "input_scale", "guidance_scale"),
-        ("next_latents", "hidden_states", *(("guided_output",) if history else ())),
-    )
-    full = record(MODEL_INPUTS, (SAMPLE, *sorted({name for names in READ_BY.values() for name in names})))
-    return {"full": full, **cached, SOLVER: solver}
+    left = sorted({name for names in READ_BY.values() for name in names})
+    full = record(MODEL_INPUTS, (sample, *map(cache_tensor, left)))
+    return {"full": full, **cached, SOLVER: record(solver_inputs(history, guided=True), solver_outputs(history))}
 
 
 @st.composite
@@ -83,67 +89,78 @@ HISTORIES = st.integers(0, 2)
 
 
 class Machine:
-    """Plays programs; whatever is read must have been written by the same request, and be what the name says."""
+    """Plays programs; whatever is read must have been written by the same request, and be what its record says."""
 
     def __init__(self, order: int, history: int) -> None:
-        self.order, self.history = order, history
-        self.buffers: dict[str, Content] = {}
+        self.graphs, self.history = graphs_of(order, history), history
+        self.buffers: dict[BufferKey, Content] = {}
         self.request = -1
 
     def play(self, program: tuple[ProgramStep, ...]) -> None:
         self.request += 1
-        for name in WRITTEN_BY_A_REQUEST:
-            self.buffers[name] = Content(history_of(name.partition("@")[0])[0], -1, self.request)
+        for key in WRITTEN_BY_A_REQUEST:
+            self.buffers[key] = Content(key.tensor, -1, self.request)
         for number in range(self.history + 1):
-            self.buffers[slot("guided_output", number)] = Content("zeros", -1, self.request)
+            self.buffers[role_buffer(Role.GUIDED_OUTPUT, number)] = Content("zeros", -1, self.request)
         full_steps: list[int] = []
         for number, step in enumerate(program):
             self.play_model(number, step, full_steps)
             self.play_solver(number, step)
 
     def play_model(self, number: int, step: ProgramStep, full_steps: list[int]) -> None:
-        seen = self.read(step.model, number)
-        assert seen.pop("hidden_states") == Content("hidden_states", number - 1, self.request)
-        assert seen.pop("class_labels") == Content("class_labels", -1, self.request)
-        for name, content in seen.items():
-            tensor, age = history_of(name)
-            # Latest first; before that many full steps have run, the latest stands in.
-            expected = full_steps[-1 - age] if age < len(full_steps) else full_steps[-1]
-            assert content == Content(tensor, expected, self.request)
-        assert (len(seen) > 0) == (step.variant != FULL)
+        caches = 0
+        for tensor, content in self.read(step.model, number):
+            match tensor.role:
+                case Role.HIDDEN_STATES:
+                    assert content == Content("hidden_states", number - 1, self.request)
+                case Role.CONDITION:
+                    assert content == Content("class_labels", -1, self.request)
+                case _:
+                    # Latest first; before that many full steps have run, the latest stands in.
+                    expected = full_steps[-1 - tensor.age] if tensor.age < len(full_steps) else full_steps[-1]
+                    assert content == Content(str(tensor.cache), expected, self.request)
+                    caches += 1
+        assert (caches > 0) == (step.variant != FULL)
         if step.variant == FULL:
             full_steps.append(number)
         self.write(step.model, number)
 
     def play_solver(self, number: int, step: ProgramStep) -> None:
-        seen = self.read(step.solver, number)
-        assert seen.pop("model_output") == Content(SAMPLE, number, self.request)
-        assert seen.pop("guidance_scale") == Content("guidance_scale", -1, self.request)
-        for name, content in seen.items():
-            tensor, age = history_of(name)
-            if number - age >= 0:
-                assert content == Content(tensor, number - age - (tensor == "latents"), self.request)
-            else:
-                # The coefficient is 0: anything finite will do.
-                assert content in (Content("latents", -1, self.request), Content("zeros", -1, self.request))
+        for tensor, content in self.read(step.solver, number):
+            made = number - tensor.age
+            match tensor.role:
+                case Role.SAMPLE:
+                    assert content == Content("sample", number, self.request)
+                case Role.GUIDANCE_SCALE:
+                    assert content == Content("guidance_scale", -1, self.request)
+                case Role.LATENTS if made >= 0:
+                    assert content == Content("latents", made - 1, self.request)
+                case Role.GUIDED_OUTPUT if made >= 0:
+                    assert content == Content("guided_output", made, self.request)
+                case _:
+                    # The coefficient is 0: anything finite will do.
+                    assert content in (Content("latents", -1, self.request), Content("zeros", -1, self.request))
         self.write(step.solver, number)
         assert self.buffers[step.latents] == Content("latents", number, self.request)
 
-    def read(self, call: Call, number: int) -> dict[str, Content]:
+    def read(self, call: Call, number: int) -> list[tuple[TensorRecord, Content]]:
         """What a call's inputs hold, but for the tables, whose rows are the step's own."""
         assert not set(call.inputs.values()) & set(call.outputs.values()), "a call reads what it writes"
         assert len(set(call.outputs.values())) == len(call.outputs), "a call writes a buffer twice"
-        tables = {name: table_row(name, number) for name in call.inputs if name in STEP_TABLES}
-        assert tables.items() <= call.inputs.items()
-        return {name: self.buffers[buffer] for name, buffer in call.inputs.items() if name not in tables}
+        found = []
+        for tensor in self.graphs[call.graph].inputs:
+            if tensor.role in TABLE_ROLES:
+                assert call.inputs[tensor.name] == table_row(tensor, number)
+            else:
+                found.append((tensor, self.buffers[call.inputs[tensor.name]]))
+        return found
 
     def write(self, call: Call, number: int) -> None:
-        for name, buffer in call.outputs.items():
-            tensor = "latents" if name == "next_latents" else name
-            self.buffers[buffer] = Content(tensor, number, self.request)
+        for tensor in self.graphs[call.graph].outputs:
+            self.buffers[call.outputs[tensor.name]] = Content(tensor.cache or tensor.role.value, number, self.request)
 
 
-def bound(program: tuple[ProgramStep, ...]) -> list[tuple[str, Mapping[str, str], Mapping[str, str]]]:
+def bound(program: tuple[ProgramStep, ...]) -> list[tuple[str, Mapping[str, BufferKey], Mapping[str, BufferKey]]]:
     return [(call.graph, call.inputs, call.outputs) for step in program for call in (step.model, step.solver)]
 
 
@@ -172,8 +189,8 @@ def test_a_program_is_data(schedule: Schedule, order: int, history: int) -> None
     assert one == other
     assert [step.variant for step in one] == list(schedule.variants)
     for graph, inputs, outputs in bound(one):
-        assert list(inputs) == [tensor.name for tensor in graphs[graph].inputs]
-        assert list(outputs) == [tensor.name for tensor in graphs[graph].outputs]
+        assert tuple(inputs) == names_of(graphs[graph].inputs)
+        assert tuple(outputs) == names_of(graphs[graph].outputs)
 
 
 @given(st.integers(1, 24), ORDERS, HISTORIES)
@@ -187,13 +204,10 @@ def test_a_full_run_calls_the_full_graph_and_the_solver_in_turn(steps: int, orde
 def test_no_more_slots_than_the_history_needs(schedule: Schedule, order: int, history: int) -> None:
     program = program_of(graphs_of(order, history), schedule, order, history)
     buffers = {buffer for _, inputs, outputs in bound(program) for buffer in (*inputs.values(), *outputs.values())}
-    slots: dict[str, int] = {}
-    for buffer in buffers:
-        if "@" in buffer:
-            tensor = buffer.partition("@")[0]
-            slots[tensor] = slots.get(tensor, 0) + 1
+    slots = Counter(buffer.tensor for buffer in buffers if buffer.place is not None)
     assert slots.pop("latents") <= history + 2
     assert slots.pop("guided_output", 0) <= history + 1
+    assert slots.keys() == {buffer.tensor for buffer in buffers if buffer.kind is Kind.CACHE}
     assert all(count <= order + 1 for count in slots.values())
 
 

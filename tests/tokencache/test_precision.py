@@ -22,7 +22,7 @@ from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.check import check_graph, example_inputs
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.golden import read_golden
-from tc_deploy.manifest import ONNX_FOLDER, SAMPLE, SOLVER, WEIGHTS, TensorRecord, read_manifest, variant_name
+from tc_deploy.manifest import ONNX_FOLDER, SOLVER, WEIGHTS, Role, TensorRecord, read_manifest, variant_name
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import CacheRecord, load_plan
@@ -382,10 +382,10 @@ def test_what_bf16_needs_is_named(bf16: Made, monkeypatch: pytest.MonkeyPatch) -
     model, graphs = step_graphs(bf16)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(BackendError, match=r"^cache is bfloat16, .*: ml_dtypes is not installed: pip install"):
-        _ = TensorRecord(name="cache", dtype="bfloat16", shape=()).numpy_dtype
+        _ = TensorRecord(name="cache", role=Role.VALUE, dtype="bfloat16", shape=()).numpy_dtype
     monkeypatch.setitem(sys.modules, "openvino", None)
     example = {name: torch.zeros(1) for name in graphs[0].input_names}
     with pytest.raises(BackendError, match=r"bf16 export needs OpenVINO \(--no-check .*: openvino is not inst"):
         check_graph(graphs[0], example, bf16.bundle / ONNX_FOLDER / "full.onnx", Precision.BF16)
-    assert SAMPLE in graphs[0].output_names
+    assert Role.SAMPLE in graphs[0].output_names
     assert model.module is graphs[0].module

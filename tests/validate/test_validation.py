@@ -19,7 +19,7 @@ from tc_deploy.backends.openvino import precisions_of
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.errors import BundleError
 from tc_deploy.golden import POLYGRAPHY, TRAJECTORY, read_golden
-from tc_deploy.manifest import SAMPLE, read_manifest
+from tc_deploy.manifest import Role, read_manifest
 from tc_deploy.types import Precision
 from tc_deploy.validate.blame import EngineSearch, blame
 from tc_deploy.validate.marking import MarkableGraph
@@ -206,6 +206,6 @@ def test_samples_are_of_the_trajectory(bundle: Path) -> None:
     assert trajectory.full.shape == trajectory.cached.shape == (10, 1, 4, 8, 8)
     np.testing.assert_array_equal(trajectory.full[0], trajectory.cached[0])
     session = onnxruntime.InferenceSession(bundle / manifest.graphs["cached-2"].file)
-    outputs = [session.run([SAMPLE], feed)[0] for feed in samples["cached-2"].inputs]
+    outputs = [session.run([Role.SAMPLE], feed)[0] for feed in samples["cached-2"].inputs]
     assert len(outputs) == 3
     assert not np.allclose(outputs[0], outputs[2], atol=1e-2)

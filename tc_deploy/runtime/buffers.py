@@ -1,0 +1,78 @@
+"""Which buffer: the names that a program and a layout have for memory.
+
+In: a tensor of a graph. Out: a key. Two calls that have the same key share the buffer. Never: makes a buffer.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from tc_deploy.manifest import TABLE_ROLES, Role, TensorName
+
+
+class Kind(enum.StrEnum):
+    """What a buffer is for."""
+
+    CACHE = "caches"
+    LATENTS = "latents"
+    """And what is made of them: the model's input, the history of the solver."""
+    TABLE = "tables"
+    """A step's row, written at load and never again."""
+    CONDITION = "conditions"
+    OUTPUT = "outputs"
+    """The model's and the decoder's."""
+
+
+_KINDS = {
+    Role.CACHE: Kind.CACHE,
+    Role.HIDDEN_STATES: Kind.LATENTS,
+    Role.LATENTS: Kind.LATENTS,
+    Role.GUIDED_OUTPUT: Kind.LATENTS,
+    Role.SAMPLE: Kind.OUTPUT,
+    Role.IMAGES: Kind.OUTPUT,
+    **dict.fromkeys(TABLE_ROLES, Kind.TABLE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferKey:
+    """One buffer."""
+
+    role: Role
+    tensor: str
+    """What lies in it, by a name that does not say of which step."""
+    place: int | str | None = None
+    """Which of several that take turns; or for what alone, as for one graph."""
+    step: int | None = None
+    """Whose row of a table it is."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it is for."""
+        return _KINDS.get(self.role, Kind.CONDITION)
+
+    def __str__(self) -> str:
+        """For people: ``latents@1``, ``timestep#3``."""
+        place = "" if self.place is None else f"@{self.place}"
+        return f"{self.tensor}{place}" + ("" if self.step is None else f"#{self.step}")
+
+
+def own_buffer(tensor: TensorName) -> BufferKey:
+    """The one buffer of a tensor, the same at every step; where a role has one tensor, by the role's name."""
+    return condition_buffer(tensor.name) if tensor.role is Role.CONDITION else role_buffer(tensor.role)
+
+
+def role_buffer(role: Role, place: int | None = None) -> BufferKey:
+    """The buffer of the only tensor of a role, or one of several that take turns."""
+    return BufferKey(role=role, tensor=role.value, place=place)
+
+
+def condition_buffer(name: str) -> BufferKey:
+    """A condition's, by the name of the model's argument."""
+    return BufferKey(role=Role.CONDITION, tensor=name)
+
+
+def table_row(tensor: TensorName, step: int) -> BufferKey:
+    """The constant buffer with a table's row for a step."""
+    return BufferKey(role=tensor.role, tensor=tensor.name, step=step)
