@@ -366,12 +366,17 @@ def _check_tensors(found: _Tensors, expected: _Tensors, where: str, what: str) -
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             wanted, present = (_in_words(tensors.get(name)) for tensors in (expected, found))
+            if wanted == present:
+                wanted, present = (_purpose(tensors[name][0]) for tensors in (expected, found))
             _refuse(where, f"{what}: {name}", wanted, present)
 
 
 def _in_words(tensor: _Tensor | None) -> str:
     if tensor is None:
         return "nothing"
-    named, dtype, shape = tensor
-    purpose = ", ".join(f"{key} {value}" for key, value in named.model_dump(mode="json").items() if key != "name")
-    return f"{dtype} ({', '.join(map(str, shape))}), {purpose}"
+    _, dtype, shape = tensor
+    return f"{dtype} ({', '.join(map(str, shape))})"
+
+
+def _purpose(tensor: TensorName) -> str:
+    return ", ".join(f"{key} {value}" for key, value in tensor.model_dump(mode="json").items() if key != "name")

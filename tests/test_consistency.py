@@ -40,6 +40,12 @@ def refusal(bundle: Path) -> str:
     return str(raised.value)
 
 
+def read_cache(document: Any) -> Any:
+    """The first cached value that is read at age 1."""
+    tensors = document["graphs"]["cached-1"]["inputs"]
+    return next(tensor for tensor in tensors if tensor["role"] == "cache" and tensor.get("age") == 1)
+
+
 def tensors(graph: str, side: str, index: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda document: document["graphs"][graph][side][index]
 
@@ -107,6 +113,19 @@ def test_a_plan_that_was_edited(bundle: Path, change: Change, message: str) -> N
         (lambda d: d["conditions"][0].update(name="timestep"), "conditions: expected each name once"),
         (lambda d: d["conditions"].append(d["conditions"][0]), "conditions: expected each name once"),
         (lambda d: d["graphs"]["full"].update(file="onnx/../onnx/full.onnx"), "onnx/full.onnx"),
+        (
+            lambda d: tensors("full", "inputs", 1)(d).update(role="condition"),
+            "timestep: expected role timestep, found role condition",
+        ),
+        (lambda d: tensors("full", "inputs", 1)(d).update(role="clock"), "role: must be"),
+        (lambda d: tensors("full", "inputs", 1)(d).update(cache="cache.0.mlp"), "a cached value says which it is"),
+        (
+            lambda d: tensors("solver", "inputs", 1)(d).update(age=1),
+            "latents: expected role latents, found role latents, age 1",
+        ),
+        (lambda d: read_cache(d).update(age=2), "found role cache, age 2"),
+        (lambda d: read_cache(d).update(group=0), "group 0"),
+        (lambda d: tensors("full", "outputs", 1)(d).update(cache="cache.other"), "graphs.full: "),
         (lambda d: d.update(plan_sha256="0" * 64), "exported from another plan"),
         (lambda d: d.update(made_by="\u001b[31m"), "control characters"),
     ],

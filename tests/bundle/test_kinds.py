@@ -15,7 +15,7 @@ from tc_deploy.plan import PLAN, PLAN_FOLDER
 
 DIGITS = Path(__file__).parents[2] / "calibration" / "digits"
 WEB_APP = {"name": "My app", "short_name": "app", "icons": [], "start_url": "/"}
-NEARLY = {"kind": "bundle", "format_version": 2, "made_by": "tc-deploy 0.1.0", "files": {}}
+NEARLY = {"kind": "bundle", "format_version": 3, "made_by": "tc-deploy 0.1.0", "files": {}}
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -97,14 +97,24 @@ def test_what_was_made_here_may_be_replaced(bundle: Path, plan: Path) -> None:
     assert (tree(bundle), tree(plan)) == before
 
 
-def test_a_plan_of_an_older_version_is_ours(plan: Path) -> None:
-    document = json.loads((plan / PLAN).read_text())
-    del document["kind"], document["forecast"]
-    document |= {"format_version": 1, "measured": None}
+@pytest.mark.parametrize(("version", "gone"), [(1, ("kind", "forecast")), (2, ()), (2, ("forecast",))])
+def test_a_plan_of_an_older_version_is_ours(plan: Path, version: int, gone: tuple[str, ...]) -> None:
+    document = json.loads((plan / PLAN).read_text()) | {"format_version": version, "measured": None}
+    document = {key: value for key, value in document.items() if key not in gone}
     (plan / PLAN).write_text(json.dumps(document))
     check_replaceable(plan, PLAN_FOLDER)
     (plan / PLAN).write_text(json.dumps(document | {"colour": 1}))
-    refused(plan, PLAN_FOLDER, "has not the keys of format version 1")
+    refused(plan, PLAN_FOLDER, f"has not the keys of format version {version}")
+
+
+def test_a_bundle_and_a_target_of_an_older_version_are_ours(bundle: Path) -> None:
+    for folder, kind in ((bundle / "onnxruntime", TARGET_FOLDER), (bundle, BUNDLE_FOLDER)):
+        document = json.loads((folder / MANIFEST).read_text()) | {"format_version": 2}
+        (folder / MANIFEST).write_text(json.dumps(document))
+        check_replaceable(folder, kind)
+        (folder / MANIFEST).write_text(json.dumps(document | {"colour": 1}))
+        refused(folder, kind, "has not the keys of format version 2")
+        (folder / MANIFEST).write_text(json.dumps(document))
 
 
 def test_a_kind_is_not_taken_for_another(bundle: Path, plan: Path, tmp_path: Path) -> None:

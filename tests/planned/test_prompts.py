@@ -17,7 +17,6 @@ import torch
 import zoo
 from bundles import Made, recipe_of, run_cli
 from prompted import CASES
-from tc_deploy.golden import sampled_on_in_words
 from tolerances import tolerance
 
 import tc_deploy
@@ -28,6 +27,7 @@ from tc_deploy.calibrate.recipe import Recipe, read_recipe
 from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
+from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.loading import load_model

@@ -106,7 +106,7 @@ def test_a_damaged_file_is_named(bundle: Path, name: str, damage: Callable[[Path
     [
         (lambda document: document.pop("graphs"), "graphs: this key is required"),
         (lambda document: document.update(colour="red"), "colour: unknown key"),
-        (lambda document: document.update(format_version=1), "a bundle of format 1, and this tc-deploy reads format 2"),
+        (lambda document: document.update(format_version=2), "a bundle of format 2, and this tc-deploy reads format 3"),
         (lambda document: document.update(kind="target"), "kind"),
         (lambda document: document.update(batch_size=0), "batch_size"),
         (lambda document: document["files"].pop(WEIGHTS_FILE), "no checksum for onnx/weights.bin"),
