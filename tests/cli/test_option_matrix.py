@@ -42,6 +42,7 @@ WORDS: dict[str, list[str]] = {
     "verify": ["BUNDLE", "--key", "OUT/no-key"],
     "doctor": [],
     "bench": ["OUT/no-bundle"],
+    "serve": ["OUT/no-bundle"],
 }
 
 TEXTS = ["", "caf\udce9", "a\0b", "x" * 300, "\x1b[31m", "%s{}", "--", "-1"]
