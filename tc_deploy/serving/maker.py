@@ -17,9 +17,10 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.bundle import MANIFEST, reading, sha256_of_file
 from tc_deploy.conditions import Arrays, placeholder_conditions
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, IMAGES, LATENTS, TEXT_ENCODER, Manifest
+from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, TEXT_ENCODER, Manifest
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.binding import Binder, read_bundle
+from tc_deploy.runtime.buffers import own_buffer
 from tc_deploy.runtime.course import STANDARD, Place, Tick
 from tc_deploy.runtime.finite import is_finite, latents_error, pixels_error
 from tc_deploy.runtime.layout import layout_of
@@ -62,7 +63,8 @@ class Maker:
         self.slots = Slots(bundle, device, graphs, slots)
         self._encoder: PromptEncoder | None = None
         self._decoder: BoundGraph | None = None
-        self._decoded: dict[str, Buffer] = {}
+        self._latents: Buffer
+        self._pixels: Buffer
         batch = bundle.manifest.batch_size or 1
         axes = bundle.manifest.batch_axes(batch)
         if bundle.manifest.text is not None:
@@ -70,9 +72,16 @@ class Maker:
             binder = Binder(bundle, device, graphs, layout_of(bundle.manifest.graphs, [call], axes))
             self._encoder = PromptEncoder(bundle, bundle.manifest.text, binder, batch)
         if bundle.manifest.decoder is not None:
-            call = Call(graph=DECODER, inputs={LATENTS: LATENTS}, outputs={IMAGES: IMAGES})
+            graph = bundle.manifest.graphs[DECODER]
+            inputs, outputs = (
+                {each.name: own_buffer(each) for each in tensors} for tensors in (graph.inputs, graph.outputs)
+            )
+            call = Call(graph=DECODER, inputs=inputs, outputs=outputs)
             binder = Binder(bundle, device, graphs, layout_of(bundle.manifest.graphs, [call], axes))
-            self._decoder, self._decoded = device.capture([binder.bind(call)]), binder.buffers
+            self._decoder = device.capture([binder.bind(call)])
+            [self._latents], [self._pixels] = (
+                [binder.buffers[key] for key in keys.values()] for keys in (inputs, outputs)
+            )
 
     def warm_up(self) -> dict[tuple[int, int], float]:
         """Run everything once, and one whole sample that must come out finite.
@@ -152,10 +161,9 @@ class Maker:
             raise latents_error(self.path, None, self._bundle.plan.schedule.steps, None)
         if self._decoder is None:
             return _first(images_from_pixels(latents[None]))
-        buffer = self._decoded[LATENTS]
-        buffer.write(np.repeat(latents[None], self.manifest.batch_size or 1, axis=0))
+        self._latents.write(np.repeat(latents[None], self.manifest.batch_size or 1, axis=0))
         self._decoder.run()
-        pixels: Any = self._decoded[IMAGES].read()[:1]
+        pixels: Any = self._pixels.read()[:1]
         if not is_finite(pixels):
             raise pixels_error(self.path)
         return _first(images_from_pixels(pixels))
