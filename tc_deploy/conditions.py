@@ -22,8 +22,6 @@ from tc_deploy.tensors import read_tensors
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 GUIDANCE = "guidance"
 """The condition that tells a model how strong its distilled guidance is."""
-NO_GUIDANCE = 1.0
-"""Classifier-free guidance of this scale and less is none, as diffusers' pipelines have it."""
 UNCONDITIONAL = "unconditional."
 HOW_TO_ENCODE = "it holds what encode_prompt of the diffusers pipeline returns, under the transformer's names for it"
 

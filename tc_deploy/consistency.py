@@ -111,6 +111,7 @@ def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str,
         )
     facts: dict[str, tuple[object, object]] = {
         "solver.guidance_scale": (plan.sampling.guidance_scale, manifest.solver.guidance_scale),
+        "solver.guidance_rule": (plan.sampling.guidance_rule, manifest.solver.guidance_rule),
         "solver.true_cfg": (plan.sampling.true_cfg, manifest.solver.true_cfg),
         "graphs": (_graph_names(manifest, plan), sorted(manifest.graphs)),
     }

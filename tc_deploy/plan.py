@@ -49,7 +49,7 @@ from tc_deploy.figures import contradiction_of_cost, contradiction_of_model
 from tc_deploy.schedule import PHASES, Schedule, schedule_from_line, tprr
 from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, check_tables, tables_bytes, token_index_name
 from tc_deploy.tensors import read_tensors
-from tc_deploy.types import Attention, FloatArray, IntArray, Reuse, Skip
+from tc_deploy.types import Attention, FloatArray, GuidanceRule, IntArray, Reuse, Skip
 
 FORMAT_VERSION: Final = 3
 PLAN: Final = PLAN_DOCUMENT
@@ -115,6 +115,8 @@ class SamplingRecord(Document):
     """Classifier-free guidance with this scale by default; None means one model call per sample, without guidance."""
     embedded_guidance: Guidance | None = None
     """Strength that a model whose guidance is distilled is told by default, where it was chosen."""
+    guidance_rule: GuidanceRule = GuidanceRule.PLAIN
+    """How that pipeline combines the two outputs of classifier-free guidance."""
     true_cfg: bool = False
     """Whether the family's pipeline calls classifier-free guidance ``true_cfg_scale``, and ``guidance_scale`` that
     strength; as a recipe does."""

@@ -30,6 +30,33 @@ class Reuse(StrEnum):
     """The block's residual f_l(z), added to the token's present value."""
 
 
+LEAST_NORM = 1e-8
+"""What pipelines add to a norm of guided outputs that they divide by."""
+
+
+class GuidanceRule(StrEnum):
+    """How a pipeline combines what the model makes with the condition (c) and without it (u), at scale g."""
+
+    PLAIN = "plain"
+    """u + g (c - u), g = 1 is none (arXiv 2207.12598, with g = w + 1)."""
+    BEYOND = "beyond"
+    """c + g (c - u), g = 0 is none."""
+    RESCALED = "rescaled"
+    """The plain one, scaled to the norm of c along the last axis."""
+    RESCALED_DOWN = "rescaled down"
+    """The same, where that makes it no longer."""
+
+    @property
+    def none(self) -> float:
+        """The scale that is none, as are smaller ones."""
+        return 0.0 if self is GuidanceRule.BEYOND else 1.0
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the result is scaled to the norm of c."""
+        return self in (GuidanceRule.RESCALED, GuidanceRule.RESCALED_DOWN)
+
+
 class Skip(StrEnum):
     """What a cached step does that keeps no token in any block."""
 

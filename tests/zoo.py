@@ -82,6 +82,73 @@ MODELS: dict[str, Entry] = {
         | {"ffn_dim": 128, "cross_attn_norm": True},
         ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
     ),
+    "qwen-image": (
+        "QwenImageTransformer2DModel",
+        {**SMALL, "in_channels": 16, "out_channels": 4, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6)},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        {**SMALL, "patch_size": 1, "in_channels": 16, "num_single_layers": 2, "joint_attention_dim": 24}
+        | {"timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "z-image": (
+        "ZImageTransformer2DModel",
+        {"in_channels": 4, "dim": WIDTH, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4}
+        | {"cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [128, 32, 32]},
+        ModelOptions(latent_size=(8, 16), text_tokens=32),
+    ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {**SMALL, "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+        | {"joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6), "approximator_num_channels": 16}
+        | {"approximator_hidden_dim": 32, "approximator_layers": 1},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "longcat-image": (
+        "LongCatImageTransformer2DModel",
+        {**SMALL, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 24}
+        | {"pooled_projection_dim": 24, "axes_dims_rope": [4, 6, 6]},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "aura-flow": (
+        "AuraFlowTransformer2DModel",
+        {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1}
+        | {"num_single_dit_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24}
+        | {"caption_projection_dim": WIDTH, "pos_embed_max_size": 64},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "cogview4": (
+        "CogView4Transformer2DModel",
+        {**IMAGE, "out_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8}
+        | {"pos_embed_max_size": 16, "rope_axes_dim": (16, 16)},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
+    ),
+    "hunyuan-dit": (
+        "HunyuanDiT2DModel",
+        {"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 8}
+        | {"hidden_size": WIDTH, "num_layers": 4, "mlp_ratio": 2.0, "cross_attention_dim": 24, "text_len": 5}
+        | {
+            "cross_attention_dim_t5": 32,
+            "pooled_projection_dim": 12,
+            "text_len_t5": 3,
+            "activation_fn": "gelu-approximate",
+        },
+        ModelOptions(latent_size=(8, 12)),
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {**SMALL, "in_channels": 4, "out_channels": 4, "time_embed_dim": 32, "text_embed_dim": 24, "sample_width": 8}
+        | {"sample_height": 4, "sample_frames": 9, "patch_size": 2, "temporal_compression_ratio": 4}
+        | {"max_text_seq_length": 5, "use_rotary_positional_embeddings": True},
+        ModelOptions(latent_size=(3, 4, 8), text_tokens=5),
+    ),
+    "ltx-video": (
+        "LTXVideoTransformer3DModel",
+        {**SMALL, "in_channels": 8, "out_channels": 8, "cross_attention_dim": WIDTH, "caption_channels": 24},
+        ModelOptions(latent_size=(3, 2, 4), text_tokens=5),
+    ),
 }
 WHOLE: dict[str, Entry] = {
     "sana": (

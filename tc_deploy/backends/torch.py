@@ -276,6 +276,8 @@ def _device_here() -> str:
 
 def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
     """The solver's graph in PyTorch; ``export/solver_graph.py`` says what it computes."""
+    from tc_deploy.tokencache.guidance import guided_output
+
     torch, history, latent_shape = _torch(), manifest.solver.history, manifest.latent_shape
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
@@ -284,7 +286,8 @@ def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: 
         output = given[MODEL_OUTPUT.name][:, : latent_shape[0]]
         if manifest.guided:
             conditional, unconditional = output.chunk(2)
-            output = unconditional + given[Role.GUIDANCE_SCALE].reshape(per_sample) * (conditional - unconditional)
+            scale = given[Role.GUIDANCE_SCALE].reshape(per_sample)
+            output = guided_output(conditional, unconditional, scale, manifest.solver.guidance_rule)
         values = [
             *(given[latents_tensor(age).name] for age in range(history + 1)),
             output,

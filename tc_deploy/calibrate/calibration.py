@@ -26,7 +26,6 @@ from tc_deploy.calibrate.placing import check_number
 from tc_deploy.calibrate.recipe import Recipe, SamplingRecipe
 from tc_deploy.calibrate.training import record_trajectories, train_predictor
 from tc_deploy.calibrate.whole import recipe_for
-from tc_deploy.conditions import NO_GUIDANCE
 from tc_deploy.errors import ExportError, PlanError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
@@ -296,6 +295,7 @@ def sampling_from_recipe(
             embedded_guidance=embedded,
             progress=lambda what: report(what, 0, 1),
         ),
+        guidance_rule=model.family.convention.guidance,
         embedded_guidance=embedded,
     )
 
@@ -322,7 +322,7 @@ def guidance_from_recipe(wanted: SamplingRecipe, model: DiffusionTransformer) ->
         raise UsageError(
             f"true_cfg_scale: the pipeline of a {model.family.model_class} has none; its guidance is guidance_scale"
         )
-    if cfg is not None and cfg <= NO_GUIDANCE:
+    if cfg is not None and cfg <= convention.guidance.none:
         log.warning("a guidance scale of %g is none, as in diffusers: one model call per sample", cfg)
         cfg = None
     if cfg is not None and not model.geometry.conditions:
@@ -379,6 +379,7 @@ def assemble_plan(
         timesteps=tuple(solver.timesteps.tolist()),
         guidance_scale=sampling.guidance_scale,
         embedded_guidance=sampling.embedded_guidance,
+        guidance_rule=model.family.convention.guidance,
         true_cfg=model.family.convention.true_cfg,
     )
     stored = schedule_record(schedule)

@@ -34,7 +34,6 @@ from tc_deploy.tokencache.sampler import (
     denoise,
     device_of,
     finite_steps,
-    guided_output,
     model_batch,
 )
 from tc_deploy.types import FloatArray
@@ -239,7 +238,7 @@ class Fitter:
             timestep = torch.full((len(hidden_states),), float(self.solver.timesteps[step]), device=device)
             given = model_batch(self.model, conditions, guided=guided)
             output = self.model.forward({"hidden_states": hidden_states, "timestep": timestep, **given})
-            parts.append(guided_output(output[:, : rows.shape[1]], self.sampling.guidance_scale).cpu())
+            parts.append(self.sampling.guided(output[:, : rows.shape[1]]).cpu())
         return torch.cat(parts)
 
     def _following(self, step: int, state: _State, output: Tensor) -> Tensor:

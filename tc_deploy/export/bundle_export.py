@@ -186,6 +186,7 @@ def _manifest(
             history=steps.solver.history,
             init_noise_sigma=steps.solver.init_noise_sigma,
             guidance_scale=plan.sampling.guidance_scale,
+            guidance_rule=plan.sampling.guidance_rule,
             true_cfg=family.convention.true_cfg,
             embedded_guidance=_embedded_guidance(plan, family, geometry),
         ),

@@ -202,7 +202,7 @@ def check_solver_graph(table: SolverTable, sampling: Sampling, guided_shape: tup
     for step, timestep in enumerate(scheduler.timesteps):
         halves = torch.randn((2, *guided_shape), generator=generator)
         scale = sampling.guidance_scale
-        output = halves[0] if scale is None else halves[1] + scale * (halves[0] - halves[1])
+        output = sampling.guided(halves[0] if scale is None else halves.flatten(0, 1))
         latents = scheduler.step(output[:, :channels], timestep, latents, return_dict=False)[0]
         feed: dict[str, NDArray[Any]] = {
             MODEL_OUTPUT.name: (halves[0] if scale is None else halves.flatten(0, 1)).numpy(),

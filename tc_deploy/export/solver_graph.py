@@ -24,13 +24,19 @@ from tc_deploy.manifest import (
     latents_tensor,
     only_tensor,
 )
+from tc_deploy.types import LEAST_NORM, GuidanceRule
 
 OPSET = 20
 IR_VERSION = 10
 
 
 def solver_model(
-    table_history: int, latent_shape: tuple[int, ...], output_channels: int, guided: bool, batch: int | None
+    table_history: int,
+    latent_shape: tuple[int, ...],
+    output_channels: int,
+    guided: bool,
+    batch: int | None,
+    rule: GuidanceRule = GuidanceRule.PLAIN,
 ) -> ir.Model:
     """Build the solver's graph.
 
@@ -57,7 +63,8 @@ def solver_model(
     ``next_latents``     (B, C, H, W)                 x_{s+1}
     ``hidden_states``    (G*B, C, H, W)               x_{s+1} * input_scale, G times over
     ``guided_output``    (B, C, H, W)                 m_s = unconditional + g (conditional - unconditional)
-                                                      (arXiv 2207.12598, with g = w + 1), only if h > 0
+                                                      (arXiv 2207.12598, with g = w + 1), or as ``rule`` has it; only
+                                                      if h > 0
     ==================== ============================ ==============================================================
 
     Args:
@@ -66,6 +73,7 @@ def solver_model(
             stand for C and the rest.
         output_channels: the model's output channels, at least C.
         guided: whether the model runs on conditional and unconditional rows.
+        rule: how the two halves are combined.
         batch: B, or None for a dynamic axis ``batch`` (and ``model_batch``, which is G*B, if guided).
 
     Returns:
@@ -116,7 +124,15 @@ def solver_model(
         scale = op.Reshape(given(only_tensor(Role.GUIDANCE_SCALE), rows), per_sample)
         halves = op.Reshape(model_output, [2, count, *latent_shape])
         conditional, unconditional = (op.Gather(halves, half, axis=0) for half in (0, 1))
-        guided_output = op.Add(unconditional, op.Mul(scale, op.Sub(conditional, unconditional)))
+        start = conditional if rule is GuidanceRule.BEYOND else unconditional
+        guided_output = op.Add(start, op.Mul(scale, op.Sub(conditional, unconditional)))
+        if rule.rescales:
+            own, found = (op.ReduceL2(half, [-1], keepdims=1) for half in (conditional, guided_output))
+            if rule is GuidanceRule.RESCALED_DOWN:
+                ratio = op.Min(op.Div(own, op.Add(found, LEAST_NORM)), 1.0)
+            else:
+                ratio = op.Div(own, found)
+            guided_output = op.Mul(guided_output, ratio)
 
     columns = op.Reshape(coefficients, [count, terms, *per_sample[2:]])
     factors = op.Split(columns, [1] * terms, axis=1, _outputs=terms)

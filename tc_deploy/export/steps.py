@@ -117,7 +117,12 @@ def exported_steps(
             records = _taken_graphs(options.graphs_from, plan, onnx, options)
     geometry = model.geometry
     onnx_model = solver_model(
-        solver.history, geometry.latent_shape, geometry.output_channels, guided, options.batch_size
+        solver.history,
+        geometry.latent_shape,
+        geometry.output_channels,
+        guided,
+        options.batch_size,
+        sampling.guidance_rule,
     )
     solver_tensors = (*solver_inputs(solver.history, guided=guided), *solver_outputs(solver.history))
     records[SOLVER] = saved_graph(onnx_model, onnx / f"{SOLVER}.onnx", solver_tensors)

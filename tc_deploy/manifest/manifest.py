@@ -19,7 +19,7 @@ from tc_deploy.errors import BundleError
 from tc_deploy.manifest.tensors import BATCH, MODEL_BATCH, ElementType, Role, TensorRecord
 from tc_deploy.plan import PLAN, TABLES, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL
-from tc_deploy.types import Cleaning, Precision
+from tc_deploy.types import Cleaning, GuidanceRule, Precision
 
 FORMAT_VERSION: Final = 3
 ONNX_FOLDER = "onnx"
@@ -92,6 +92,8 @@ class SolverRecord(Document):
     init_noise_sigma: PositiveFloat32
     guidance_scale: Guidance | None
     """Classifier-free guidance by default; None where the model's batch has no unconditional half."""
+    guidance_rule: GuidanceRule = GuidanceRule.PLAIN
+    """How the family's pipeline combines the two halves."""
     true_cfg: bool = False
     """Whether the family's pipeline calls that ``true_cfg_scale``: its ``guidance_scale`` is then the strength of a
     guidance that was distilled into the model, one of its conditions where it was."""

@@ -8,14 +8,16 @@ Never: runs a pipeline, or asks a user for what a pipeline computes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 
 from tc_deploy.errors import ModelError
+from tc_deploy.types import GuidanceRule
 
 BASE_TOKENS, MAX_TOKENS, BASE_SHIFT = 256, 4096, 0.5
 """What pipelines take where a scheduler's configuration does not say."""
@@ -29,15 +31,75 @@ class Shift(Enum):
     ALWAYS = "always"
 
 
+# ---------------------------------------------------------- the grid of a run: (configuration, T) -> arguments
+def own_grid(config: Mapping[str, Any], steps: int) -> dict[str, Any]:  # noqa: ARG001
+    """The scheduler's own."""
+    return {}
+
+
+def flow_sigmas(config: Mapping[str, Any], steps: int) -> dict[str, Any]:  # noqa: ARG001
+    """The sigmas 1 to 1/T."""
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
+
+
+def flow_sigmas_unless_own(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The same, unless the scheduler makes flow sigmas itself."""
+    return {} if config.get("use_flow_sigmas") else flow_sigmas(config, steps)
+
+
+def single_flow_sigmas(config: Mapping[str, Any], steps: int) -> dict[str, Any]:  # noqa: ARG001
+    """The same in single precision."""
+    return {"sigmas": torch.linspace(1.0, 1 / steps, steps).tolist()}
+
+
+def sigmas_to_zero(config: Mapping[str, Any], steps: int) -> dict[str, Any]:  # noqa: ARG001
+    """T of the T + 1 sigmas from 1 to 0."""
+    return {"sigmas": np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()}
+
+
+def whole_timesteps(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Timesteps without a fraction, and their sigmas."""
+    most = config["num_train_timesteps"]
+    timesteps = np.linspace(most, 1.0, steps).astype(np.int64).astype(np.float32)
+    return {"timesteps": timesteps.tolist(), "sigmas": (timesteps / most).tolist()}
+
+
+# ------------------------------------------------------- mu, a shift by size: (configuration, defaults, N, T) -> mu
+def linear_shift(config: Mapping[str, Any], convention: Convention, tokens: int, steps: int) -> float:  # noqa: ARG001
+    """``calculate_shift`` of most pipelines, in their order, so that the same bits come out."""
+    fewest, most = config.get("base_image_seq_len", BASE_TOKENS), config.get("max_image_seq_len", MAX_TOKENS)
+    least, largest = config.get("base_shift", BASE_SHIFT), config.get("max_shift", convention.max_shift)
+    slope = (largest - least) / (most - fewest)
+    return float(tokens * slope + (least - slope * fewest))
+
+
+def root_shift(config: Mapping[str, Any], convention: Convention, tokens: int, steps: int) -> float:  # noqa: ARG001
+    """``calculate_shift`` of CogView4."""
+    root = (tokens / config.get("base_image_seq_len", BASE_TOKENS)) ** 0.5
+    return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
+
+
+def empirical_shift(config: Mapping[str, Any], convention: Convention, tokens: int, steps: int) -> float:  # noqa: ARG001
+    """``compute_empirical_mu`` of FLUX.2: two lines over the size, at 10 and at 200 steps, and what lies between."""
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * steps + (at_200 - 200.0 * slope)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convention:
     """How a family's pipelines sample."""
 
     pipelines: tuple[str, ...] = ()
     """The classes that sample so; empty where diffusers has none."""
-    flow_sigmas: bool = False
-    """Whether the pipeline hands its scheduler the sigmas 1 to 1/T, unless the scheduler makes flow sigmas itself."""
+    sigmas: Callable[[Mapping[str, Any], int], dict[str, Any]] = own_grid
+    """The sigmas or timesteps that it hands its scheduler."""
     shift: Shift = Shift.NEVER
+    mu: Callable[[Mapping[str, Any], Convention, int, int], float] = linear_shift
+    """The shift, where there is one."""
     max_shift: float = 1.15
     """``mu`` at the largest picture where the scheduler's configuration does not say."""
     scheduler_has: tuple[str, ...] = ()
@@ -48,12 +110,11 @@ class Convention:
     """What it divides the scheduler's timesteps by."""
     embedded_guidance: float | None = None
     """Strength that a model whose guidance is distilled is told by default. Such a pipeline's ``guidance_scale`` is
-    this strength, and classifier-free guidance is its ``true_cfg_scale``; None where ``guidance_scale`` is that."""
-
-    @property
-    def true_cfg(self) -> bool:
-        """Whether classifier-free guidance goes by the name ``true_cfg_scale``."""
-        return self.embedded_guidance is not None
+    this strength, and classifier-free guidance, where it has any, its ``true_cfg_scale``."""
+    true_cfg: bool = False
+    """Whether classifier-free guidance goes by the name ``true_cfg_scale``."""
+    guidance: GuidanceRule = GuidanceRule.PLAIN
+    """How it combines the two outputs of classifier-free guidance."""
 
     def set_timesteps_kwargs(self, scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
         """What the pipeline hands ``set_timesteps`` beside the step count, or in its place.
@@ -64,15 +125,9 @@ class Convention:
             tokens: N, image tokens of one sample.
         """
         config = scheduler.config
-        arguments: dict[str, Any] = {}
-        if self.flow_sigmas and not config.get("use_flow_sigmas"):
-            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
+        arguments = self.sigmas(config, steps)
         if self.shift is Shift.ALWAYS or (self.shift is Shift.DYNAMIC and config.get("use_dynamic_shifting")):
-            fewest, most = config.get("base_image_seq_len", BASE_TOKENS), config.get("max_image_seq_len", MAX_TOKENS)
-            least, largest = config.get("base_shift", BASE_SHIFT), config.get("max_shift", self.max_shift)
-            # The order of diffusers' calculate_shift, so that the same bits come out.
-            slope = (largest - least) / (most - fewest)
-            arguments["mu"] = tokens * slope + (least - slope * fewest)
+            arguments["mu"] = self.mu(config, self, tokens, steps)
         return arguments
 
     def with_own(self, scheduler: Any, steps: int, tokens: int, own: Mapping[str, Any]) -> dict[str, Any]:

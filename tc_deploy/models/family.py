@@ -36,8 +36,15 @@ class Branch:
     """Submodule of the block whose result is the branch's output before the adaLN gate."""
     rows: Rows = Rows.IMAGE
     """What the result holds."""
+    then: Rows | None = None
+    """What its second call in a block holds, where text goes through the same submodule after the picture."""
     optional: bool = False
     """Some blocks lack it."""
+
+    @property
+    def calls(self) -> tuple[Rows, ...]:
+        """What each of its calls in a block holds."""
+        return (self.rows,) if self.then is None else (self.rows, self.then)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,9 @@ class SelfAttention:
     prefix: str = ""
     """Of the names ``key`` and ``value`` of its cache, where a block has two."""
     rotary: Rotary | None = None
+    hides_queries: bool = False
+    """Whether its mask hides text as queries too. Nothing reads such rows, so they are computed as the others are: some
+    engines make NaN of a softmax over nothing."""
     optional: bool = False
     """Some blocks lack it."""
 
@@ -144,6 +154,11 @@ class Family:
     not cover, in words; None where it covers all."""
     call: Callable[[nn.Module, Mapping[str, Any], Geometry], Tensor] = call_diffusers
     """Runs the module's forward on the inputs by name."""
+    received: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: arguments
+    """What a pipeline calls the forward with, by the forward's names, as ``call`` is given it; what is no input of a
+    graph stays as it is."""
+    returned: Callable[[Tensor], Any] = lambda output: output
+    """What a pipeline expects of the forward, for the output of ``call``."""
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     """Makes an empty module from a configuration; None: the class is diffusers' own."""
     convention: Convention = field(default_factory=Convention)

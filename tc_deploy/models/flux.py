@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,51 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from tc_deploy.conditions import GUIDANCE
-from tc_deploy.models.convention import Convention, Shift
+from tc_deploy.models.convention import Convention, Shift, flow_sigmas_unless_own
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
-from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, Values, latent_size, text_length, token_grid
+from tc_deploy.models.geometry import Geometry, ModelOptions
+from tc_deploy.models.packed import embedding, guidance, packed_geometry, positions, unpacked
 from tc_deploy.models.rows import Rows
 from tc_deploy.models.text import TextEncoding, TextPart, last_states, own_tokens, pooled, prompt_tokens
 
 TEXT_TOKENS = 512
-LATENT_SIZE = (128, 128)
-PACKING = (2, 2)
-"""The pipelines pack 2 x 2 latents into the channels of one token."""
 CONVENTION = Convention(
     pipelines=("FluxPipeline",),
-    flow_sigmas=True,
+    sigmas=flow_sigmas_unless_own,
     shift=Shift.ALWAYS,
     scheduler_has=("set_begin_index",),
     timestep_divisor=1000.0,
     embedded_guidance=3.5,
+    true_cfg=True,
 )
 
 
 def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
     config: Any = module.config
-    grid = token_grid(latent_size(options, LATENT_SIZE, PACKING), PACKING)
-    tokens = math.prod(grid)
-    text = text_length(options, TEXT_TOKENS)
-    guidance = Condition(name=GUIDANCE, dtype="float32", shape=(), values=Values.GUIDANCE)
-    return Geometry(
-        grid=grid,
-        tokens=tokens,
-        width=config.num_attention_heads * config.attention_head_dim,
-        latent_shape=(tokens, config.in_channels),
-        output_channels=tokens,
-        conditions=(
-            Condition(name="encoder_hidden_states", dtype="float32", shape=(text, config.joint_attention_dim)),
-            Condition(name="pooled_projections", dtype="float32", shape=(config.pooled_projection_dim,)),
-            *((guidance,) if config.guidance_embeds else ()),
-        ),
-        text_tokens=text,
-    )
+    told = (guidance(),) if config.guidance_embeds else ()
+    conditions = (embedding("pooled_projections", config.pooled_projection_dim), *told)
+    return packed_geometry(config, options, TEXT_TOKENS, conditions)
 
 
 def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> Tensor:
     device = inputs["hidden_states"].device
-    axes = (torch.arange(axis, dtype=torch.float32, device=device) for axis in (1, *geometry.grid))
-    image = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+    image = positions(geometry.grid, (0, 0, 0), device)
     text = torch.zeros(geometry.text_tokens, 3, device=device)
     return call_diffusers(module, {**inputs, "img_ids": image, "txt_ids": text}, geometry)
 
@@ -62,14 +45,6 @@ def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> T
 def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None:  # noqa: ARG001
     channels, made = config.get("in_channels", 64), config.get("out_channels")
     return None if made in (None, channels) else f"{channels} channels in and {made} out (fill, canny, depth)"
-
-
-def _unpacked(latents: Tensor, geometry: Geometry) -> Tensor:
-    """(B, N, 4 C) to (B, C, H, W): each token's channels are C times 2 x 2 latents."""
-    rows, columns = geometry.grid
-    latents = latents.reshape(latents.shape[0], rows, columns, -1, *PACKING)  # (B, H/2, W/2, C, 2, 2)
-    latents = latents.permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(latents.shape[0], -1, rows * PACKING[0], columns * PACKING[1])
 
 
 def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:  # noqa: ARG001
@@ -138,5 +113,5 @@ FAMILY = Family(
     call=_call,
     convention=CONVENTION,
     text=TEXT,
-    unpacked=_unpacked,
+    unpacked=unpacked,
 )

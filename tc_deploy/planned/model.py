@@ -76,6 +76,7 @@ def sampling_from_plan(plan: Plan) -> Sampling:
         scheduler=scheduler_from_config(plan.sampling.scheduler_class, plan.sampling.scheduler_config, "plan"),
         steps=plan.schedule.steps,
         guidance_scale=plan.sampling.guidance_scale,
+        guidance_rule=plan.sampling.guidance_rule,
         embedded_guidance=plan.sampling.embedded_guidance,
         set_timesteps_kwargs=plan.sampling.set_timesteps_kwargs,
     )

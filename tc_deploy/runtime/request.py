@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tc_deploy.bounds import MAX_GUIDANCE
 from tc_deploy.conditions import (
     GUIDANCE,
-    NO_GUIDANCE,
     Arrays,
     Conditions,
     array_of,
@@ -150,14 +149,15 @@ def checked_request(
         )
         count = checked.count
     seed = checked_seed(seed, count)
-    if guided and cfg is not None and cfg <= NO_GUIDANCE:
+    none = manifest.solver.guidance_rule.none
+    if guided and cfg is not None and cfg <= none:
         # Both halves alike, so that what guidance adds to the one is nothing.
         log.warning(
             "a guidance scale of %g is none, as in diffusers; this bundle calls the model for two halves all the same,"
             " one that was calibrated without guidance is twice as fast",
             cfg,
         )
-        cfg = NO_GUIDANCE
+        cfg = none
         checked = None if checked is None else dataclasses.replace(checked, unconditional=checked.given)
         texts = None if texts is None else dataclasses.replace(texts, negative=texts.given)
     return Request(
@@ -299,7 +299,7 @@ def _checked_guidance(
     elif true_cfg_scale is not None:
         raise UsageError("true_cfg_scale: the pipeline of this model has none; its guidance is guidance_scale")
     if not manifest.guided:
-        if asked is not None and asked > NO_GUIDANCE:
+        if asked is not None and asked > solver.guidance_rule.none:
             raise UsageError(
                 "this bundle was exported without guidance; to have it, calibrate with"
                 f" --{name.replace('_', '-')} {asked:g}, then export and build"

@@ -108,8 +108,13 @@ class _SelfAttention(TorchFunctionMode):
         mask = given.get("attn_mask")
         if mask is not None and not images:
             del given["attn_mask"]  # Nothing of a block that computes nothing is read.
-        elif mask is not None and self.points.is_pruned(block):
+        elif mask is not None:
             texts = 0 if key.text is None else key.text.shape[2]
+            if attention.hides_queries:
+                # The picture's rows are never hidden.
+                shown = attention.keys.split(mask, mask.shape[-2] - texts, axis=-2).image
+                mask = given["attn_mask"] = _present(shown).narrow(-2, 0, 1)
+        if mask is not None and images and self.points.is_pruned(block):
             for axis, rows in ((-1, seen[0].shape[2]), (-2, images)):
                 mask = _mask_of(attention.keys, mask, axis, texts, rows)
             given["attn_mask"] = mask
@@ -163,14 +168,28 @@ class _Wrappers:
     def __init__(self, number: int, block: Block, points: CachePoints, mode: _SelfAttention, tokens: int) -> None:
         self.number, self.block, self.points, self.mode, self.tokens = number, block, points, mode, tokens
         self.text: Tensor | None = None
+        self.exits: dict[str, int] = {}
+        """How often each branch was left so far."""
 
     def begin(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Of the block with branch reuse: note its text, whose shape a branch may need."""
-        self.text = self._streams(_bound(original, args, kwargs)).text
+        """Of the block with branch reuse: note its text, whose shape a branch may need.
+
+        Raises:
+            ModelError: a branch ended more or fewer times than its family says.
+        """
+        self.text, self.exits = self._streams(_bound(original, args, kwargs)).text, {}
         try:
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
         finally:
             self.text = None
+        for branch in self.block.branches:
+            if self.exits.get(branch.exit, 0) != len(branch.calls):
+                raise ModelError(
+                    f"block {self.number}: {branch.exit} ran {self.exits.get(branch.exit, 0)} times, expected"
+                    f" {len(branch.calls)}, as its family says; name where each branch ends, and what a second call of"
+                    " one submodule holds"
+                )
+        return output
 
     def entry(self, original: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Of a submodule that tokens enter: only those that the block computes."""
@@ -180,13 +199,17 @@ class _Wrappers:
         """Of a submodule that a branch leaves: its value for all tokens."""
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def compute() -> Streams:
-                return branch.rows.split(original(*args, **kwargs), self.points.computed(self.number))
+            done = self.exits.get(branch.exit, 0)
+            self.exits[branch.exit] = done + 1
+            rows = branch.calls[min(done, len(branch.calls) - 1)]
 
-            image, text = self.points.branch(self.number, branch.name, branch.rows, compute)
-            if branch.rows.has_text and text is None:
+            def compute() -> Streams:
+                return rows.split(original(*args, **kwargs), self.points.computed(self.number))
+
+            image, text = self.points.branch(self.number, branch.name, rows, compute)
+            if rows.has_text and text is None:
                 text = torch.zeros_like(_present(self.text))
-            return branch.rows.join(Streams(image, text))
+            return rows.join(Streams(image, text))
 
         return wrapper
 

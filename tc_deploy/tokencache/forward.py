@@ -68,8 +68,8 @@ def _parts(block: Block, reuse: Reuse) -> tuple[list[str], list[str]]:
     """What is cached of a block's image rows and of its text rows."""
     if reuse is Reuse.RESIDUAL:
         return [BLOCK], [BLOCK] if block.gives.has_text else []
-    image = [branch.name for branch in block.branches if branch.rows.has_image]
-    return image, [branch.name for branch in block.branches if branch.rows.has_text]
+    calls = [(branch.name, rows) for branch in block.branches for rows in branch.calls]
+    return [name for name, rows in calls if rows.has_image], [name for name, rows in calls if rows.has_text]
 
 
 def run_full(

@@ -20,6 +20,8 @@ from tc_deploy.plan import CacheRecord, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL, Schedule
 from tc_deploy.tables import StepTables, index_row
 from tc_deploy.tokencache.forward import run_cached, run_full
+from tc_deploy.tokencache.guidance import guided_output
+from tc_deploy.types import GuidanceRule
 
 StepFunction = Callable[[int, Mapping[str, Tensor]], Tensor]
 """(step, the model's inputs) to the model's output."""
@@ -48,12 +50,21 @@ class Sampling:
     set_timesteps_kwargs: Mapping[str, Any]
     prompts: Prompts | None = None
     """None: conditions are drawn."""
+    guidance_rule: GuidanceRule = GuidanceRule.PLAIN
+    """How the two outputs are combined."""
     embedded_guidance: float | None = None
     """Strength that a model whose guidance is distilled is told; None leaves it to the prompts, or to the draw."""
 
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
         return started_scheduler(self.scheduler, self.steps, self.set_timesteps_kwargs)
+
+    def guided(self, output: Tensor) -> Tensor:
+        """What the scheduler is given of a model's output: both halves mixed, (2B, ...) to (B, ...), where guided."""
+        if self.guidance_scale is None:
+            return output
+        conditional, unconditional = output.chunk(2)
+        return guided_output(conditional, unconditional, self.guidance_scale, self.guidance_rule)
 
 
 class TokenCachedSteps:
@@ -159,19 +170,11 @@ def denoise(
         hidden_states = torch.cat([scaled, scaled]) if guided else scaled
         timestep = t.to(device, torch.float32).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep, **given}
-        output = guided_output(step_function(step, inputs)[:, :channels], sampling.guidance_scale)
+        output = sampling.guided(step_function(step, inputs)[:, :channels])
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(step, inputs, latents)
     return latents.cpu()
-
-
-def guided_output(output: Tensor, guidance_scale: float | None) -> Tensor:
-    """What the scheduler is given of a model's output: both halves mixed, (2B, ...) to (B, ...), where it is guided."""
-    if guidance_scale is None:
-        return output
-    conditional, unconditional = output.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def model_batch(model: DiffusionTransformer, conditions: Mapping[str, Tensor], *, guided: bool) -> dict[str, Tensor]:

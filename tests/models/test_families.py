@@ -4,12 +4,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid as hunyuan_region
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,12 +47,82 @@ def _flux(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
     return {**inputs, "timestep": inputs["timestep"] / 1000, "img_ids": ids, "txt_ids": text}
 
 
+def _flux2(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    batch, (rows, columns) = len(inputs["timestep"]), model.geometry.grid
+    ids = Flux2Pipeline._prepare_latent_ids(torch.zeros(batch, 4, rows, columns))
+    text = Flux2Pipeline._prepare_text_ids(inputs["encoder_hidden_states"])
+    return {**inputs, "timestep": inputs["timestep"] / 1000, "img_ids": ids, "txt_ids": text}
+
+
+def _qwen_image(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    shapes = [[(1, *model.geometry.grid)]] * len(inputs["timestep"])
+    return {**inputs, "timestep": inputs["timestep"] / 1000, "img_shapes": shapes}
+
+
+def _z_image(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    latents, captions = inputs["hidden_states"].unsqueeze(2), inputs["cap_feats"]
+    return {"x": list(latents), "t": (1000 - inputs["timestep"]) / 1000, "cap_feats": list(captions)}
+
+
+def _chroma(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    shown = torch.ones(len(inputs["timestep"]), model.geometry.tokens, dtype=torch.bool)
+    return {**_flux(model, inputs), "attention_mask": torch.cat([inputs["attention_mask"].bool(), shown], dim=1)}
+
+
+def _longcat_image(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    rows, columns = model.geometry.grid
+    image = prepare_pos_ids(modality_id=1, type="image", start=(512, 512), height=rows, width=columns)
+    text = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=inputs["encoder_hidden_states"].shape[1])
+    return {**inputs, "timestep": inputs["timestep"] / 1000, "img_ids": image, "txt_ids": text}
+
+
+def _cogview4(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    height, width = (8.0 * axis for axis in model.geometry.latent_shape[1:])
+    size = torch.tensor([[height, width]]).repeat(len(inputs["timestep"]), 1)
+    return {**inputs, "original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
+
+
+def _hunyuan_dit(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    rows, columns = model.geometry.grid
+    batch = len(inputs["timestep"])
+    region = hunyuan_region((rows, columns), 512 // 8 // 2)
+    tables = get_2d_rotary_pos_embed(
+        model.module.inner_dim // model.module.num_heads, region, (rows, columns), device="cpu", output_type="pt"
+    )
+    sizes = torch.tensor([[1024, 1024, 16 * rows, 16 * columns, 0, 0]], dtype=torch.float32).repeat(batch, 1)
+    style = torch.tensor([0]).repeat(batch)
+    return {**inputs, "image_meta_size": sizes, "style": style, "image_rotary_emb": tables}
+
+
+def _cogvideox(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    frames, rows, columns = model.geometry.grid
+    pipe = SimpleNamespace(vae_scale_factor_spatial=8, transformer=model.module)
+    tables = CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, 16 * rows, 16 * columns, frames, "cpu")
+    return {**inputs, "image_rotary_emb": tables}
+
+
+def _ltx_video(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
+    frames, rows, columns = model.geometry.grid
+    sizes = {"num_frames": frames, "height": rows, "width": columns}
+    return {**inputs, **sizes, "rope_interpolation_scale": (8 / 25, 32, 32)}
+
+
 PIPELINES: Mapping[str, Callable[[DiffusionTransformer, Inputs], dict[str, Any]]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": lambda model, inputs: dict(inputs),
     "FluxTransformer2DModel": _flux,
     "WanTransformer3DModel": lambda model, inputs: dict(inputs),
+    "Flux2Transformer2DModel": _flux2,
+    "QwenImageTransformer2DModel": _qwen_image,
+    "ZImageTransformer2DModel": _z_image,
+    "ChromaTransformer2DModel": _chroma,
+    "LongCatImageTransformer2DModel": _longcat_image,
+    "AuraFlowTransformer2DModel": lambda model, inputs: {**inputs, "timestep": inputs["timestep"] / 1000},
+    "CogView4Transformer2DModel": _cogview4,
+    "HunyuanDiT2DModel": _hunyuan_dit,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "LTXVideoTransformer3DModel": _ltx_video,
 }
 
 
@@ -60,6 +136,8 @@ def test_the_forward_is_the_pipelines_own(name: str) -> None:
     model = zoo.model(name)
     inputs = zoo.inputs_of(model, batch=3, seed=1)
     plain = model.module(**PIPELINES[model.family.model_class](model, inputs)).sample
+    if model.family.model_class == "ZImageTransformer2DModel":
+        plain = -torch.stack(plain).squeeze(2)
     output = model.forward(inputs)
     assert torch.equal(output, plain)
     assert output.shape == (3, model.geometry.output_channels, *model.geometry.latent_shape[1:])
