@@ -26,7 +26,8 @@ def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> T
     latents = inputs["hidden_states"]
     shown = torch.ones(latents.shape[:2], device=latents.device)
     given = {
-        "attention_mask": torch.cat([inputs[MASK], shown], dim=1) > 0,
+        # Numbers, as the pipeline gives them: they are added to the scores.
+        "attention_mask": torch.cat([inputs[MASK], shown], dim=1),
         "img_ids": positions(geometry.grid, (0, 0, 0), latents.device),
         "txt_ids": torch.zeros(geometry.text_tokens, 3, device=latents.device),
     }
@@ -42,7 +43,7 @@ def _received(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
-_ATTENTIONS = (SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY, hides_queries=True),)
+_ATTENTIONS = (SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY),)
 
 FAMILY = Family(
     model_class="ChromaTransformer2DModel",

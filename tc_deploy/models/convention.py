@@ -194,7 +194,15 @@ class Convention:
 
 
 CONVENTIONS: Mapping[str, Convention] = {
+    "Flux2KleinPipeline": Convention(
+        pipelines=("Flux2KleinPipeline",),
+        sigmas=flow_sigmas_unless_own,
+        shift=Shift.ALWAYS,
+        mu=empirical_shift,
+        scheduler_has=("set_begin_index",),
+        timestep_divisor=1000.0,
+    ),
     "SanaPipeline": Convention(pipelines=("SanaPipeline",)),
     "SanaVideoPipeline": Convention(pipelines=("SanaVideoPipeline",)),
 }
-"""Of pipelines whose transformer has no family, by their class."""
+"""Of single pipelines: where a family's others sample otherwise, or their transformer has no family."""

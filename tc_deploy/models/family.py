@@ -75,9 +75,6 @@ class SelfAttention:
     prefix: str = ""
     """Of the names ``key`` and ``value`` of its cache, where a block has two."""
     rotary: Rotary | None = None
-    hides_queries: bool = False
-    """Whether its mask hides text as queries too. Nothing reads such rows, so they are computed as the others are: some
-    engines make NaN of a softmax over nothing."""
     optional: bool = False
     """Some blocks lack it."""
 

@@ -16,13 +16,14 @@ from tc_deploy.models.rows import Rows
 
 TEXT_TOKENS = 512
 CONVENTION = Convention(
-    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    pipelines=("Flux2Pipeline",),
     sigmas=flow_sigmas_unless_own,
     shift=Shift.ALWAYS,
     mu=empirical_shift,
     scheduler_has=("set_begin_index",),
     timestep_divisor=1000.0,
     embedded_guidance=4.0,
+    true_cfg=True,
 )
 
 

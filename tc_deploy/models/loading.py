@@ -201,9 +201,10 @@ def family_of_class(model_class: str, pipeline: str | None = None) -> Family | N
         None where nothing is known of the class.
     """
     family = known_families().get(model_class)
+    convention = CONVENTIONS.get(pipeline or "")
     if family is None and is_transformer(getattr(diffusers, model_class, None)):
-        return generic_family(model_class, CONVENTIONS.get(pipeline or "", Convention()))
-    return family
+        return generic_family(model_class, convention or Convention())
+    return family if family is None or convention is None else dataclasses.replace(family, convention=convention)
 
 
 def family_of(config: Mapping[str, Any], where: Path) -> Family:

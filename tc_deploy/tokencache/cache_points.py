@@ -106,15 +106,10 @@ class _SelfAttention(TorchFunctionMode):
             for image, fresh in zip(seen, (key, value), strict=True)
         )
         mask = given.get("attn_mask")
+        texts = 0 if key.text is None else key.text.shape[2]
         if mask is not None and not images:
             del given["attn_mask"]  # Nothing of a block that computes nothing is read.
-        elif mask is not None:
-            texts = 0 if key.text is None else key.text.shape[2]
-            if attention.hides_queries:
-                # The picture's rows are never hidden.
-                shown = attention.keys.split(mask, mask.shape[-2] - texts, axis=-2).image
-                mask = given["attn_mask"] = _present(shown).narrow(-2, 0, 1)
-        if mask is not None and images and self.points.is_pruned(block):
+        elif mask is not None and self.points.is_pruned(block):
             for axis, rows in ((-1, seen[0].shape[2]), (-2, images)):
                 mask = _mask_of(attention.keys, mask, axis, texts, rows)
             given["attn_mask"] = mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,14 @@ class Case:
     guided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
     """Arguments of pipeline and recipe alike."""
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    always: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline."""
+    noise: Callable[[Tensor, tuple[int, ...]], Tensor] = lambda noise, size: noise
+    """The noise as the pipeline wants it, for latents of that size."""
+    given: Callable[[Tensor], Any] = lambda value: value
+    """Embeddings as the pipeline wants them."""
+    text: int = TEXT
+    """Tokens of a prompt; None where the configuration says it."""
 
 
 def _pixels(scale: int) -> Callable[[tuple[int, ...]], dict[str, Any]]:
@@ -110,7 +119,153 @@ def _flux(transformer: Any, scheduler: Any) -> Any:
     return diffusers.FluxPipeline(scheduler, tiny_autoencoder(4), None, None, None, None, transformer)
 
 
+def _in_order(kind: Any, *names: str) -> Callable[[Any, Any], Any]:
+    """A pipeline without text encoders and autoencoder."""
+    return lambda transformer, scheduler: kind(
+        **{**dict.fromkeys(names), "transformer": transformer, "scheduler": scheduler}
+    )
+
+
+def _longcat_image(transformer: Any, scheduler: Any) -> Any:
+    pipe = _in_order(diffusers.LongCatImagePipeline, "vae", "text_encoder", "tokenizer", "text_processor")(
+        transformer, scheduler
+    )
+    pipe._encode_prompt = torch.stack
+    return pipe
+
+
+def _klein(transformer: Any, scheduler: Any) -> Any:
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    return diffusers.Flux2KleinPipeline(scheduler, autoencoder, None, None, transformer)
+
+
+EULER = {name: make for name, make in SIZED.items() if name.startswith("flow-euler")}
+"""Those that take sigmas beside their own."""
+
 CASES = {
+    "qwen-image": Case(
+        model="qwen-image",
+        pipeline=_in_order(diffusers.QwenImagePipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers=EULER,
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments={**EMBEDDINGS, "encoder_hidden_states_mask": "prompt_embeds_mask"},
+        guided={"true_cfg_scale": 3.0},
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    "flux2": Case(
+        model="flux2",
+        changes={"num_layers": 1, "num_single_layers": 1},
+        pipeline=_in_order(diffusers.Flux2Pipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers=SIZED,
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments=EMBEDDINGS,
+        guided={"guidance_scale": 2.5},
+        unguided={"guidance_scale": 4.0},
+        noise=lambda noise, size: noise.transpose(1, 2).reshape(len(noise), -1, size[0] // 2, size[1] // 2),
+    ),
+    "flux2-klein": Case(
+        model="flux2",
+        changes={"num_layers": 1, "num_single_layers": 1, "guidance_embeds": False},
+        pipeline=_klein,
+        schedulers={"flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments=EMBEDDINGS,
+        noise=lambda noise, size: noise.transpose(1, 2).reshape(len(noise), -1, size[0] // 2, size[1] // 2),
+    ),
+    "z-image": Case(
+        model="z-image",
+        changes={"n_layers": 1},
+        pipeline=_in_order(diffusers.ZImagePipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers={"flow-euler": STATIC["flow-euler"], "flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((8, 16), (16, 16)),
+        asked=_pixels(8),
+        arguments={"cap_feats": "prompt_embeds"},
+        given=list,
+        unguided={"guidance_scale": 0.0},
+        text=32,
+    ),
+    "chroma": Case(
+        model="chroma",
+        changes={},
+        pipeline=_in_order(diffusers.ChromaPipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers=EULER,
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments={**EMBEDDINGS, "attention_mask": "prompt_attention_mask"},
+    ),
+    "longcat-image": Case(
+        model="longcat-image",
+        changes={},
+        pipeline=_longcat_image,
+        schedulers={"flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        # It takes no embeddings without a text, so they pass for texts.
+        arguments={"encoder_hidden_states": "prompt"},
+        given=list,
+        always={"enable_prompt_rewrite": False},
+    ),
+    "aura-flow": Case(
+        model="aura-flow",
+        changes={},
+        pipeline=_in_order(diffusers.AuraFlowPipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers={"flow-euler": STATIC["flow-euler"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments=EMBEDDINGS,
+        always={"prompt_attention_mask": torch.ones(2, 5), "negative_prompt_attention_mask": torch.ones(2, 5)},
+    ),
+    "cogview4": Case(
+        model="cogview4",
+        pipeline=_in_order(diffusers.CogView4Pipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers={"flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((8, 12), (16, 12)),
+        asked=_pixels(8),
+        arguments=EMBEDDINGS,
+    ),
+    "hunyuan-dit": Case(
+        model="hunyuan-dit",
+        changes={},
+        pipeline=lambda transformer, scheduler: diffusers.HunyuanDiTPipeline(
+            *(None, None, None, transformer, scheduler, None, None, False, None, None)
+        ),
+        schedulers=SCALED,
+        sizes=((8, 12), (12, 8)),
+        asked=lambda size: {**_pixels(8)(size), "use_resolution_binning": False},
+        arguments={
+            "encoder_hidden_states": "prompt_embeds",
+            "text_embedding_mask": "prompt_attention_mask",
+            "encoder_hidden_states_t5": "prompt_embeds_2",
+            "text_embedding_mask_t5": "prompt_attention_mask_2",
+        },
+        text=0,
+    ),
+    "cogvideox": Case(
+        model="cogvideox",
+        pipeline=_in_order(diffusers.CogVideoXPipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers={"ddim": lambda: diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0, timestep_spacing="trailing")},
+        sizes=((3, 4, 8), (2, 8, 4)),
+        asked=lambda size: {"num_frames": 4 * size[0] - 3, "height": 8 * size[1], "width": 8 * size[2]},
+        arguments=EMBEDDINGS,
+    ),
+    "ltx-video": Case(
+        model="ltx-video",
+        pipeline=_in_order(diffusers.LTXPipeline, "vae", "text_encoder", "tokenizer"),
+        schedulers={"flow-euler, dynamic": SIZED["flow-euler, dynamic"]},
+        sizes=((3, 2, 4), (2, 4, 2)),
+        asked=lambda size: {"num_frames": 8 * size[0] - 7, "height": 32 * size[1], "width": 32 * size[2]},
+        arguments=MASKED,
+    ),
     "dit": Case(
         model="dit",
         changes={"num_layers": 1, "num_embeds_ada_norm": 1000},
@@ -195,7 +350,9 @@ class Ours:
     size: tuple[int, ...]
 
     def model(self) -> DiffusionTransformer:
-        return load_model(self.folder, ModelOptions(latent_size=self.size, text_tokens=TEXT if self.words else None))
+        return load_model(
+            self.folder, ModelOptions(latent_size=self.size, text_tokens=(self.words and self.case.text) or None)
+        )
 
     @property
     def words(self) -> bool:
@@ -227,7 +384,9 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Ours:
     return _made(case, case.schedulers[scheduler](), case.sizes[size], tmp_path)
 
 
-def _conditions(ours: Ours, model: DiffusionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _conditions(
+    ours: Ours, model: DiffusionTransformer, guidance: Mapping[str, Any] = {}
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Conditions as the package takes them, and the same as the pipeline's arguments."""
     if not ours.words:
         return {"class_labels": torch.tensor(LABELS, dtype=torch.int32)}, {"class_labels": LABELS}
@@ -236,20 +395,25 @@ def _conditions(ours: Ours, model: DiffusionTransformer) -> tuple[dict[str, Tens
         for prefix, half, seed in (("", "", 2 * number), ("negative_", UNCONDITIONAL, 2 * number + 1)):
             argument = ours.case.arguments.get(condition.name)
             if argument is None:
-                ours_[half + condition.name] = torch.full((BATCH,), ours.case.guided["guidance_scale"])
+                told = guidance.get("guidance_scale", ours.case.guided["guidance_scale"])
+                ours_[half + condition.name] = torch.full((BATCH,), told)
                 continue
             value = _tensor(seed, BATCH, *condition.shape)
-            if condition.name.endswith("mask"):
-                value = torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).roll(len(prefix), 0)
-            ours_[half + condition.name], theirs[prefix + argument] = value, value
+            if "mask" in condition.name:
+                lengths = torch.tensor([[condition.shape[0] - 1], [2]]).roll(len(prefix), 0)
+                value = (torch.arange(condition.shape[0]) < lengths).float()
+            ours_[half + condition.name], theirs[prefix + argument] = value, ours.case.given(value)
     return ours_, theirs
 
 
 def _pipelines_run(
     ours: Ours, steps: int, noise: Tensor, given: Mapping[str, Any], guidance: Mapping[str, Any]
 ) -> Tensor:
-    asked = {"num_inference_steps": steps, **given, **guidance, **ours.case.asked(ours.size)}
+    asked = {"num_inference_steps": steps, **given, **guidance, **ours.case.asked(ours.size), **ours.case.always}
     if ours.words:
+        taken = inspect.signature(ours.pipe.__call__).parameters
+        asked = {name: value for name, value in asked.items() if name in taken or not name.startswith("negative_")}
+        noise = ours.case.noise(noise, ours.size)
         return ours.pipe(**asked, latents=noise, output_type="latent", return_dict=False)[0]
     # DiTPipeline takes no noise and gives no latents: it draws the one, and its decoder sees the other.
     seen: list[Tensor] = []
@@ -283,13 +447,14 @@ def _latents_are_equal(made: Ours, steps: int, guidance: Mapping[str, Any]) -> N
     model = made.model()
     sampling = made.sampling(model, steps, **guidance)
     noise = torch.randn((BATCH, *model.geometry.latent_shape), generator=torch.Generator().manual_seed(0))
-    given, theirs = _conditions(made, model)
+    given, theirs = _conditions(made, model, guidance)
     expected = _pipelines_run(made, steps, noise, theirs, guidance)
     found = denoise(model, sampling, noise, given, lambda _, inputs: model.forward(inputs))
     assert (found - expected).abs().max() <= EQUAL * expected.abs().max()
 
 
-FIRST = [(case, next(iter(CASES[case].schedulers)), 0) for case in CASES]
+FIRST = [(case, next(iter(CASES[case].schedulers)), 0) for case in CASES if case != "flux2-klein"]
+"""FLUX.2 klein's pipeline gives its latents as its autoencoder takes them."""
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
@@ -303,7 +468,7 @@ def test_latents_are_the_pipeline_s(made: Ours, guided: bool) -> None:
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(
     "made",
-    [(case, name, size) for case, name in RUNS for size in (0, 1)],
+    [(case, name, size) for case, name in RUNS for size in (0, 1) if case != "flux2-klein"],
     indirect=True,
     ids=lambda value: "-".join(map(str, value)),
 )

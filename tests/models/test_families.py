@@ -66,7 +66,7 @@ def _z_image(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
 
 def _chroma(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
     shown = torch.ones(len(inputs["timestep"]), model.geometry.tokens, dtype=torch.bool)
-    return {**_flux(model, inputs), "attention_mask": torch.cat([inputs["attention_mask"].bool(), shown], dim=1)}
+    return {**_flux(model, inputs), "attention_mask": torch.cat([inputs["attention_mask"], shown], dim=1)}
 
 
 def _longcat_image(model: DiffusionTransformer, inputs: Inputs) -> dict[str, Any]:
