@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -16,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tc_deploy.errors import ExportError
+from tc_deploy.export.check import check_solver_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.models.solver import check_solver, read_solver
+from tc_deploy.tokencache.sampler import Sampling
+from tc_deploy.types import GuidanceRule
 
 # The tests run diffusers' schedulers themselves, which turn tensors into arrays in the way of numpy 1.
 pytestmark = [
@@ -494,3 +498,17 @@ class TestGraph:
 
 def shapes_of(values):
     return {value.name: [size if isinstance(size, int) else size.value for size in value.shape] for value in values}
+
+
+@pytest.mark.parametrize("rule", list(GuidanceRule))
+def test_guidance_is_by_its_rule(rule: GuidanceRule, tmp_path: Path) -> None:
+    """The graph against PyTorch's formula, which is compared with the pipelines themselves (test_convention.py)."""
+    table = read_solver(FLOW(), 4)
+    path = tmp_path / "solver.onnx"
+    ir.save(solver_model(table.history, SHAPE, SHAPE[0], True, None, rule), path)
+    sampling = Sampling(scheduler=FLOW(), steps=4, guidance_scale=3.0, set_timesteps_kwargs={}, guidance_rule=rule)
+    assert check_solver_graph(table, sampling, (2, *SHAPE), path) <= TOLERANCE["graph"]
+    plain = replace(sampling, guidance_rule=GuidanceRule.PLAIN)
+    if rule is not GuidanceRule.PLAIN:
+        with pytest.raises(ExportError, match="departs from PyTorch"):
+            check_solver_graph(table, plain, (2, *SHAPE), path)
