@@ -97,7 +97,7 @@ def command(source: Path, output: Path, device: str, as_json: bool, **options: A
     if (remark := remark_on(plan)) is not None:
         click.echo(f"warning: {remark}", err=True)
     if as_json:
-        click.echo(canonical_json({**inspect_path(output), "remark": remark}), nl=False)
+        click.echo(canonical_json(inspect_path(output)), nl=False)
         return
     schedule = plan.run_schedule()
     steps = f"{schedule.full_steps} full + {schedule.steps - schedule.full_steps} cached steps"

@@ -144,8 +144,8 @@ def recipe_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _RECIPE_OPTIONS = (
-    option("--prompt", multiple=True, metavar="TEXT", help="A prompt to measure the plan on. Repeat it for several."),
-    option("--prompts", type=PATH, metavar="FILE", help="Likewise a text file, a prompt a line."),
+    option("--prompt", multiple=True, metavar="TEXT", help="A prompt to measure the plan on; repeatable."),
+    option("--prompts", type=PATH, metavar="FILE", help="The same from a file, a prompt a line."),
     option("--negative-prompt", metavar="TEXT", help="What guidance goes away from."),
     option(
         "--steps",
@@ -158,10 +158,10 @@ _RECIPE_OPTIONS = (
         "--guidance-scale",
         "sampling__guidance_scale",
         type=Number(),
-        help="Classifier-free guidance; without it, or at 1 and less, none. For FLUX the distilled guidance.",
+        help="Classifier-free guidance, at 1 or less none; for FLUX the distilled guidance.",
     ),
-    option("--height", type=int, help="Of the pictures, in pixels; without it the model's own."),
-    option("--width", type=int, help="Likewise."),
+    option("--height", type=int, help="Of a picture, in pixels."),
+    option("--width", type=int, help="Of a picture, in pixels."),
     option("--num-frames", advanced=True, type=int, help="Of a video."),
     option(
         "--true-cfg-scale",
@@ -174,7 +174,7 @@ _RECIPE_OPTIONS = (
         "--text-tokens",
         advanced=True,
         type=click.IntRange(1, MOST),
-        help="Tokens per prompt; without it the family's default.",
+        help="Tokens per prompt.",
     ),
     option(
         "--conditions",
