@@ -18,6 +18,7 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS = {
+    "deploy": CommandEntry("tc_deploy.cli.deploy:command", "From a checkpoint to validated engines in one go."),
     "calibrate": CommandEntry("tc_deploy.cli.calibrate:command", "Make a plan from a checkpoint and a recipe."),
     "plan": CommandEntry("tc_deploy.cli.plan:command", "Search for the best plan at a latency or a quality."),
     "export": CommandEntry("tc_deploy.cli.export:command", "Export a plan and its checkpoint as ONNX graphs."),

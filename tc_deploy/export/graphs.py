@@ -30,6 +30,8 @@ OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
 """The lowest that knows every operator for the type: Conv takes bf16 from 22 on."""
 _FIXED = re.compile(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 """What PyTorch says of an axis that was to be left open."""
+_BOUNDED = re.compile(r"\w+ = Dim\('\w+', max=\d+\)")
+"""What it suggests where a forward asks whether such an axis is large."""
 EXAMPLE_BATCH = 2
 """Samples to export a dynamic batch with: of one the exporter would make a constant."""
 
@@ -62,9 +64,7 @@ def onnx_from_graph(
     arguments = tuple(example[name] for name in graph.input_names)
     try:
         with _quiet(), torch.no_grad():
-            traced = torch.export.export(
-                graph.eval(), arguments, dynamic_shapes=(axes,) if any(axes) else None, strict=False
-            )
+            traced = _traced(graph.eval(), arguments, (axes,) if any(axes) else None)
             traced = folded_program(traced.run_decompositions({}), graph.folded_elements)
             program = torch.onnx.export(
                 traced,
@@ -95,6 +95,22 @@ def onnx_from_graph(
         optimizer.optimize(model, input_size_limit=graph.folded_elements, output_size_limit=graph.folded_elements)
     _strip_notes(model)
     return model
+
+
+def _traced(graph: NamedGraph, arguments: tuple[Tensor, ...], axes: Any) -> Any:
+    """PyTorch's program; where a forward takes another way for large batches, that of small ones.
+
+    So does diffusers' upsampling from 64 on, which changes how it computes and nothing else.
+    """
+    try:
+        return torch.export.export(graph, arguments, dynamic_shapes=axes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        bound = _BOUNDED.search(str(error))
+        if bound is None:
+            raise
+        refine = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes
+        bounded = refine(f"Suggested fixes:\n{bound[0]}", axes)
+        return torch.export.export(graph, arguments, dynamic_shapes=bounded, strict=False)
 
 
 def _open_axes(graph: NamedGraph, *, dynamic_batch: bool) -> tuple[dict[int, Any], ...]:

@@ -16,10 +16,14 @@ from tc_deploy.export.saving import ExportedPart
 from tc_deploy.export.text import export_text_encoder
 from tc_deploy.golden import Trajectory
 from tc_deploy.manifest import DECODER, TEXT_ENCODER, ComponentRecord, TextRecord
-from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.components import AUTOENCODERS, PipelineFolder
 from tc_deploy.models.encoders import text_plan
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
+from tc_deploy.models.hub import local_folder
+from tc_deploy.models.loading import family_of_class, model_folder, pipeline_of
+from tc_deploy.models.pipeline_index import AUTOENCODER
+from tc_deploy.plan import Plan
 
 
 @dataclass(kw_only=True)
@@ -29,6 +33,23 @@ class ExportedParts:
     graphs: dict[str, ExportedPart] = field(default_factory=dict)
     decoder: ComponentRecord | None = None
     text: TextRecord | None = None
+
+
+def parts_beside(plan: Plan) -> tuple[bool, bool]:
+    """Whether there is a decoder, and whether there are text encoders, that can be exported with a plan's checkpoint.
+
+    Raises:
+        ModelError: the pipeline's index is no JSON object.
+    """
+    model = plan.model
+    index = pipeline_of(model_folder(local_folder(Path(model.source), model.variant)))
+    family = family_of_class(model.model_class, index.class_name)
+    text = None if family is None else family.text
+    encoders = () if text is None else (part.encoder for part in text.parts if not part.optional)
+    present = [index.has(encoder) for encoder in encoders]
+    return index.has(AUTOENCODER) and index.class_of(AUTOENCODER) in (None, *AUTOENCODERS), bool(present) and all(
+        present
+    )
 
 
 class PipelineParts:

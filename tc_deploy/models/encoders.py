@@ -95,7 +95,7 @@ def encoded(
     cleaned = [clean(prompt, plan.encoding.cleaning) for prompt in prompts]
     made: dict[str, Tensor] = {}
     for part in plan.parts:
-        progress(f"encoding {counted(len(prompts), 'prompt')} with {part.encoder}")
+        progress(f"encoding {counted(len(prompts), 'text')} with {part.encoder}")
         made |= _encoded_by(pipeline, plan, part, cleaned)
     with torch.no_grad(), fitting(pipeline, "its text encoders"):
         conditions = plan.encoding.join(made, plan.geometry)

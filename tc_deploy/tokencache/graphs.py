@@ -187,11 +187,21 @@ class OpenStepGraph(ModelGraph):
         return (sample, *(noted[name] for name in self.cache_names))
 
 
+def _keep_alike(cache: CacheRecord, one: int, other: int) -> bool:
+    return cache.keep_counts[one - 1] == cache.keep_counts[other - 1]
+
+
 def step_graphs(
     model: DiffusionTransformer, cache: CacheRecord, phases: Sequence[int], *, one_graph: bool
 ) -> dict[int, ModelGraph]:
-    """The graph of every variant in use; with ``one_graph`` those that run the model have the same one."""
-    graphs: dict[int, ModelGraph] = {variant: StepGraph(model, cache, variant, phases) for variant in (FULL, *phases)}
+    """The graph of every variant in use: one for two phases that keep alike, or with ``one_graph`` for all that run it.
+
+    What differs between such phases, as which tokens are kept and the forecast's weights, a graph takes as input.
+    """
+    graphs: dict[int, ModelGraph] = {FULL: StepGraph(model, cache, FULL, phases)}
+    for phase in phases:
+        alike = [graphs[other] for other in phases if other < phase and _keep_alike(cache, other, phase)]
+        graphs[phase] = alike[0] if alike else StepGraph(model, cache, phase, phases)
     if one_graph:
         graphs |= dict.fromkeys(running_variants(cache, phases), OpenStepGraph(model, cache, phases))
     return graphs

@@ -31,6 +31,7 @@ KNOWN = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}
 # What must be right for the others to be looked at. A search takes minutes, so its source is not there.
 WORDS: dict[str, list[str]] = {
     "calibrate": ["MODEL", "-o", "OUT/plan", "--steps", "2", "--samples", "0", "--keep-counts", "0", "0"],
+    "deploy": ["OUT/no-model", "-o", "OUT/bundle", "--plan", "OUT/plan"],
     "plan": ["OUT/no-model", "-o", "OUT/plan"],
     "export": ["PLAN", "-o", "OUT/bundle", "--no-check"],
     "build": ["BUNDLE"],

@@ -29,4 +29,4 @@ def test_conditions_are_those_of_encode_prompt(name: str, tmp_path: Path) -> Non
     assert found.keys() == expected.keys()
     for condition, tensor in expected.items():
         torch.testing.assert_close(found[condition], tensor.float(), rtol=0, atol=1e-6)
-    assert said[0] == f"encoding {len(prompts)} prompts with text_encoder"
+    assert said[0] == f"encoding {len(prompts)} texts with text_encoder"
