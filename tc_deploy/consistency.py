@@ -71,11 +71,13 @@ class Documents:
     """``timesteps`` (T,), ``input_scale`` (T,), ``coefficients`` (T, 2(h+1)), ``init_noise_sigma`` (1,)."""
 
 
-def read_documents(bundle: Path) -> Documents:
+def read_documents(bundle: Path, *, graphs: bool = True) -> Documents:
     """Read everything that a bundle says of itself, and check it.
 
     Args:
         bundle: ``engines/NAME``.
+        graphs: check all other files too. Who only runs a target leaves it to ``load_target``, which knows what that
+            reads of the bundle.
 
     Raises:
         BundleError: nothing is exported there, a file is missing, truncated or altered, or one document contradicts
@@ -83,7 +85,7 @@ def read_documents(bundle: Path) -> Documents:
         PlanError: the plan is inconsistent.
     """
     manifest = read_manifest(bundle)
-    check_files(bundle, manifest.files)
+    check_files(bundle, {name: manifest.files[name] for name in manifest.files if graphs or name in manifest.documents})
     _check_places(manifest, bundle)
     plan, tables = load_plan(bundle)
     where = bundle / RUNTIME_TABLES
@@ -93,8 +95,8 @@ def read_documents(bundle: Path) -> Documents:
     except ValueError as error:
         raise BundleError(f"{where}: {error}; export again") from None
     check_documents(manifest, plan, runtime_tables, bundle)
-    for file, graphs in manifest.graphs_by_file().items():
-        check_graph_file(bundle / file, list(graphs.values()))
+    for file, held in manifest.graphs_by_file().items() if graphs else ():
+        check_graph_file(bundle / file, list(held.values()))
     return Documents(manifest=manifest, plan=plan, step_tables=plan.step_tables(tables), runtime_tables=runtime_tables)
 
 

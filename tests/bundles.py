@@ -172,7 +172,9 @@ def seal(bundle: Path) -> None:
         rewrite(
             target,
             lambda document: document.update(
-                manifest_sha256=record(bundle / MANIFEST)["sha256"], plan_sha256=record(bundle / PLAN)["sha256"]
+                manifest_sha256=record(bundle / MANIFEST)["sha256"],
+                plan_sha256=record(bundle / PLAN)["sha256"],
+                reads={name: record(bundle / name) for name in document["reads"] if (bundle / name).is_file()},
             ),
         )
 

@@ -166,6 +166,9 @@ class Backend(Protocol):
     def engine_file(self, record: GraphRecord) -> str:
         """The file that a device loads for a graph, by its path inside the bundle; graphs of one file share it."""
 
+    def reads(self, manifest: Manifest, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """All files that loading a target opens, by their paths inside the bundle."""
+
     def check(self, bundle: Path, target: TargetManifest) -> None:
         """Check, before anything is loaded, that this machine can run a target whose files have been checked.
 

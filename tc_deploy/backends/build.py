@@ -71,6 +71,7 @@ def build_target(
             gpu=gpu,
             plan_sha256=manifest.files[PLAN].sha256,
             manifest_sha256=sha256_of_file(bundle / MANIFEST),
+            reads={name: manifest.files[name] for name in engine.reads(manifest, options) if name in manifest.files},
             files=file_records(folder, sorted(path.name for path in folder.iterdir())),
         )
         write_manifest(target, folder)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tc_deploy.backends.base import Buffer, BufferSpec, Device, Graph, Progress
 from tc_deploy.errors import BackendError
-from tc_deploy.manifest import STEPS, WEIGHTS, GraphRecord, Manifest, TargetManifest, TensorRecord
+from tc_deploy.manifest import ONNX_FOLDER, STEPS, WEIGHTS, GraphRecord, Manifest, TargetManifest, TensorRecord
 
 SHARED, PACKED = "shared", "packed"
 WEIGHTS_MODES = (SHARED, PACKED)
@@ -78,6 +78,10 @@ class CompiledAtLoad(ABC):
     def engine_file(self, record: GraphRecord) -> str:
         """The ONNX graph, which is its own engine."""
         return record.file
+
+    def reads(self, manifest: Manifest, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
+        """The graphs, and the weights that they refer to."""
+        return (*manifest.graphs_by_file(), f"{ONNX_FOLDER}/{WEIGHTS}")
 
     def check(self, bundle: Path, target: TargetManifest) -> None:  # noqa: B027 - not abstract: there is nothing to do
         """Nothing to compare: whatever version is here compiles the graphs anew."""

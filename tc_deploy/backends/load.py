@@ -1,7 +1,7 @@
-"""Load: a built target to graphs on a device, once everything that its manifest says has been compared with what is.
+"""Load: a built target to graphs on a device, once every file that it reads has been compared with its checksum.
 
 In: ``engines/NAME/<backend>``. Out: an open device and the bundle's graphs on it. Never: hands an engine a file that
-has not been checked.
+has not been checked, or opens one that the target does not name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import check_files, reading
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import TARGET_FOLDER, Manifest, read_target
+from tc_deploy.onnx_files import check_graph_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 def load_target(
     bundle: Path, manifest: Manifest, backend: str, wanted: Callable[[str], bool] = lambda graph: True
 ) -> tuple[Device, dict[str, Graph]]:
-    """Load the engines of a bundle whose own files have been checked.
+    """Load the engines of a bundle whose documents have been checked.
 
     Args:
         bundle: ``engines/NAME``.
@@ -33,7 +34,7 @@ def load_target(
 
     Raises:
         BundleError: there is no such target, it was built from another plan or export, or a file of it is missing,
-            truncated, altered or without a checksum.
+            truncated, altered or without a checksum, as one of the bundle's that its engines read may be.
         BackendError: the engine is not installed, this process was forked off one with engines, this machine is not
             one that the target was built for, or the engine refuses a graph.
     """
@@ -47,12 +48,16 @@ def _loaded(
     engine = registry.backend(backend)
     check_process()
     target = read_target(bundle, backend)
-    check_files(bundle / backend, target.files)
-    checked = manifest.files.keys() | {f"{backend}/{name}" for name in target.files}
-    files = {name: engine.engine_file(record) for name, record in manifest.graphs.items() if wanted(name)}
-    for file in files.values():
+    checked = target.reads.keys() | {f"{backend}/{name}" for name in target.files}
+    for file in engine.reads(manifest, target.options):
         if file not in checked:
             raise BundleError(f"{bundle}: no checksum for {file}, so it is not read; build again")
+    check_files(bundle / backend, target.files)
+    check_files(bundle, target.reads)
+    for file, graphs in manifest.graphs_by_file().items():
+        if file in target.reads:
+            check_graph_file(bundle / file, list(graphs.values()))
+    files = {name: engine.engine_file(record) for name, record in manifest.graphs.items() if wanted(name)}
     engine.check(bundle, target)
     version, where = target.backend_version, "" if target.gpu is None else f", built for {target.gpu.name}"
     _LOG.debug(

@@ -133,6 +133,13 @@ class TensorRt:
         """The engine in the target's folder."""
         return f"{self.name}/{Path(record.file).stem}{ENGINE_SUFFIX}"
 
+    def reads(self, manifest: Manifest, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The engines and what is written down beside them; of the bundle only what puts stripped weights back."""
+        engines = [Path(self.engine_file(graph)) for graph in manifest.graphs.values()]
+        names = (str(path) for engine in engines for path in (engine, engine.with_suffix(".json")))
+        stripped = self._options(options).strip_weights
+        return (*names, *manifest.graphs_by_file(), f"{ONNX_FOLDER}/{WEIGHTS}") if stripped else tuple(names)
+
     def check(self, bundle: Path, target: TargetManifest) -> None:
         """Compare version and GPU with what the target was built for."""
         version, options = self.version(), self._options(target.options)

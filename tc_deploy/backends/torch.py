@@ -329,6 +329,10 @@ class Torch(CompiledAtLoad):
             )
         super().build(bundle, manifest, folder, options, progress)
 
+    def reads(self, manifest: Manifest, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
+        """Nothing: its engines are made of the checkpoint, whose checksum the plan has."""
+        return ()
+
     def open(self, options: Mapping[str, Any]) -> TorchDevice:
         """Open the GPU or the CPU; see :class:`TorchDevice` for the options."""
         compiled, model, device = options.get("compile", False), options.get("model"), options.get("device")

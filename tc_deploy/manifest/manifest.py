@@ -189,6 +189,12 @@ class Manifest(Document):
         """Whether class labels condition the model."""
         return any(item.classes is not None for item in self.conditions)
 
+    @property
+    def documents(self) -> set[str]:
+        """The files that say what is run; graphs and weights are whose engines read them."""
+        tokenizers = self.text.tokenizers if self.text else ()
+        return {PLAN, TABLES, RUNTIME_TABLES, *(item.file for item in tokenizers)}
+
     def graphs_by_file(self) -> dict[str, dict[str, GraphRecord]]:
         """Of each ONNX file the graphs that it holds, by name."""
         by_file: dict[str, dict[str, GraphRecord]] = {}
@@ -231,14 +237,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is a plan, not a bundle; export it with: tc-deploy export {folder} -o engines/NAME"
         )
     manifest = read_document(Manifest, folder / MANIFEST, "bundle", f"tc-deploy export calibration/NAME -o {folder}")
-    read = {
-        PLAN,
-        TABLES,
-        RUNTIME_TABLES,
-        f"{ONNX_FOLDER}/{WEIGHTS}",
-        *(graph.file for graph in manifest.graphs.values()),
-        *(item.file for item in (manifest.text.tokenizers if manifest.text else ())),
-    }
+    read = {*manifest.documents, f"{ONNX_FOLDER}/{WEIGHTS}", *(graph.file for graph in manifest.graphs.values())}
     unknown = sorted(read - manifest.files.keys())
     if unknown:
         raise BundleError(f"{folder / MANIFEST}: no checksum for {unknown[0]}, so it is not read; export again")

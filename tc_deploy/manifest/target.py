@@ -85,7 +85,10 @@ class TargetManifest(Document):
     plan_sha256: str
     manifest_sha256: str
     """Of the bundle's manifest, which names every graph and table: a target of another bundle is found out by it."""
+    reads: dict[str, FileRecord]
+    """What of the bundle is read when the engines are loaded, by path inside it: the rest may be altered or gone."""
     files: dict[str, FileRecord]
+    """What lies in the target."""
 
     @property
     def computes_in(self) -> str:
@@ -116,10 +119,16 @@ def read_target(bundle: Path, backend: str) -> TargetManifest:
     target = read_document(TargetManifest, bundle / backend / MANIFEST, "engine", rebuild)
     if target.backend != backend:
         raise BundleError(f"{bundle / backend}: holds engines of {target.backend}; build again with: {rebuild}")
-    same_plan = target.plan_sha256 == read_manifest(bundle).files[PLAN].sha256
+    manifest = read_manifest(bundle)
+    same_plan = target.plan_sha256 == manifest.files[PLAN].sha256
     if not same_plan or target.manifest_sha256 != sha256_of_file(bundle / MANIFEST):
         what = "another export of this bundle" if same_plan else "another plan"
         raise BundleError(f"{bundle / backend}: built from {what}; build again with: {rebuild}")
+    other = sorted(name for name, record in target.reads.items() if manifest.files.get(name) != record)
+    if other:
+        raise BundleError(
+            f"{bundle / backend}: reads another {other[0]} than the bundle has; build again with: {rebuild}"
+        )
     return target
 
 

@@ -32,7 +32,7 @@ from tc_deploy.types import IntArray
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bundle:
-    """A bundle whose documents are read and whose own files are checked; its engines are not loaded."""
+    """A bundle whose documents are read and agree; its engines are not loaded, nor the files checked that they read."""
 
     path: Path
     backend: str
@@ -60,13 +60,16 @@ class Bundle:
         return planned_group_inputs(self.plan, variant, row)[tensor.name]
 
 
-def read_bundle(path: Path, backend: str | None, require_signature: Path | None = None) -> Bundle:
-    """Read a bundle and check its files.
+def read_bundle(
+    path: Path, backend: str | None, require_signature: Path | None = None, *, whole: bool = False
+) -> Bundle:
+    """Read a bundle's documents and check them.
 
     Args:
         path: ``engines/NAME``.
         backend: which of the bundle's targets; None takes the only one.
         require_signature: a public key in PEM whose holder must have signed the bundle and that target.
+        whole: check every file of the bundle, and not those alone that say what is run.
 
     Raises:
         BundleError: nothing exported or built there, a file is missing, truncated or altered, or the signature that
@@ -78,7 +81,7 @@ def read_bundle(path: Path, backend: str | None, require_signature: Path | None 
     backend = _chosen_backend(path, backend)
     if require_signature is not None:
         check_signature(path, require_signature, [backend])
-    documents = read_documents(path)
+    documents = read_documents(path, graphs=whole)
     plan, solver = documents.plan, documents.runtime_tables
     return Bundle(
         path=path,

@@ -123,7 +123,7 @@ class _Validation:
         self, path: Path, backend: str | None, against: str, model_path: Path | None, progress: Callable[[str], None]
     ) -> None:
         self.path, self.against, self.model_path, self.progress = path, against, model_path, progress
-        bundle = read_bundle(path, backend)
+        bundle = read_bundle(path, backend, whole=True)
         self.manifest: Manifest = bundle.manifest
         self.plan = bundle.plan
         self.backend = bundle.backend

@@ -160,6 +160,8 @@ def stamp(bundle: Path) -> None:
     for path in bundle.glob(f"*/{MANIFEST}"):
         document = read_json(path)
         document["manifest_sha256"] = sha256(bundle / MANIFEST)
+        files = read_json(bundle / MANIFEST).get("files", {})
+        document["reads"] = {name: files[name] for name in document["reads"] if name in files}
         document["plan_sha256"] = sha256(bundle / PLAN)
         write_json(path, document)
 

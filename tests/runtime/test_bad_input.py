@@ -62,6 +62,7 @@ def stamp_target(bundle: Path) -> None:
 
     document = json.loads((bundle / "onnxruntime" / MANIFEST).read_text())
     document["manifest_sha256"] = sha256_of_file(bundle / MANIFEST)
+    document["reads"] = json.loads((bundle / MANIFEST).read_text())["files"]
     (bundle / "onnxruntime" / MANIFEST).write_text(json.dumps(document))
 
 
