@@ -28,7 +28,7 @@ import torch
 import tc_deploy
 from tc_deploy import __version__
 from tc_deploy.backends.build import build_target
-from tc_deploy.backends.openvino import precisions_of
+from tc_deploy.backends.openvino.run import precisions_of
 from tc_deploy.backends.registry import backend as backend_of
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of

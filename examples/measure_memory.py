@@ -20,7 +20,7 @@ import openvino
 
 from tc_deploy import __version__
 from tc_deploy.backends import registry
-from tc_deploy.backends.openvino import precisions_of
+from tc_deploy.backends.openvino.run import precisions_of
 from tc_deploy.bundle import canonical_json, check_output, write_output
 from tc_deploy.bundle.marks import JSON_FILE
 from tc_deploy.hardware import hardware_line

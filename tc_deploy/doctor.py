@@ -264,7 +264,7 @@ def _try_openvino() -> tuple[tuple[str, ...], str | None]:
         import numpy as np
         import openvino
 
-        from tc_deploy.backends.openvino import precisions_of
+        from tc_deploy.backends.openvino.run import precisions_of
 
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(_NEGATION), "CPU")

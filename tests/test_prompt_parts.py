@@ -23,8 +23,8 @@ from tc_deploy import Pipeline
 from tc_deploy.backends.base import BufferSpec
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.onnxruntime import OrtDevice
-from tc_deploy.backends.openvino import OpenVinoDevice, precisions_of
+from tc_deploy.backends.onnxruntime.run import OrtDevice
+from tc_deploy.backends.openvino.run import OpenVinoDevice, precisions_of
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bench.measure import bench_bundles
 from tc_deploy.consistency import read_documents

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tc_deploy.backends.base import Backend
-from tc_deploy.backends.onnxruntime import OnnxRuntime
-from tc_deploy.backends.openvino import OpenVino
-from tc_deploy.backends.tensorrt import TensorRt
-from tc_deploy.backends.torch import Torch
+from tc_deploy.backends.onnxruntime.backend import OnnxRuntime
+from tc_deploy.backends.openvino.backend import OpenVino
+from tc_deploy.backends.tensorrt.backend import TensorRt
+from tc_deploy.backends.torch.backend import Torch
 from tc_deploy.errors import UsageError
 
 _ALL: tuple[Backend, ...] = (

@@ -9,7 +9,7 @@ import click
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.compiled_at_load import MOST_THREADS, WEIGHTS_MODES
-from tc_deploy.backends.onnxruntime import PROVIDERS
+from tc_deploy.backends.onnxruntime.providers import PROVIDERS
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, PATH, json_option

@@ -25,9 +25,9 @@ import safetensors.numpy  # noqa: F401
 import tokenizers  # noqa: F401
 
 from tc_deploy import cli
-from tc_deploy.backends.onnxruntime import OrtDevice
-from tc_deploy.backends.openvino import OpenVinoDevice
-from tc_deploy.backends.tensorrt_run import TrtDevice
+from tc_deploy.backends.onnxruntime.run import OrtDevice
+from tc_deploy.backends.openvino.run import OpenVinoDevice
+from tc_deploy.backends.tensorrt.run import TrtDevice
 
 OPENED: list[str] = []
 """Files that were handed to an engine."""

@@ -23,9 +23,9 @@ from bundles import Made, build_rtx, run_cli
 from prompted import Prompted
 
 import tc_deploy
-from tc_deploy.backends.onnxruntime import OrtDevice
-from tc_deploy.backends.openvino import OpenVinoDevice
-from tc_deploy.backends.tensorrt import TensorRt
+from tc_deploy.backends.onnxruntime.run import OrtDevice
+from tc_deploy.backends.openvino.run import OpenVinoDevice
+from tc_deploy.backends.tensorrt.backend import TensorRt
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import TcDeployError
 from tc_deploy.plan import load_plan

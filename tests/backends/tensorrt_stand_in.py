@@ -20,9 +20,9 @@ from backends.gpu_stand_in import ALIGNMENT, StandInCudaRuntime
 
 from tc_deploy.backends import registry
 from tc_deploy.backends.cuda import Cuda
-from tc_deploy.backends.tensorrt import TensorRt
-from tc_deploy.backends.tensorrt_rtx import RtxExtras
-from tc_deploy.backends.tensorrt_run import TrtDevice
+from tc_deploy.backends.tensorrt.backend import TensorRt
+from tc_deploy.backends.tensorrt.rtx import RtxExtras
+from tc_deploy.backends.tensorrt.run import TrtDevice
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, EngineRecord, read_engine_record, read_manifest
 
 NAME = "tensorrt-rtx"

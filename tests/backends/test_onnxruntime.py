@@ -18,7 +18,9 @@ from tolerances import tolerance
 import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
-from tc_deploy.backends.onnxruntime import PROVIDERS, OnnxRuntime, OrtDevice
+from tc_deploy.backends.onnxruntime.backend import OnnxRuntime
+from tc_deploy.backends.onnxruntime.providers import PROVIDERS
+from tc_deploy.backends.onnxruntime.run import OrtDevice
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, UsageError
 from tc_deploy.golden import POLYGRAPHY

@@ -20,7 +20,8 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.host import HostBuffer
-from tc_deploy.backends.openvino import OpenVino, OpenVinoDevice, precisions_of
+from tc_deploy.backends.openvino.backend import OpenVino
+from tc_deploy.backends.openvino.run import OpenVinoDevice, precisions_of
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.errors import BackendError, BundleError, UsageError
 from tc_deploy.manifest import BATCH, MODEL_BATCH, ONNX_FOLDER, SOLVER, WEIGHTS, GraphRecord, Role, read_manifest

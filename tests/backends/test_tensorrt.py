@@ -20,10 +20,10 @@ import tc_deploy
 from tc_deploy.backends import registry
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.tensorrt import _check_gpu, _is_version_fit, _logger
-from tc_deploy.backends.tensorrt_options import TensorRtOptions
-from tc_deploy.backends.tensorrt_rtx import KERNELS_SUFFIX, RtxExtras
-from tc_deploy.backends.tensorrt_run import TrtDevice
+from tc_deploy.backends.tensorrt.backend import _check_gpu, _is_version_fit, _logger
+from tc_deploy.backends.tensorrt.options import TensorRtOptions
+from tc_deploy.backends.tensorrt.rtx import KERNELS_SUFFIX, RtxExtras
+from tc_deploy.backends.tensorrt.run import TrtDevice
 from tc_deploy.bundle import canonical_json
 from tc_deploy.errors import BackendError, BundleError, TcDeployError
 from tc_deploy.hardware import nvidia_gpus

@@ -12,7 +12,7 @@ import tensorrt_rtx
 from bundles import Made, MadeByCommands, reseal, run_cli, snapshot
 
 from tc_deploy.backends.build import build_target
-from tc_deploy.backends.tensorrt_build import EngineJob, PhaseTree, build_engine, configure
+from tc_deploy.backends.tensorrt.build import EngineJob, PhaseTree, build_engine, configure
 from tc_deploy.bundle import sha256_of_file
 from tc_deploy.errors import BackendError, BundleError, TcDeployError, UsageError
 from tc_deploy.manifest import (
@@ -188,7 +188,7 @@ def test_large_weights_are_worth_a_word(built: Made, tmp_path: Path, monkeypatch
     told: list[str] = []
     build_target(bundle, NAME, options, lambda what, *_: told.append(what))
     assert not [what for what in told if "--one-graph" in what]
-    monkeypatch.setattr("tc_deploy.backends.tensorrt.LARGE_WEIGHTS_MIB", 0)
+    monkeypatch.setattr("tc_deploy.backends.tensorrt.backend.LARGE_WEIGHTS_MIB", 0)
     build_target(bundle, NAME, options, lambda what, *_: told.append(what))
     assert "3 engines will hold the weights; tc-deploy export --one-graph makes one of them" in told
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tc_deploy.backends.tensorrt_options import (
+from tc_deploy.backends.tensorrt.options import (
     TensorRtOptions,
     batch_axes,
     check_turing,

@@ -24,8 +24,8 @@ from tc_deploy.backends.base import BufferSpec, Device
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.in_turn import InTurn
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.tensorrt_rtx import RtxExtras
-from tc_deploy.backends.tensorrt_run import TrtBoundGraph, TrtCapture, TrtDevice
+from tc_deploy.backends.tensorrt.rtx import RtxExtras
+from tc_deploy.backends.tensorrt.run import TrtBoundGraph, TrtCapture, TrtDevice
 from tc_deploy.bench.clock import Clock, step_by_step
 from tc_deploy.errors import BackendError, Cancelled, NotFiniteError
 from tc_deploy.manifest import SOLVER, read_manifest

@@ -31,7 +31,7 @@ IMPORTED_ONCE = (
         "tc_deploy.search.plan_search",
         "tc_deploy.report.page",
     ),
-    *("tc_deploy.backends.build", "tc_deploy.runtime.pipeline", "tc_deploy.backends.onnxruntime"),
+    *("tc_deploy.backends.build", "tc_deploy.runtime.pipeline", "tc_deploy.backends.onnxruntime.run"),
     *("torch.export", "torch._dynamo", "torch._export.utils", "torch.onnx._internal.exporter._core"),
     *("diffusers", "diffusers.models.transformers.dit_transformer_2d", "diffusers.schedulers", "safetensors.torch"),
     *("jinja2", "onnxscript", "optuna", "polygraphy.json", "PIL.PngImagePlugin", "rich.progress"),

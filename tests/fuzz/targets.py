@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from tc_deploy.backends import registry
-from tc_deploy.backends.tensorrt_options import checked_options
+from tc_deploy.backends.tensorrt.options import checked_options
 from tc_deploy.bundle import MANIFEST, FileRecord, canonical_json, sha256_of_bytes
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.conditions import UNCONDITIONAL, checked_conditions, read_conditions

@@ -22,7 +22,7 @@ from gpu.parts import DEMO_MODEL, ROOT, Kit, Measurements
 
 import tc_deploy
 from tc_deploy.backends.build import build_target
-from tc_deploy.backends.onnxruntime import CPU, PROVIDERS
+from tc_deploy.backends.onnxruntime.providers import CPU, PROVIDERS
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.calibrate.calibration import calibrate

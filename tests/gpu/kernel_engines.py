@@ -18,8 +18,8 @@ from gpu.parts import DEMO_MODEL
 
 from tc_deploy.backends.base import Graph
 from tc_deploy.backends.cuda import Cuda
-from tc_deploy.backends.tensorrt_run import TrtDevice, TrtGraph, TrtScratch
-from tc_deploy.backends.torch import solver_step
+from tc_deploy.backends.tensorrt.run import TrtDevice, TrtGraph, TrtScratch
+from tc_deploy.backends.torch.solver import solver_step
 from tc_deploy.manifest import SOLVER, EngineRecord, Manifest, ProfileRecord, read_manifest
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import load_plan

@@ -19,7 +19,7 @@ import torch
 from gpu.parts import ROOT, Kit, Measurements, taken_bytes
 from torch import Tensor
 
-from tc_deploy.backends.torch import TorchBoundGraph, TorchBuffer, TorchDevice, TorchGraph
+from tc_deploy.backends.torch.run import TorchBoundGraph, TorchBuffer, TorchDevice, TorchGraph
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import latency_of, ratio_of
 from tc_deploy.manifest import Role, cache_tensor

@@ -24,7 +24,7 @@ from tc_deploy.backends.arena import ALIGNMENT_BYTES
 from tc_deploy.backends.base import BufferSpec
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.cuda import Cuda
-from tc_deploy.backends.tensorrt_run import TrtDevice
+from tc_deploy.backends.tensorrt.run import TrtDevice
 from tc_deploy.bench.spread import latency_of
 from tc_deploy.runtime.pipeline import Pipeline
 

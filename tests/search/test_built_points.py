@@ -10,7 +10,7 @@ import torch
 import zoo
 from tolerances import tolerance
 
-from tc_deploy.backends.tensorrt import TensorRtOptions
+from tc_deploy.backends.tensorrt.backend import TensorRtOptions
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.manifest import read_target

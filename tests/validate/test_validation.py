@@ -15,7 +15,7 @@ from validate import faults
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.backends.load import load_target
-from tc_deploy.backends.openvino import precisions_of
+from tc_deploy.backends.openvino.run import precisions_of
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.errors import BundleError
 from tc_deploy.golden import POLYGRAPHY, TRAJECTORY, read_golden

@@ -1,38 +1,27 @@
-"""PyTorch: for a machine with a GPU and none of the other engines, or to compare them with.
+"""PyTorch at run time: a bundle's steps made anew from its checkpoint, on the CPU or on a GPU.
 
-Its engines are the bundle's steps, made anew from the checkpoint in the bundle's precision: on a CPU traced by
-``torch.export`` for the batch that they run with (a saved program would be read with pickle), on a GPU captured as CUDA
-graphs, one per binding. So a target holds only settings, and the checkpoint must be where the plan says, or where the
-option ``model`` does. The one backend that needs torch and the compile side; both are imported when it is opened, and
-not before.
+In: a bundle. Out: a device, as the runtime knows it. Never: imports torch before it is opened.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
-from tc_deploy.backends.compiled_at_load import CompiledAtLoad
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture
 from tc_deploy.backends.host import check_array, check_fits
 from tc_deploy.backends.in_turn import InTurn
+from tc_deploy.backends.torch.solver import Step, solver_step
 from tc_deploy.errors import BackendError, first_line
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import (
-    FP32_GRAPHS,
-    MODEL_OUTPUT,
-    NEXT_LATENTS,
     SOLVER,
     Manifest,
-    Role,
-    guided_output_tensor,
-    latents_tensor,
     read_manifest,
 )
 from tc_deploy.plan import load_plan
@@ -43,15 +32,18 @@ if TYPE_CHECKING:
     from tc_deploy.models.family import DiffusionTransformer
 
 _LOG = logging.getLogger(__name__)
-_Step: TypeAlias = "Callable[..., Sequence[Tensor]]"
-"""Positional tensors in, tensors out, as a graph's record orders them."""
 
 
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
 
 
-def _torch() -> Any:
+def torch_module() -> Any:
+    """``torch``.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     return imported("torch")
 
 
@@ -66,7 +58,7 @@ class TorchBuffer:
     def __init__(self, tensor: Tensor, dtype: np.dtype[Any]) -> None:
         self.tensor, self.dtype = tensor, dtype
         # PyTorch and numpy do not exchange bfloat16, whose bits go as integers.
-        torch = _torch()
+        torch = torch_module()
         self._bits = (torch.int16, np.dtype(np.int16)) if tensor.dtype == torch.bfloat16 else (tensor.dtype, dtype)
 
     def write(self, array: NDArray[Any]) -> None:
@@ -76,7 +68,7 @@ class TorchBuffer:
             ValueError: it has another dtype or shape; nothing is converted or broadcast.
         """
         check_array(array, self.dtype, tuple(self.tensor.shape))
-        self.tensor.copy_(_torch().from_numpy(np.array(array).view(self._bits[1])).view(self.tensor.dtype))
+        self.tensor.copy_(torch_module().from_numpy(np.array(array).view(self._bits[1])).view(self.tensor.dtype))
 
     def read(self) -> NDArray[Any]:
         """A copy, once the device is done with what it was told before."""
@@ -95,7 +87,7 @@ class TorchBuffer:
 class TorchBoundGraph:
     """A step on fixed tensors; on a GPU its first run captures it, and later ones replay."""
 
-    def __init__(self, step: _Step, inputs: Sequence[Tensor], outputs: Sequence[Tensor], device: TorchDevice) -> None:
+    def __init__(self, step: Step, inputs: Sequence[Tensor], outputs: Sequence[Tensor], device: TorchDevice) -> None:
         self._step, self._inputs, self._outputs, self._device = step, inputs, outputs, device
         self._captured: Any = None
 
@@ -105,7 +97,7 @@ class TorchBoundGraph:
         Raises:
             BackendError: PyTorch fails.
         """
-        torch = _torch()
+        torch = torch_module()
         try:
             with torch.inference_mode():
                 if self._device.place.type != "cuda":
@@ -119,7 +111,7 @@ class TorchBoundGraph:
 
     def compute(self) -> None:
         """Queue the step's kernels one by one."""
-        torch = _torch()
+        torch = torch_module()
         if self._device.place.type != "cuda":
             self._copy_results()
             return
@@ -162,11 +154,11 @@ class TorchGraph:
     """
 
     def __init__(
-        self, device: TorchDevice, path: Path, step: _Step, names: tuple[tuple[str, ...], tuple[str, ...]], traced: bool
+        self, device: TorchDevice, path: Path, step: Step, names: tuple[tuple[str, ...], tuple[str, ...]], traced: bool
     ) -> None:
         self._device, self._path, self._step, self._traced = device, path, step, traced
         self._input_names, self._output_names = names
-        self._programs: dict[tuple[Any, ...], _Step] = {}
+        self._programs: dict[tuple[Any, ...], Step] = {}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> TorchBoundGraph:
         """Fix the buffers by tensor name.
@@ -181,8 +173,8 @@ class TorchGraph:
             self._programs[shapes] = self._program(given) if self._traced and self._device.traces else self._step
         return TorchBoundGraph(self._programs[shapes], given, taken, self._device)
 
-    def _program(self, example: Sequence[Tensor]) -> _Step:
-        torch = _torch()
+    def _program(self, example: Sequence[Tensor]) -> Step:
+        torch = torch_module()
         try:
             with torch.no_grad():
                 # Copies: of one tensor that stands for two inputs the exporter would make one.
@@ -190,7 +182,7 @@ class TorchGraph:
                 program: Any = torch.export.export(cast("Any", self._step), arguments, strict=False).module()
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"{self._path}: PyTorch cannot export the graph: {first_line(error)}") from error
-        return cast("_Step", torch.compile(program) if self._device.compiled else program)
+        return cast("Step", torch.compile(program) if self._device.compiled else program)
 
 
 class TorchDevice:
@@ -206,14 +198,14 @@ class TorchDevice:
     """
 
     def __init__(self, *, compiled: bool, model: str | None, device: str | None = None) -> None:
-        torch = _torch()
+        torch = torch_module()
         self.compiled = compiled
         if device == CUDA and not torch.cuda.is_available():
             raise BackendError(
                 f"PyTorch {torch.__version__} sees no GPU here, and these engines are for {CUDA}; build again with"
                 f" --backend torch --device {CPU}"
             )
-        self.place: Any = torch.device(device or _device_here())
+        self.place: Any = torch.device(device or device_here())
         _LOG.debug("torch runs on %s", self.place)
         # What is captured as a CUDA graph leaves nothing of Python in a run; to trace it, too, would take minutes.
         self.traces = compiled or self.place.type != "cuda"
@@ -228,7 +220,7 @@ class TorchDevice:
         """
         if self.place.type == "cpu":
             check_fits(specs)
-        torch = _torch()
+        torch = torch_module()
         tensors = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype.name), device=self.place) for spec in specs]
         return [TorchBuffer(tensor, spec.dtype) for tensor, spec in zip(tensors, specs, strict=True)]
 
@@ -270,78 +262,6 @@ class TorchDevice:
         return self._models[bundle]
 
 
-def _device_here() -> str:
-    return CUDA if _torch().cuda.is_available() else CPU
-
-
-def solver_step(manifest: Manifest, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> _Step:
-    """The solver's graph in PyTorch; ``export/solver_graph.py`` says what it computes."""
-    from tc_deploy.tokencache.guidance import guided_output
-
-    torch, history, latent_shape = _torch(), manifest.solver.history, manifest.latent_shape
-
-    def step(*tensors: Tensor) -> Sequence[Tensor]:
-        given = dict(zip(input_names, tensors, strict=True))
-        per_sample = (-1, *[1] * len(latent_shape))
-        output = given[MODEL_OUTPUT.name][:, : latent_shape[0]]
-        if manifest.guided:
-            conditional, unconditional = output.chunk(2)
-            scale = given[Role.GUIDANCE_SCALE].reshape(per_sample)
-            output = guided_output(conditional, unconditional, scale, manifest.solver.guidance_rule)
-        values = [
-            *(given[latents_tensor(age).name] for age in range(history + 1)),
-            output,
-            *(given[guided_output_tensor(age).name] for age in range(1, history + 1)),
-        ]
-        columns = given[Role.COEFFICIENTS].unbind(1)
-        terms = [column.reshape(per_sample) * value for column, value in zip(columns, values, strict=True)]
-        latents = functools.reduce(torch.add, terms)
-        scaled = latents * given[Role.INPUT_SCALE].reshape(per_sample)
-        states = torch.cat([scaled, scaled]) if manifest.guided else scaled
-        made = {NEXT_LATENTS.name: latents, Role.HIDDEN_STATES: states, Role.GUIDED_OUTPUT: output}
-        return [made[name] for name in output_names]
-
-    return step
-
-
-class Torch(CompiledAtLoad):
-    """The backend."""
-
-    name = "torch"
-
-    def version(self) -> str:
-        """PyTorch's version."""
-        return str(_torch().__version__)
-
-    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """With the device, the GPU where there is one, and whether steps are compiled."""
-        return {"device": _device_here(), "compile": False, **options}
-
-    def build(
-        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
-    ) -> None:
-        """Run every graph once; a decoder and text encoders, whose checkpoint no plan names, are refused."""
-        kept = [name for name in FP32_GRAPHS if name in manifest.graphs]
-        if kept:
-            raise BackendError(
-                f"{bundle}: torch runs the steps' graphs only, and this bundle has a {kept[0]}; build it with another"
-                " backend, or export without --with-decoder and --with-text-encoder"
-            )
-        super().build(bundle, manifest, folder, options, progress)
-
-    def reads(self, manifest: Manifest, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
-        """Nothing: its engines are made of the checkpoint, whose checksum the plan has."""
-        return ()
-
-    def open(self, options: Mapping[str, Any]) -> TorchDevice:
-        """Open the GPU or the CPU; see :class:`TorchDevice` for the options."""
-        compiled, model, device = options.get("compile", False), options.get("model"), options.get("device")
-        unknown = sorted(options.keys() - {"compile", "model", "device"})
-        wrong = not isinstance(compiled, bool) or not (model is None or isinstance(model, str))
-        if unknown or wrong or device not in (None, *DEVICES):
-            found = repr(unknown[0]) if unknown else f"compile {compiled!r}, model {model!r}, device {device!r}"
-            raise BackendError(
-                f"{self.name} takes the options compile, true or false, model, a checkpoint's path, and device,"
-                f" {' or '.join(DEVICES)}; found {found}; build again"
-            )
-        return TorchDevice(compiled=compiled, model=model, device=device)
+def device_here() -> str:
+    """The GPU where there is one."""
+    return CUDA if torch_module().cuda.is_available() else CPU

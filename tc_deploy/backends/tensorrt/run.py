@@ -23,7 +23,7 @@ from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture
 from tc_deploy.backends.cuda import Cuda
 from tc_deploy.backends.host import check_array
 from tc_deploy.backends.in_turn import InTurn
-from tc_deploy.backends.tensorrt_rtx import RtxExtras
+from tc_deploy.backends.tensorrt.rtx import RtxExtras
 from tc_deploy.errors import BackendError, BundleError
 from tc_deploy.manifest import ONNX_FOLDER, EngineRecord, TensorRecord, read_engine_record
 

@@ -1,7 +1,6 @@
-"""ONNX Runtime: the embedded default and the reference on the CPU, and its execution providers for NVIDIA GPUs.
+"""ONNX Runtime at run time: sessions on the CPU or on a GPU, bound to buffers.
 
-Its engines are the bundle's ONNX graphs as they are: ONNX Runtime compiles them when a session is made, for the very
-machine it runs on, so a target of this backend holds no copy of them, only the settings and the checks of its build.
+In: ONNX graphs whose files have been checked. Out: a device, as the runtime knows it. Never: reads an option.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ import functools
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Progress
-from tc_deploy.backends.compiled_at_load import MOST_THREADS, PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
+from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture
+from tc_deploy.backends.compiled_at_load import are_shared
 from tc_deploy.backends.host import HostBuffer, check_array, check_fits
 from tc_deploy.backends.in_turn import InTurn
+from tc_deploy.backends.onnxruntime.providers import CPU, PROVIDERS, Provider
 from tc_deploy.errors import BackendError, first_line
-from tc_deploy.libraries import imported, install_command
-from tc_deploy.manifest import WEIGHTS, Manifest
-from tc_deploy.types import Precision
+from tc_deploy.libraries import imported
+from tc_deploy.manifest import WEIGHTS
 
 _ERRORS_ONLY = 3
 _SLOW_FUSION = "SkipLayerNormFusion"
@@ -34,67 +32,32 @@ LayerNormalization of 512 x 384 (ONNX Runtime 1.32.0, one thread of an AMD EPYC 
 _GPU = "cuda"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Provider:
-    """An execution provider: what computes a session's graph."""
+def onnxruntime() -> Any:
+    """The module.
 
-    name: str
-    """ONNX Runtime's."""
-    options: Mapping[str, str]
-    """Its own settings."""
-    extra: str | None
-    """What brings it; None: no package of ONNX Runtime does."""
-    also: str = ""
-    """What it needs beside."""
-
-    def cure(self) -> str:
-        """How to get it; the packages of ONNX Runtime overwrite each other's files."""
-        if self.extra is None:
-            return "install a build of ONNX Runtime with it"
-        removal = "" if self.extra == CPU else "pip uninstall -y onnxruntime; then "
-        return f"{removal}{install_command(self.extra)}{self.also}"
-
-
-CPU = "cpu"
-PROVIDERS = {
-    CPU: Provider(name="CPUExecutionProvider", options={}, extra="cpu"),
-    "cuda": Provider(name="CUDAExecutionProvider", options={"enable_cuda_graph": "1", "use_tf32": "0"}, extra="cuda"),
-    "tensorrt": Provider(
-        name="TensorrtExecutionProvider",
-        options={"trt_cuda_graph_enable": "1"},
-        extra="cuda",
-        also="; and TensorRT",
-    ),
-    "nv-tensorrt-rtx": Provider(
-        name="NvTensorRTRTXExecutionProvider",
-        options={"enable_cuda_graph": "1"},
-        extra=None,
-    ),
-}
-"""By the name that the option ``provider`` takes. A CUDA graph is captured of every binding, and fp32 is not TF32."""
-
-
-def _onnxruntime() -> Any:
-    onnxruntime = imported("onnxruntime")
-    if not hasattr(onnxruntime, "InferenceSession"):
+    Raises:
+        BackendError: it is not installed, or does not load.
+    """
+    module = imported("onnxruntime")
+    if not hasattr(module, "InferenceSession"):
         raise BackendError(
             "onnxruntime is installed but does not load: onnxruntime and onnxruntime-gpu were installed over"
             " each other; uninstall both, then install one (tc-deploy doctor shows it)"
         )
-    return onnxruntime
+    return module
 
 
 @functools.cache
-def _load_cuda() -> None:
+def load_cuda() -> None:
     """Load CUDA and cuDNN from where pip puts them, where no loader looks; what is missing, a session says."""
     with contextlib.redirect_stdout(io.StringIO()):
-        _onnxruntime().preload_dlls()
+        onnxruntime().preload_dlls()
 
 
 @functools.cache
 def _share_scratch_memory() -> None:
     """Let sessions that ask for it take their scratch memory from one arena; a process can register it once."""
-    module = _onnxruntime()
+    module = onnxruntime()
     kind, use = module.OrtAllocatorType.ORT_ARENA_ALLOCATOR, module.OrtMemType.DEFAULT
     module.create_and_register_allocator(module.OrtMemoryInfo("Cpu", kind, 0, use), None)
 
@@ -179,7 +142,7 @@ class OrtGraph:
             binding.bind_ortvalue_input(name, cast("HostBuffer | OrtGpuBuffer", buffer).value)
         for name, buffer in outputs.items():
             binding.bind_ortvalue_output(name, cast("HostBuffer | OrtGpuBuffer", buffer).value)
-        options = _onnxruntime().RunOptions()
+        options = onnxruntime().RunOptions()
         # A CUDA graph replays the addresses it was captured with, so every binding has a graph of its own.
         options.add_run_config_entry("gpu_graph_id", str(self._bound))
         self._bound += 1
@@ -207,7 +170,7 @@ class OrtDevice:
         weights: str | None = None,
         unfused: bool = False,
     ) -> None:
-        self._module = _onnxruntime()
+        self._module = onnxruntime()
         self._threads, self._provider = threads, provider
         self._on_cpu = provider is PROVIDERS[CPU]
         self._weights, self._unfused = weights, unfused
@@ -288,58 +251,3 @@ class OrtDevice:
         if path not in self._mapped and path.is_file() and path.stat().st_size:
             self._mapped[path] = np.memmap(path, np.uint8, mode="r")
         return self._mapped.get(path)
-
-
-class OnnxRuntime(CompiledAtLoad):
-    """The backend."""
-
-    name = "onnxruntime"
-
-    def version(self) -> str:
-        """ONNX Runtime's version."""
-        return str(_onnxruntime().__version__)
-
-    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """With the provider, and whose number of threads it is."""
-        return {"provider": CPU, "threads": 0, **options}
-
-    def build(
-        self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
-    ) -> None:
-        """Run every graph once. fp16 graphs run, by casts to fp32 and back around what ONNX Runtime lacks on a CPU."""
-        if manifest.precision is Precision.BF16 and options.get("provider", CPU) == CPU:
-            raise BackendError(
-                f"{bundle}: its graphs are in bf16, which ONNX Runtime does not compute on a CPU; build with --backend"
-                " openvino or tensorrt-rtx, or export with --precision fp16 or fp32"
-            )
-        super().build(bundle, manifest, folder, options, progress)
-
-    def open(self, options: Mapping[str, Any]) -> OrtDevice:
-        """Open the CPU or a GPU; see :class:`OrtDevice` for the options."""
-        settings = {"threads": 0, "provider": CPU, "weights": None, "unfused": False, **options}
-        threads, name = settings["threads"], settings["provider"]
-        provider = PROVIDERS.get(name) if isinstance(name, str) else None
-        unknown = sorted(settings.keys() - {"threads", "provider", "weights", "unfused"})
-        wrong = (
-            not isinstance(threads, int)
-            or not 0 <= threads <= MOST_THREADS
-            or settings["weights"] not in (None, *WEIGHTS_MODES)
-        )
-        if unknown or wrong or provider is None or not isinstance(settings["unfused"], bool):
-            found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
-            raise BackendError(
-                f"{self.name} takes the options threads, a number from 0 to {MOST_THREADS}, provider, one of"
-                f" {', '.join(PROVIDERS)}, weights, {SHARED} or {PACKED}, and unfused, true or false;"
-                f" found {found}; build again"
-            )
-        if name != CPU and "weights" in options:
-            raise BackendError(f"{self.name} takes the option weights with provider {CPU} only; build again without it")
-        available = _onnxruntime().get_available_providers()
-        if provider.name not in available:
-            raise BackendError(
-                f"this ONNX Runtime has no {provider.name}, only {', '.join(available)};"
-                f" {provider.cure()}; or build again for another --provider"
-            )
-        if name != CPU:
-            _load_cuda()
-        return OrtDevice(threads=threads, provider=provider, weights=settings["weights"], unfused=settings["unfused"])

@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX, which share one Python API.
 
-In: the bundle's ONNX graphs. Out: one engine per graph in the target's folder (``tensorrt_build.py`` makes it).
+In: the bundle's ONNX graphs. Out: one engine per graph in the target's folder (``tensorrt/build.py`` makes it).
 TensorRT builds for the GPU of this machine and needs it; TensorRT-RTX builds for a list of compute capabilities, on a
-machine without a GPU too. Running (``tensorrt_run.py``) needs a GPU either way. Never: hands the deserialiser an engine
+machine without a GPU too. Running (``tensorrt/run.py``) needs a GPU either way. Never: hands the deserialiser an engine
 for another version or GPU.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 
 from tc_deploy.backends.base import Progress
 from tc_deploy.backends.cuda import Cuda
-from tc_deploy.backends.tensorrt_build import EngineJob, build_engine
-from tc_deploy.backends.tensorrt_options import (
+from tc_deploy.backends.tensorrt.build import EngineJob, build_engine
+from tc_deploy.backends.tensorrt.options import (
     TensorRtOptions,
     batch_axes,
     check_turing,
     checked_options,
     engine_options,
 )
-from tc_deploy.backends.tensorrt_rtx import RtxExtras
-from tc_deploy.backends.tensorrt_run import TrtDevice
+from tc_deploy.backends.tensorrt.rtx import RtxExtras
+from tc_deploy.backends.tensorrt.run import TrtDevice
 from tc_deploy.bundle import MANIFEST, check_files, read_document
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
 from tc_deploy.libraries import imported

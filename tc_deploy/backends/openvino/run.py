@@ -1,9 +1,6 @@
-"""OpenVINO on the CPU: the fast path there, in the graphs' own fp32 or, where a target asks for it, in half precision.
+"""OpenVINO at run time: graphs on the CPU, compiled for the batch that they are bound to.
 
-Its engines are the bundle's ONNX graphs as they are: OpenVINO compiles them when a pipeline is made, for the very
-machine and batch it runs with, so a target of this backend holds no copy of them, only the settings and the checks of
-its build. (Compiled graphs kept as files load in half to three quarters of the time, fix the batch, and each hold the
-weights again.)
+In: ONNX graphs whose files have been checked. Out: a device, as the runtime knows it. Never: reads an option.
 """
 
 from __future__ import annotations
@@ -16,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from tc_deploy.backends.base import BoundGraph, Buffer, BufferSpec, Capture, Graph
-from tc_deploy.backends.compiled_at_load import MOST_THREADS, PACKED, SHARED, WEIGHTS_MODES, CompiledAtLoad, are_shared
+from tc_deploy.backends.compiled_at_load import are_shared
 from tc_deploy.backends.host import HostBuffer, check_fits
 from tc_deploy.backends.in_turn import InTurn
-from tc_deploy.backends.openvino_weights import WeightInputs, weights_as_inputs
+from tc_deploy.backends.openvino.weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import FP32_GRAPHS
@@ -31,21 +28,26 @@ _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """Of a graph's inputs, by name, as it is compiled."""
 
 DEFAULT_PRECISION = "f32"
-_DEVICE = "CPU"
+DEVICE = "CPU"
 _OPEN = -1
 """Size of an axis that stays open."""
-_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 """What OpenVINO calls a CPU's ability to compute in a precision."""
 
 
-def _openvino() -> Any:
+def openvino_module() -> Any:
+    """``openvino``.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     return imported("openvino")
 
 
 def precisions_of(core: openvino.Core) -> tuple[str, ...]:
     """The precisions that this CPU computes in."""
-    able = set(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
-    return tuple(name for name, capability in _CAPABILITIES.items() if capability in able)
+    able = set(core.get_property(DEVICE, "OPTIMIZATIONCAPABILITIES"))
+    return tuple(name for name, capability in CAPABILITIES.items() if capability in able)
 
 
 class OpenVinoBoundGraph:
@@ -90,7 +92,7 @@ class OpenVinoGraph:
             tensor.get_any_name(): {axis for axis, size in enumerate(tensor.partial_shape) if axis and size.is_dynamic}
             for tensor in self._model.inputs
         }
-        self._weights = weights_as_inputs(self._model, _openvino()) if device.shares(path) else None
+        self._weights = weights_as_inputs(self._model, openvino_module()) if device.shares(path) else None
         self._compiled: weakref.WeakValueDictionary[_Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None
         """Held, for one who binds, runs, lets go and binds again."""
@@ -124,7 +126,7 @@ class OpenVinoGraph:
         settings = self._device.settings
         if self._path.stem in FP32_GRAPHS:
             settings = {**settings, "INFERENCE_PRECISION_HINT": DEFAULT_PRECISION}
-        return self._device.core.compile_model(self._model, _DEVICE, settings)
+        return self._device.core.compile_model(self._model, DEVICE, settings)
 
 
 class OpenVinoDevice:
@@ -144,7 +146,7 @@ class OpenVinoDevice:
 
     def __init__(self, *, threads: int, precision: str, weights: str | None) -> None:
         self._weights = weights
-        self.core: openvino.Core = _openvino().Core()
+        self.core: openvino.Core = openvino_module().Core()
         # A precision that the CPU lacks is no more than a hint to OpenVINO, which would take another one unasked.
         offered = precisions_of(self.core)
         if precision not in offered:
@@ -174,7 +176,7 @@ class OpenVinoDevice:
         return [self._buffer(spec.dtype, spec.shape) for spec in specs]
 
     def _buffer(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> HostBuffer:
-        module = _openvino()
+        module = openvino_module()
         # OpenVINO knows numpy's own types only, and shows a bf16 tensor's memory as fp16.
         kind = module.Type.bf16 if dtype.name == "bfloat16" else module.Type(dtype)
         tensor = module.Tensor(kind, module.Shape(shape))
@@ -194,42 +196,6 @@ class OpenVinoDevice:
             raise _refusal(path, error) from error
 
 
-class OpenVino(CompiledAtLoad):
-    """The backend."""
-
-    name = "openvino"
-
-    def version(self) -> str:
-        """OpenVINO's version, without the build's hash."""
-        return str(_openvino().__version__).partition("-")[0]
-
-    def settled(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """With the device, and whose number of threads it is."""
-        return {"device": _DEVICE.lower(), "threads": 0, **options}
-
-    def open(self, options: Mapping[str, Any]) -> OpenVinoDevice:
-        """Open the CPU; see :class:`OpenVinoDevice` for the options."""
-        settings = {"device": _DEVICE.lower(), "threads": 0, "precision": DEFAULT_PRECISION, **options}
-        threads, precision = settings["threads"], settings["precision"]
-        # Shared weights are converted at every run: where they must be, copies cost less.
-        weights = settings.setdefault("weights", None if precision == DEFAULT_PRECISION else PACKED)
-        unknown = sorted(settings.keys() - {"device", "threads", "precision", "weights"})
-        wrong = (
-            settings["device"] != _DEVICE.lower()
-            or not isinstance(threads, int)
-            or not 0 <= threads <= MOST_THREADS
-            or weights not in (None, *WEIGHTS_MODES)
-        )
-        if unknown or wrong or precision not in tuple(_CAPABILITIES):
-            found = repr(unknown[0]) if unknown else ", ".join(f"{key} {value!r}" for key, value in settings.items())
-            raise BackendError(
-                f"{self.name} takes the options device, {_DEVICE.lower()}, threads, a number from 0 to {MOST_THREADS},"
-                f" precision, one of {', '.join(_CAPABILITIES)}, and weights, {SHARED} or {PACKED}; found {found};"
-                " build again"
-            )
-        return OpenVinoDevice(threads=threads, precision=precision, weights=weights)
-
-
 def _refusal(path: Path, error: Exception) -> BackendError:
     return BackendError(f"{path}: OpenVINO refuses the graph: {_reason(error)}")
 
@@ -242,6 +208,6 @@ def _reason(error: Exception) -> str:
 
 def _part(tensor: Any, array: Any, start: int, stop: int) -> Any:
     """Some rows of a tensor, in its memory."""
-    module = _openvino()
+    module = openvino_module()
     rest = array.shape[1:]
     return module.Tensor(tensor, module.Coordinate([start, *[0] * len(rest)]), module.Coordinate([stop, *rest]))
