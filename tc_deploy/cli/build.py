@@ -29,14 +29,10 @@ TAKEN_BY = {
     "precision": ("openvino",),
     "compute_capability": ("tensorrt-rtx",),
     "batch_profile": _TENSORRT,
-    "min_shapes": _TENSORRT,
-    "opt_shapes": _TENSORRT,
-    "max_shapes": _TENSORRT,
     "workspace_mib": _TENSORRT,
     "optimization_level": _TENSORRT,
     "hardware_compatibility": ("tensorrt",),
     "version_compatible": ("tensorrt",),
-    "refit": ("tensorrt",),
     "strip_weights": ("tensorrt",),
     "use_cuda_graph": _TENSORRT,
 }
@@ -105,14 +101,6 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     help="tensorrt, tensorrt-rtx: samples per batch; 1 1 8 if not given.",
 )
 @option(
-    "--min-shapes",
-    advanced=True,
-    metavar="SHAPES",
-    help="Smallest shapes of inputs, as NAME:1x4x8x8,... or NAME:[1,4,8,8] ...; the three replace --batch-profile.",
-)
-@option("--opt-shapes", advanced=True, metavar="SHAPES", help="Shapes to tune for.")
-@option("--max-shapes", advanced=True, metavar="SHAPES", help="Largest shapes.")
-@option(
     "--workspace-mib",
     advanced=True,
     type=click.IntRange(1, MOST),
@@ -132,12 +120,6 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     help="tensorrt: run on ampere-plus or same-compute-capability too.",
 )
 @option("--version-compatible", advanced=True, is_flag=True, default=None, help="tensorrt: for its later versions too.")
-@option(
-    "--refit",
-    advanced=True,
-    type=click.Choice(["identical"]),
-    help="tensorrt: engines that take the same weights again.",
-)
 @option(
     "--strip-weights",
     advanced=True,

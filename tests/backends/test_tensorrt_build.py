@@ -193,15 +193,6 @@ def test_large_weights_are_worth_a_word(built: Made, tmp_path: Path, monkeypatch
     assert "3 engines will hold the weights; tc-deploy export --one-graph makes one of them" in told
 
 
-def test_shapes_give_the_same_engines_as_a_profile(built: Made, tmp_path: Path) -> None:
-    bundle = built.copy(tmp_path / "bundle")
-    capabilities = ("--compute-capability", ",".join(CAPABILITIES))
-    shapes = ("--min-shapes", "timestep:2", "--opt-shapes", "timestep:[4]", "--max-shapes", "hidden_states:8x4x8x8")
-    answer = run_cli("build", bundle, "--backend", NAME, *capabilities, *shapes)
-    assert answer.code == 0, answer.err
-    assert "full is unchanged" in answer.err
-
-
 def test_engines_that_are_not_captured_are_others(built: Made, tmp_path: Path) -> None:
     bundle = built.copy(tmp_path / "bundle")
     words = ("--compute-capability", ",".join(CAPABILITIES), "--batch-profile", *PROFILE)

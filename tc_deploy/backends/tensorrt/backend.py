@@ -84,9 +84,8 @@ class TensorRt:
         check_turing(self.name, chosen, manifest)
         axes = batch_axes(chosen, manifest)
         if axes:
-            # However it was written, it is one profile: an engine that has it is not built again.
-            none = {"min_shapes": None, "opt_shapes": None, "max_shapes": None}
-            chosen = chosen.model_copy(update={**none, "batch_profile": axes[BATCH]})
+            # The default, written out, is the same profile: an engine that has it is not built again.
+            chosen = chosen.model_copy(update={"batch_profile": axes[BATCH]})
         gpu = None if self._ahead_of_time else self._cuda().gpu()
         weights = manifest.files[f"{ONNX_FOLDER}/{WEIGHTS}"]
         expected_mib = BUILD_MEMORY_MIB + BUILD_MEMORY_PER_WEIGHTS * weights.size_bytes / 2**20

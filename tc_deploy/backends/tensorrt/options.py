@@ -7,21 +7,19 @@ the open batch axes, and the builder's flags. Never: imports TensorRT.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, Manifest, TensorRecord
+from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, Manifest
 from tc_deploy.types import Precision
 
 DEFAULT_BATCH_PROFILE = (1, 1, 8)
 """For a bundle of any batch size."""
 TURING = "7.5"
-_SHAPE = re.compile(r"[\s,]*(?P<name>[^\s,:]+):(?:\[(?P<list>[\d\s,]*)\]|(?P<times>\d+(?:x\d+)*))(?=[\s,]|$)[\s,]*")
-"""``name:2x4x8x8`` as trtexec writes it or ``name:[2,4,8,8]`` as polygraphy does, and what parts it from the next."""
 
 
 class TensorRtOptions(Document):
@@ -31,10 +29,6 @@ class TensorRtOptions(Document):
     """TensorRT-RTX: the GPUs to build for; none means Ampere and later."""
     batch_profile: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Least, best and largest number of samples, for a bundle of any batch size."""
-    min_shapes: str | None = None
-    """The same by the inputs' shapes, together with the next two."""
-    opt_shapes: str | None = None
-    max_shapes: str | None = None
     workspace_mib: PositiveInt | None = None
     """Limit of an engine's scratch memory; none leaves it at the GPU's memory."""
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -43,8 +37,6 @@ class TensorRtOptions(Document):
     """TensorRT: other GPUs that the engine must run on; none means this one."""
     version_compatible: bool = False
     """TensorRT: later versions of it may load the engine, which brings no host code of its own for that."""
-    refit: Literal["identical"] | None = None
-    """TensorRT: the engine takes the same weights again."""
     strip_weights: bool = False
     """TensorRT: the engine holds no weights; they are taken from the bundle when it is loaded."""
     use_cuda_graph: bool = True
@@ -75,10 +67,8 @@ class TensorRtOptions(Document):
         if self.version_compatible:
             # The lean runtime that a plan would bring is host code, which the loader does not allow.
             flags += ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
-        if self.refit or self.strip_weights:
-            flags.append("REFIT_IDENTICAL")
         if self.strip_weights:
-            flags.append("STRIP_PLAN")
+            flags += ["REFIT_IDENTICAL", "STRIP_PLAN"]
         return tuple(flags)
 
 
@@ -98,10 +88,10 @@ def checked_options(backend: str, options: Mapping[str, Any], *, ahead_of_time: 
         if chosen.compute_capability:
             raise UsageError(f"{backend} builds for this machine's GPU; --compute-capability is for tensorrt-rtx")
         return chosen
-    if chosen.refit or chosen.strip_weights:
+    if chosen.strip_weights:
         raise UsageError(
-            f"{backend}: --refit and --strip-weights need a CUDA device while TensorRT-RTX builds, and it is made to"
-            " build without one here; leave them out, or build with --backend tensorrt"
+            f"{backend}: --strip-weights needs a CUDA device while TensorRT-RTX builds, and it is made to build without"
+            " one here; leave it out, or build with --backend tensorrt"
         )
     if chosen.hardware_compatibility or chosen.version_compatible:
         raise UsageError(
@@ -140,73 +130,14 @@ def batch_axes(options: TensorRtOptions, manifest: Manifest) -> dict[str, tuple[
     """The least, best and largest size of the open batch axes; empty where a bundle has none.
 
     Raises:
-        UsageError: a profile is given for a bundle of a fixed batch, twice, or by shapes that no input has.
+        UsageError: a profile is given for a bundle of a fixed batch.
     """
-    shapes = _shapes(options)
     if manifest.batch_size is not None:
-        if options.batch_profile is not None or shapes:
+        if options.batch_profile is not None:
             raise UsageError(
-                f"this bundle was exported for a batch of exactly {manifest.batch_size}; leave --batch-profile and the"
-                " shapes out"
+                f"this bundle was exported for a batch of exactly {manifest.batch_size}; leave --batch-profile out"
             )
         return {}
-    if options.batch_profile is not None and shapes:
-        raise UsageError("--batch-profile and shapes say the same; give one of them")
     rows = 2 if manifest.guided else 1
-    profile = options.batch_profile or DEFAULT_BATCH_PROFILE
-    if shapes:
-        least, best, largest = (_samples(text, manifest, rows) for text in shapes)
-        profile = (least, best, largest)
-        if list(profile) != sorted(profile):
-            raise UsageError(f"expected shapes that grow from min to opt to max, found batches of {profile}")
-    least, best, largest = profile
+    least, best, largest = options.batch_profile or DEFAULT_BATCH_PROFILE
     return {BATCH: (least, best, largest), MODEL_BATCH: (rows * least, rows * best, rows * largest)}
-
-
-def _shapes(options: TensorRtOptions) -> tuple[str, ...]:
-    given = [text for text in (options.min_shapes, options.opt_shapes, options.max_shapes) if text is not None]
-    if given and len(given) < 3:
-        raise UsageError("--min-shapes, --opt-shapes and --max-shapes go together; give all three")
-    return tuple(given)
-
-
-def _samples(text: str, manifest: Manifest, rows: int) -> int:
-    """The number of samples that the shapes of one or more inputs stand for."""
-    tensors = {tensor.name: tensor for graph in manifest.graphs.values() for tensor in graph.inputs}
-    found = {}
-    for name, shape in _parsed(text):
-        if name not in tensors:
-            raise UsageError(f"no graph has an input {name!r}; the inputs are {', '.join(sorted(tensors))}")
-        found[name] = _samples_of(tensors[name], shape, rows)
-    if len(set(found.values())) != 1:
-        raise UsageError(f"shapes {text!r} stand for different numbers of samples: {found}")
-    return next(iter(found.values()))
-
-
-def _samples_of(tensor: TensorRecord, shape: Sequence[int], rows: int) -> int:
-    open_axes = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, str)]
-    fits = len(shape) == len(tensor.shape) and all(
-        isinstance(size, str) or size == found for size, found in zip(tensor.shape, shape, strict=True)
-    )
-    if fits and len(open_axes) == 1:
-        share = rows if tensor.shape[open_axes[0]] == MODEL_BATCH else 1
-        samples, rest = divmod(shape[open_axes[0]], share)
-        if samples and not rest:
-            return samples
-    expected = "x".join(map(str, tensor.shape))
-    guided = ", two rows of the model's batch per sample" if rows == 2 else ""
-    raise UsageError(f"{tensor.name}: expected a shape {expected}{guided}; found {'x'.join(map(str, shape))}")
-
-
-def _parsed(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    position = 0
-    while position < len(text) or not text:
-        match = _SHAPE.match(text, position)
-        if match is None:
-            raise UsageError(
-                f"shapes {text!r}: expected NAME:1x4x8x8 or NAME:[1,4,8,8], parted by commas or blanks, found"
-                f" {text[position:]!r}"
-            )
-        sizes = match["times"].split("x") if match["times"] else re.findall(r"\d+", match["list"])
-        yield match["name"], tuple(map(int, sizes))
-        position = match.end()
