@@ -49,7 +49,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 @option(
     "--threads",
     type=click.IntRange(0, MOST_THREADS),
-    help="onnxruntime, openvino: CPU threads; 0, the default: all cores.",
+    help="onnxruntime, openvino: CPU threads; 0: all.",
 )
 @option(
     "--unfused",
@@ -74,7 +74,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     "compile",
     advanced=True,
     default=None,
-    help="torch: compile the steps, which takes minutes.",
+    help="torch: compile the steps; minutes.",
 )
 @option("--model", advanced=True, type=MODEL_PATH, help="torch: the checkpoint, where it is not where the plan says.")
 @option(
@@ -86,7 +86,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 @option(
     "--precision",
     type=click.Choice(["f32", "bf16", "f16"]),
-    help="openvino: what to compute in; the graphs' own if not given.",
+    help="openvino: what to compute in.",
 )
 @option(
     "--compute-capability",
