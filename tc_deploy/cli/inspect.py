@@ -14,6 +14,8 @@ from tc_deploy.errors import counted
 from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
 
+SHOWN_LETTERS = 60
+"""Of a prompt."""
 LARGEST_SHOWN = 3
 """Buffers; JSON has all of them."""
 
@@ -137,9 +139,19 @@ def _show_plan(plan: dict[str, Any]) -> None:
         _line("remark", plan["remark"])
 
 
+def _shortened(text: str) -> str:
+    """A prompt on a line."""
+    return repr(text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…")
+
+
 def _prompts(conditions: Any) -> str:
     if conditions == RANDOM:
         return "random conditions, so what was measured says nothing about real prompts"
+    if "file" not in conditions:
+        texts = conditions["prompts"]
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        away = f", away from {_shortened(conditions['negative_prompt'])}" if conditions["negative_prompt"] else ""
+        return f"{_shortened(texts[0])}{more}{away}"
     return f"{conditions['prompts']} of {conditions['file']}, sha256 {conditions['sha256'][:16]}"
 
 

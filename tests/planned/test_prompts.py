@@ -341,6 +341,7 @@ def test_a_plan_is_measured_on_the_prompts_that_the_pipeline_s_own_encoders_read
     given = ("--prompt", "a cat", "--prompts", tmp_path / "prompts.txt", "--negative-prompt", "a dog")
     plan = calibrated(pipeline, tmp_path / "plan", *given)
     assert plan.origin.conditions == TextsRecord(prompts=("a cat", "a red bridge"), negative_prompt="a dog")
+    assert "'a cat' and 1 more, away from 'a dog'" in run_cli("inspect", tmp_path / "plan").out
     # The tiny autoencoder halves the size once.
     assert plan.model.latent_size == (8, 12)
     with torch.no_grad():
