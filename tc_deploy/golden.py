@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tc_deploy.errors import BundleError, counted
 from tc_deploy.manifest import POLYGRAPHY, GraphRecord, Manifest
 from tc_deploy.plan import LABELS, RANDOM, PromptsRecord, TextsRecord
+from tc_deploy.precisions import PRECISIONS
 from tc_deploy.tensors import read_tensors
-from tc_deploy.types import FloatArray, Precision
+from tc_deploy.types import FloatArray
 
 SCRIPT = f"{POLYGRAPHY}/inputs.py"
 TRAJECTORY = f"{POLYGRAPHY}/trajectory.safetensors"
@@ -160,10 +161,10 @@ def read_golden(bundle: Path, manifest: Manifest) -> tuple[dict[str, GoldenGraph
     """
     wanted = [TRAJECTORY, *(file for graph in manifest.graphs for file in (inputs_file(graph), outputs_file(graph)))]
     missing = [name for name in wanted if name not in manifest.files]
-    if missing and manifest.precision is Precision.BF16:
+    if missing and not PRECISIONS[manifest.precision].leaves_samples:
         raise BundleError(
-            f"{bundle}: an export in bf16 leaves no samples to validate by, as polygraphy's files have no bfloat16;"
-            " export in fp16 or fp32 to validate"
+            f"{bundle}: an export in {manifest.precision} leaves no samples to validate by, as polygraphy's files have"
+            f" no {PRECISIONS[manifest.precision].element_type}; export in fp16 or fp32 to validate"
         )
     if missing:
         raise BundleError(

@@ -56,7 +56,12 @@ _TRAJECTORIES = {
     "bf16": {"drift_rel_l2": 0.1, "image_psnr_db": 25.0},
 }
 
+_EXPORT = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}
+"""Of a graph right after export: rounding in another order of summation reaches 1e-6 to 2e-5, and a wrong sign, gate,
+index or cache shows as 1e-2 and more; in half precision an engine rounds at other places than PyTorch."""
+
 TOLERANCES = {
+    **{("export", precision, "output_max_rel"): value for precision, value in _EXPORT.items()},
     # Same kernels, other shapes: a matrix product over some of the rows may sum in another order.
     ("torch", "fp32", "max_abs"): 1e-5,
     ("torch", "fp32", "extrapolated_max_abs"): 1e-4,

@@ -15,6 +15,7 @@ from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, PATH, json_option
 from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError
+from tc_deploy.precisions import PRECISIONS
 
 SIZE = click.IntRange(1, MOST)
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
@@ -85,7 +86,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @option(
     "--precision",
-    type=click.Choice(["f32", "bf16", "f16"]),
+    type=click.Choice([record.openvino for record in PRECISIONS.values()]),
     help="openvino: what to compute in.",
 )
 @option(

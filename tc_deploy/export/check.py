@@ -32,17 +32,14 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.solver import SolverTable
 from tc_deploy.plan import Plan
 from tc_deploy.planned.prompts import draw_batch
+from tc_deploy.precisions import PRECISIONS
 from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.forward import run_full
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
+from tc_deploy.tolerances import tolerance
 from tc_deploy.types import Precision
-
-RELATIVE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 2e-2, Precision.BF16: 2e-1}
-"""Largest error allowed, in units of the output's standard deviation. fp32 graphs reach 1e-6 to 2e-5 (rounding in
-another order of summation); a wrong sign, gate, index or cache shows as 1e-2 and more. Half a unit in the last place is
-5e-4 of a value in fp16 and 4e-3 in bf16, and an engine rounds at other places than PyTorch."""
 
 
 class _Enough(Exception):  # noqa: N818 - ends the sampling run, no error
@@ -133,7 +130,7 @@ def check_graph(
         BackendError: the engine is not installed.
     """
     feed = {name: example[name] for name in graph.input_names}
-    run = _run_in_openvino if precision is Precision.BF16 else _run_in_onnxruntime
+    run = _RUNS[PRECISIONS[precision].checked_by]
     found = dict(zip(graph.output_names, run(path, feed, graph.output_names), strict=True))
     with torch.no_grad():
         expected = dict(zip(graph.output_names, graph(*feed.values()), strict=True))
@@ -243,6 +240,10 @@ def _run_in_openvino(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[s
     return [_from_openvino(request.get_tensor(name)) for name in outputs]
 
 
+_RUNS = {"onnxruntime": _run_in_onnxruntime, "openvino": _run_in_openvino}
+"""By engine."""
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """What numpy sees of a tensor: it has no bf16, and OpenVINO shows it such a tensor's memory as fp16."""
     return tensor.view(torch.float16) if tensor.dtype is torch.bfloat16 else tensor
@@ -279,7 +280,7 @@ def _checked_error(
     found: NDArray[Any], expected: NDArray[Any], what: str, precision: Precision = Precision.FP32
 ) -> float:
     error = float(np.abs(found - expected).max())
-    allowed = RELATIVE_TOLERANCE[precision] * max(float(expected.std()), 1e-3)
+    allowed = tolerance("export", precision, "output_max_rel") * max(float(expected.std()), 1e-3)
     if not math.isfinite(error) or error > allowed:
         raise ExportError(
             f"{what} departs from PyTorch by {error:.2e}, allowed {allowed:.2e}; the bundle was not written"

@@ -23,11 +23,10 @@ from torch import Tensor
 from tc_deploy.errors import ExportError, first_line
 from tc_deploy.export.folding import folded_program
 from tc_deploy.manifest import MODULE_END
+from tc_deploy.precisions import PRECISIONS
 from tc_deploy.tokencache.graphs import NamedGraph
 from tc_deploy.types import Precision
 
-OPSETS = {Precision.FP32: 20, Precision.FP16: 20, Precision.BF16: 22}
-"""The lowest that knows every operator for the type: Conv takes bf16 from 22 on."""
 _FIXED = re.compile(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 """What PyTorch says of an axis that was to be left open."""
 _BOUNDED = re.compile(r"\w+ = Dim\('\w+', max=\d+\)")
@@ -69,7 +68,7 @@ def onnx_from_graph(
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
-                opset_version=OPSETS[precision],
+                opset_version=PRECISIONS[precision].opset,
                 input_names=list(graph.input_names),
                 output_names=list(graph.output_names),
                 dynamic_shapes=(axes,) if any(axes) else None,

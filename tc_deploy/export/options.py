@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tc_deploy.errors import UsageError
+from tc_deploy.precisions import PRECISIONS
 from tc_deploy.types import Precision
 
 
@@ -64,5 +65,5 @@ class ExportOptions:
 
     @property
     def wants_samples(self) -> bool:
-        """Whether the graphs are to leave what engines are validated by; polygraphy's files have no bfloat16."""
-        return self.samples and self.check and self.graphs_from is None and self.precision is not Precision.BF16
+        """Whether the graphs are to leave what engines are validated by."""
+        return self.samples and self.check and self.graphs_from is None and PRECISIONS[self.precision].leaves_samples

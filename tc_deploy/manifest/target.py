@@ -16,6 +16,7 @@ from tc_deploy.errors import BundleError
 from tc_deploy.manifest.manifest import read_manifest
 from tc_deploy.manifest.tensors import TensorRecord
 from tc_deploy.plan import PLAN
+from tc_deploy.precisions import precision_named
 
 ENGINE_SUFFIX = ".engine"
 """Of an engine that is built ahead of its use; its :class:`EngineRecord` lies beside it, with ``.json``."""
@@ -93,8 +94,7 @@ class TargetManifest(Document):
     @property
     def computes_in(self) -> str:
         """The precision of matrix products, by the name that graphs have for theirs."""
-        chosen = str(self.options.get("precision", self.precision))
-        return {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
+        return precision_named(str(self.options.get("precision", self.precision)))
 
     @property
     def options_in_words(self) -> str:

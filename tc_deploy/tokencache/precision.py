@@ -29,10 +29,10 @@ from torch.overrides import TorchFunctionMode
 
 from tc_deploy.errors import ExportError, UsageError
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.precisions import PRECISIONS
 from tc_deploy.tokencache.cache_points import replace_forward
 from tc_deploy.types import Precision
 
-_HALVES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 _LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _PRODUCTS = (F.linear, F.conv2d, F.conv3d, F.embedding)
 """What these layers call: with the input and the weight as the first two arguments."""
@@ -130,7 +130,7 @@ def cast_products(
         raise UsageError(f"the model has no block {unknown[0]}; {known}")
     if precision is Precision.FP32:
         return lambda: None
-    half = _HALVES[precision]
+    half = getattr(torch, PRECISIONS[precision].element_type)
     rounded: set[int] = set()
     mode = _HalfProducts(half, rounded)
 
@@ -196,7 +196,7 @@ def overflow_refused(
 
 def _layers(model: DiffusionTransformer, precision: Precision, fp32_blocks: Collection[str]) -> dict[str, nn.Module]:
     """The layers whose weights become half, by name."""
-    roots = ("",) if precision is Precision.FP16 else block_names(model)
+    roots = ("",) if PRECISIONS[precision].whole_model else block_names(model)
     return {
         name: layer
         for name, layer in model.module.named_modules()

@@ -65,8 +65,6 @@ RECORDED, TORCH, ONNXRUNTIME = "recorded", "torch", "onnxruntime"
 """What a target is compared with, beside the bundle's other targets: what PyTorch made at export, PyTorch anew, and
 polygraphy's own ONNX Runtime."""
 
-_PRECISIONS = {"f32": "fp32", "f16": "fp16"}
-"""Where an engine's name for a precision is not the manifest's."""
 _OWN_PRECISION = {"openvino": {"precision": "f32"}}
 """Options by which an engine kind computes as precisely as the graphs say."""
 _ISOLATING = {"onnxruntime": "--unfused", "openvino": "--precision f32"}
@@ -132,7 +130,7 @@ class _Validation:
             registry.backend(against).version()
         self.samples: Mapping[str, GoldenGraph]
         self.samples, self.saved = read_golden(path, self.manifest)
-        self.precision = precision_of(self.target)
+        self.precision = self.target.computes_in
         self.engines: Engines = load_target(path, self.manifest, self.backend)
         self._checkpoint_error = ""
 
@@ -345,12 +343,6 @@ class _Validation:
             )
             for what, (mine, theirs) in pairs.items()
         )
-
-
-def precision_of(target: TargetManifest) -> str:
-    """What a target computes in, by the manifest's names."""
-    option = str(target.options.get("precision", target.precision))
-    return _PRECISIONS.get(option, option)
 
 
 def _precision_in(name: str, precision: str) -> str:

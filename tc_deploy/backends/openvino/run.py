@@ -20,6 +20,8 @@ from tc_deploy.backends.openvino.weights import WeightInputs, weights_as_inputs
 from tc_deploy.errors import BackendError
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import FP32_GRAPHS
+from tc_deploy.precisions import PRECISIONS
+from tc_deploy.types import Precision
 
 if TYPE_CHECKING:
     import openvino
@@ -27,11 +29,11 @@ if TYPE_CHECKING:
 _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """Of a graph's inputs, by name, as it is compiled."""
 
-DEFAULT_PRECISION = "f32"
+DEFAULT_PRECISION = PRECISIONS[Precision.FP32].openvino
 DEVICE = "CPU"
 _OPEN = -1
 """Size of an axis that stays open."""
-CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+CAPABILITIES = {record.openvino: precision.upper() for precision, record in PRECISIONS.items()}
 """What OpenVINO calls a CPU's ability to compute in a precision."""
 
 
