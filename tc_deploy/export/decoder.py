@@ -30,7 +30,7 @@ from tc_deploy.manifest import (
     latents_tensor,
     only_tensor,
 )
-from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.components import AUTOENCODERS, PipelineFolder
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry
 from tc_deploy.models.pipeline_index import AUTOENCODER
@@ -130,9 +130,9 @@ def check_decoder(pipeline: PipelineFolder, family: Family, geometry: Geometry) 
     config = pipeline.check_autoencoder()
     where, name = pipeline.path / AUTOENCODER, config["_class_name"]
     latents = family.unpacked(torch.zeros((1, *geometry.latent_shape)), geometry)
-    channels = config.get("latent_channels") or config.get("z_dim")
-    axes = 5 if name == "AutoencoderKLWan" else 4
-    if (latents.ndim, latents.shape[1]) != (axes, channels):
+    kind = AUTOENCODERS[name]
+    channels = config.get(kind.channels)
+    if (latents.ndim, latents.shape[1]) != (kind.axes, channels):
         raise ModelError(
             f"{where}: a {name} of {channels} channels does not decode latents of shape {tuple(latents.shape[1:])};"
             " name the model's own pipeline with --pipeline"

@@ -34,8 +34,21 @@ from tc_deploy.models.pipeline_index import AUTOENCODER, INDEX, PipelineIndex, S
 from tc_deploy.models.text import TOKENIZER, TextEncoding, TextPart
 from tc_deploy.models.weights import LOADING, check_finite, checked_weights, from_pretrained
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLWan")
-"""The classes whose decoders are known to export."""
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """A class whose decoder is known to export."""
+
+    axes: int
+    """Of its latents: 4, or 5 for video."""
+    channels: str
+    """The setting that says how many channels they have."""
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": Autoencoder(axes=4, channels="latent_channels"),
+    "AutoencoderKLWan": Autoencoder(axes=5, channels="z_dim"),
+}
 _SCALING = re.compile(r"scal|shift|mean|std|bn_|batch_norm")
 """What settings are called that change the latents on their way to the decoder."""
 _TEXT = ("text_encoder", TOKENIZER)

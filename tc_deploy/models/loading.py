@@ -21,24 +21,9 @@ from torch import nn
 
 from tc_deploy.bundle import path_from_here
 from tc_deploy.errors import ModelError, first_line
-from tc_deploy.models import (
-    aura_flow,
-    chroma,
-    cogvideox,
-    cogview4,
-    dit,
-    flux,
-    flux2,
-    hunyuan_dit,
-    longcat_image,
-    ltx_video,
-    pixart,
-    qwen_image,
-    sd3,
-    wan,
-    z_image,
-)
+from tc_deploy.models import dit, pixart
 from tc_deploy.models.convention import CONVENTIONS, Convention
+from tc_deploy.models.families import FAMILIES
 from tc_deploy.models.family import DiffusionTransformer, Family
 from tc_deploy.models.files import (
     DIFFUSERS_WEIGHTS,
@@ -58,13 +43,6 @@ from tc_deploy.models.weights import LOADING, check_finite, checked_weights, fro
 
 log = logging.getLogger(__name__)
 
-FAMILIES: Mapping[str, Family] = {
-    module.FAMILY.model_class: module.FAMILY
-    for module in (
-        *(aura_flow, chroma, cogvideox, cogview4, dit, flux, flux2, hunyuan_dit, longcat_image, ltx_video),
-        *(pixart, qwen_image, sd3, wan, z_image),
-    )
-}
 ENTRY_POINTS = "tc_deploy.families"
 """Group of the entry points by which an installed package makes families known."""
 _REGISTERED: dict[str, Family] = {}

@@ -19,9 +19,9 @@ from torch import Tensor
 from tc_deploy.errors import ModelError
 from tc_deploy.export.decoder import DecoderGraph, check_decoder
 from tc_deploy.models.components import PipelineFolder
+from tc_deploy.models.families import FAMILIES
 from tc_deploy.models.family import Family
 from tc_deploy.models.geometry import Geometry, ModelOptions
-from tc_deploy.models.loading import FAMILIES
 
 EQUAL = tolerance("torch", "fp32", "max_abs")
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tc_deploy.errors import ModelError
+from tc_deploy.models.families import FAMILIES
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
-from tc_deploy.models.loading import FAMILIES, known_families, load_model, register_family
+from tc_deploy.models.loading import known_families, load_model, register_family
 from tc_deploy.models.rows import Rows, Streams
 
 Inputs = Mapping[str, Tensor]
