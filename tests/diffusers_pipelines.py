@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import tokenizers
 import torch
 import transformers
 from bundles import make_plan
-from torch import Tensor, nn
+from torch import nn
 
 from tc_deploy.backends.build import build_target
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.geometry import ModelOptions, Values
 from tc_deploy.models.loading import load_model
 from tc_deploy.plan import load_plan
 from tc_deploy.tokencache.sampler import TokenCachedSteps
@@ -47,15 +48,27 @@ class CachedTransformer(nn.Module):
         yield
         self.half = ""
 
-    def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **given: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.model.module.forward).bind(*args, **kwargs).arguments
+        given = dict(self.model.family.received(bound))
+        hidden_states, return_dict = given.pop("hidden_states"), given.pop("return_dict", True)
         step, steps = self.runs.get(self.half, (0, None))
         if step == 0 or steps is None:
             step, steps = 0, TokenCachedSteps(self.model, self.plan.cache, self.plan.run_schedule(), self.tables)
         timestep = torch.tensor(self.plan.sampling.timesteps[step]).expand(len(hidden_states))
         inputs = {"hidden_states": hidden_states, "timestep": timestep}
         for condition in self.model.geometry.conditions:
-            inputs[condition.name] = given[condition.name].to(getattr(torch, condition.dtype))
-        sample = steps(step, inputs)
+            value = given.get(condition.name)
+            if value is None and condition.values is Values.MASK:
+                value = torch.ones(len(hidden_states), *condition.shape)
+            inputs[condition.name] = value.to(getattr(torch, condition.dtype))
+        sample = self.model.family.returned(steps(step, inputs))
         self.runs[self.half] = (step + 1) % self.plan.schedule.steps, steps
         return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -132,8 +145,9 @@ def tiny_clip(kind: Any, width: int = 8, projection: int = 8, seed: int = 0) -> 
     return kind(config).eval()
 
 
-def build_bundle(model: Path, folder: Path, **settings: Any) -> Path:
+def build_bundle(model: Path, folder: Path, batch_size: int | None = None, **settings: Any) -> Path:
     """Plan, export and build; the engines are compared with PyTorch by the test, so not here."""
-    export_bundle(make_plan(model, folder / "plan", **settings), folder / "bundle", ExportOptions(check=False))
+    options = ExportOptions(check=False, batch_size=batch_size)
+    export_bundle(make_plan(model, folder / "plan", **settings), folder / "bundle", options)
     build_target(folder / "bundle", options={"threads": 1})
     return folder / "bundle"

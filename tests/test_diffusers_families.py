@@ -82,6 +82,16 @@ def _flux(transformer: nn.Module, scheduler: Any) -> Any:
     return diffusers.FluxPipeline(scheduler, tiny_autoencoder(4), *encoders, transformer)
 
 
+def _bare(kind: Any) -> Callable[[nn.Module, Any], Any]:
+    """A pipeline without text encoders and autoencoder."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    return lambda transformer, scheduler: kind(**parts, transformer=transformer, scheduler=scheduler)
+
+
+def _hunyuan_dit(transformer: nn.Module, scheduler: Any) -> Any:
+    return diffusers.HunyuanDiTPipeline(None, None, None, transformer, scheduler, None, None, False, None, None)
+
+
 def _sana(transformer: nn.Module, scheduler: Any) -> Any:
     return diffusers.SanaPipeline(None, None, None, transformer, scheduler)
 
@@ -107,6 +117,15 @@ class Case:
     """To the model's configuration."""
     plan: Mapping[str, Any] = field(default_factory=dict)
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    static: bool = False
+    """Whether the model's forward fixes the batch, so that the engines are for guided runs of it."""
+    slow: bool = False
+    listed: bool = False
+    """Whether the pipeline takes embeddings as lists."""
+    text: str = "encoder_hidden_states"
+    """The condition that holds them."""
+    shape: str = "hidden_states: expected"
+    """What is said of a picture of another shape and as many tokens."""
 
 
 FLUX_SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -150,6 +169,7 @@ CASES = {
         arguments={**_prompts(24), **_pooled(20), "true_cfg_scale": 2.0},
         plan={"sampling": {"num_inference_steps": STEPS}},
         unguided={"true_cfg_scale": 1.0},
+        shape="img_ids: engines cannot honour it",
     ),
     "sana": Case(
         # Taken as one piece.
@@ -163,6 +183,127 @@ CASES = {
         # SanaPipeline divides by 32 where it has no autoencoder.
         size={"height": 256, "width": 384},
         arguments=_masked(24),
+    ),
+    "qwen-image": Case(
+        model="qwen-image",
+        changes={"num_layers": 2},
+        keep=(8, 0),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.QwenImagePipeline),
+        size={"height": 64, "width": 96},
+        # A mask for the prompts; every token of the negative ones counts, so the pipeline leaves theirs out.
+        arguments={
+            **_prompts(24),
+            "prompt_embeds_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
+            "negative_prompt_embeds_mask": torch.ones(2, 5, dtype=torch.int64),
+            "true_cfg_scale": 2.0,
+            "guidance_scale": None,
+        },
+        plan={"sampling": {"num_inference_steps": STEPS}},
+        unguided={"true_cfg_scale": 1.0},
+        shape="img_shapes: engines cannot honour it",
+    ),
+    "z-image": Case(
+        model="z-image",
+        changes={"n_layers": 1},
+        keep=(8, 8),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.ZImagePipeline),
+        size={"height": 64, "width": 128},
+        arguments={
+            "prompt_embeds": list(_tensor(1, BATCH, 32, 24)),
+            "negative_prompt_embeds": list(_tensor(2, BATCH, 32, 24)),
+        },
+        plan={"latent_size": (8, 16), "text_tokens": 32},
+        unguided={"guidance_scale": 0.0},
+        static=True,
+        listed=True,
+        text="cap_feats",
+    ),
+    "flux2": Case(
+        model="flux2",
+        changes={"num_layers": 1, "num_single_layers": 1},
+        keep=(8, 5),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.Flux2Pipeline),
+        size={"height": 64, "width": 96},
+        arguments={"prompt_embeds": _prompts(24)["prompt_embeds"]},
+        plan={"sampling": {"num_inference_steps": STEPS}},
+        unguided={},
+        slow=True,
+        shape="img_ids: engines cannot honour it",
+    ),
+    "chroma": Case(
+        model="chroma",
+        keep=(8, 5),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.ChromaPipeline),
+        size={"height": 64, "width": 96},
+        arguments={
+            **_prompts(24),
+            "prompt_attention_mask": torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
+            "negative_prompt_attention_mask": torch.ones(2, 5),
+        },
+        # Each half of guidance has a call of its own.
+        plan={"sampling": {"num_inference_steps": STEPS}},
+        static=True,
+        slow=True,
+        shape="img_ids: engines cannot honour it",
+    ),
+    "cogview4": Case(
+        model="cogview4",
+        changes={"num_layers": 1},
+        keep=(8,),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.CogView4Pipeline),
+        size={"height": 64, "width": 96},
+        arguments=_prompts(24),
+        slow=True,
+    ),
+    "hunyuan-dit": Case(
+        model="hunyuan-dit",
+        keep=(8, 0, 5, 24),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        pipeline=_hunyuan_dit,
+        size={"height": 64, "width": 96, "use_resolution_binning": False},
+        arguments={
+            **_prompts(24),
+            "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
+            "negative_prompt_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+            "prompt_embeds_2": _tensor(5, BATCH, 3, 32),
+            "negative_prompt_embeds_2": _tensor(6, BATCH, 3, 32),
+            "prompt_attention_mask_2": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+            "negative_prompt_attention_mask_2": torch.ones(2, 3, dtype=torch.int64),
+        },
+        plan={"text_tokens": None},
+        slow=True,
+    ),
+    "cogvideox": Case(
+        model="cogvideox",
+        changes={"num_layers": 1},
+        keep=(8,),
+        scheduler=diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0, timestep_spacing="trailing"),
+        pipeline=_bare(diffusers.CogVideoXPipeline),
+        size={"height": 32, "width": 64, "num_frames": 9},
+        arguments=_prompts(24),
+        plan={"latent_size": (3, 4, 8)},
+        slow=True,
+    ),
+    "ltx-video": Case(
+        model="ltx-video",
+        changes={"num_layers": 1},
+        keep=(8,),
+        scheduler=FLUX_SCHEDULER,
+        pipeline=_bare(diffusers.LTXPipeline),
+        size={"height": 64, "width": 128, "num_frames": 17},
+        arguments={
+            **_prompts(24),
+            "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
+            "negative_prompt_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+        },
+        plan={"latent_size": (3, 2, 4)},
+        slow=True,
+        shape="height: engines cannot honour it",
     ),
     "wan": Case(
         model="wan",
@@ -203,7 +344,9 @@ class Made:
         return latents
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if CASES[name].slow else ()) for name in CASES]
+)
 def made(kept: Keep, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One bundle per family."""
     case: Case = CASES[request.param]
@@ -212,7 +355,8 @@ def made(kept: Keep, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         zoo.save(case.model, folder / "model" / "transformer", **case.changes)
         case.scheduler.save_pretrained(folder / "model" / "scheduler")
         cache = {**PLAN["cache"], "keep_counts": (case.keep, (0,) * len(case.keep))}
-        build_bundle(folder / "model", folder, **{**PLAN, "cache": cache, **case.plan})
+        settings = {**PLAN, "cache": cache, **case.plan}
+        build_bundle(folder / "model", folder, BATCH if case.static else None, **settings)
 
     # All sources count, since engines are built.
     entry = kept(f"in-pipeline-{request.param}", make, by_commands=True, file=__file__)
@@ -237,6 +381,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 def test_engines_are_pytorch_in_the_pipeline(made: Made, engine: EngineTransformer, guided: bool) -> None:
     changes = {} if guided else made.case.unguided
+    if not guided and made.case.model == "z-image":
+        with pytest.raises(UsageError, match="batch"):
+            made.run(engine, **changes)
+        return
     original = made.run(made.original, **changes)
     assert relative_error(made.run(EngineTransformer(made.bundle, full=True), **changes), original) <= EQUAL
     cached = made.run(engine, **changes)
@@ -293,16 +441,18 @@ def test_another_size_is_refused(made: Made, engine: EngineTransformer) -> None:
 
 
 def test_a_prompt_of_another_length_is_refused(made: Made, engine: EngineTransformer) -> None:
-    tensors = {name: value for name, value in made.case.arguments.items() if isinstance(value, Tensor)}
-    shorter = {name: value[:, :-1] for name, value in tensors.items() if "pooled" not in name}
-    with pytest.raises(UsageError, match=r"encoder_hidden_states: expected \(B, 5, .* --text-tokens N"):
+    if made.case.listed:
+        shorter: dict[str, Any] = {name: [row[:-1] for row in rows] for name, rows in made.case.arguments.items()}
+    else:
+        tensors = {name: value for name, value in made.case.arguments.items() if isinstance(value, Tensor)}
+        shorter = {name: value[:, :-1] for name, value in tensors.items() if "pooled" not in name}
+    with pytest.raises(UsageError, match=rf"{made.case.text}: expected \(B, \d+, .* --text-tokens N"):
         made.run(engine, **shorter)
 
 
 def test_another_shape_of_as_many_tokens_is_refused(made: Made, engine: EngineTransformer) -> None:
     """FLUX's latents come packed, so their shape is not the picture's; the positions are."""
-    expected = "img_ids: engines cannot honour it" if made.case.model == "flux" else "hidden_states: expected"
-    with pytest.raises(UsageError, match=expected):
+    with pytest.raises(UsageError, match=made.case.shape):
         made.run(engine, height=made.case.size["width"], width=made.case.size["height"])
 
 

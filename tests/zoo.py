@@ -112,13 +112,6 @@ MODELS: dict[str, Entry] = {
         | {"pooled_projection_dim": 24, "axes_dims_rope": [4, 6, 6]},
         ModelOptions(latent_size=(8, 12), text_tokens=5),
     ),
-    "aura-flow": (
-        "AuraFlowTransformer2DModel",
-        {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1}
-        | {"num_single_dit_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24}
-        | {"caption_projection_dim": WIDTH, "pos_embed_max_size": 64},
-        ModelOptions(latent_size=(8, 12), text_tokens=5),
-    ),
     "cogview4": (
         "CogView4Transformer2DModel",
         {**IMAGE, "out_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8}
@@ -168,6 +161,13 @@ WHOLE: dict[str, Entry] = {
         {**SMALL, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "caption_channels": 24}
         | {"cross_attention_dim": 96, "sample_height": 8, "sample_width": 8, "sample_frames": 3},
         ModelOptions(latent_size=(2, 4, 8), text_tokens=5),
+    ),
+    "aura-flow": (
+        "AuraFlowTransformer2DModel",
+        {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1}
+        | {"num_single_dit_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24}
+        | {"caption_projection_dim": WIDTH, "pos_embed_max_size": 64},
+        ModelOptions(latent_size=(8, 12), text_tokens=5),
     ),
 }
 """Of classes without a family, which are taken as one piece."""

@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import numpy as np
@@ -28,7 +28,7 @@ from tc_deploy.diffusers.runs import LATENTS, Call, NamedRun, Runs
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, Role, TensorRecord
 from tc_deploy.models.family import DiffusionTransformer, Family
-from tc_deploy.models.geometry import ModelOptions
+from tc_deploy.models.geometry import ModelOptions, Values
 from tc_deploy.models.loading import family_of_class
 from tc_deploy.plan import ModelRecord
 from tc_deploy.remarks import warn_of_plan
@@ -110,7 +110,9 @@ class EngineTransformer(nn.Module):
                 " the bundle with tc_deploy.load"
             )
         timesteps = torch.from_numpy(bundle.step_tables[Role.TIMESTEP])
-        module, call = _usual_call(family, bundle.plan.model, timesteps)
+        model, call = _usual_call(family, bundle.plan.model, timesteps)
+        module: Any = model.module
+        self._model = model
         self.config = _Config(module.config)  # type: ignore[no-untyped-call]
         self.config.model_class = family.model_class
         self._signature = inspect.signature(type(module).forward.__get__(module))
@@ -123,6 +125,7 @@ class EngineTransformer(nn.Module):
         self._engines = Engines(bundle)
         self._inputs = {tensor.name: tensor for tensor in self._engines.inputs}
         self._constants = {name: value for name, value in call.items() if name not in self._inputs}
+        self._masks = {item.name for item in model.geometry.conditions if item.values is Values.MASK}
         self._classes = {condition.name: condition.classes for condition in bundle.manifest.conditions}
         self._runs = Runs(self._engines, self._timesteps, PlannedScheduler(bundle.plan), full=full)
         self._lock = threading.Lock()
@@ -144,6 +147,10 @@ class EngineTransformer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            model = self.__dict__.get("_model")
+            # Sizes, which some pipelines ask the module for, and not its configuration.
+            if model is not None and isinstance(size := vars(model.module).get(name), int | float):
+                return size
             raise UnsupportedAttributeError(
                 f"EngineTransformer has no {name!r}: engines are fixed when they are built; merge LoRA and other"
                 " adapters into the checkpoint, then: tc-deploy calibrate, export, build"
@@ -204,9 +211,13 @@ class EngineTransformer(nn.Module):
     def _answer(
         self, run: PipelineRun | NamedRun | None, *args: Any, **kwargs: Any
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        given = self._arguments(args, kwargs)
+        given = dict(self._model.family.received(self._arguments(args, kwargs)))
         return_dict, timestep = given.pop("return_dict", True), given.pop("timestep", None)
         tensors = {name: given.pop(name, None) for name in self._inputs}
+        for name in self._masks:
+            if tensors[name] is None and isinstance(latents := tensors[LATENTS], Tensor):
+                # Pipelines leave a mask out where every token of a prompt counts.
+                tensors[name] = torch.ones(latents.shape[0], *self._inputs[name].shape[1:], device=latents.device)
         arrays = {name: self._array(self._inputs[name], value) for name, value in tensors.items()}
         batch = len(arrays["hidden_states"])
         for name, array in arrays.items():
@@ -226,7 +237,7 @@ class EngineTransformer(nn.Module):
         )
         with self._lock:
             output = self._runs.answer(call, run)
-        sample = torch.from_numpy(output).to(tensors["hidden_states"].device)
+        sample = self._model.family.returned(torch.from_numpy(output).to(tensors[LATENTS].device))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -293,11 +304,11 @@ def _one_timestep(timestep: Any) -> float:
     return float(found[0])
 
 
-def _usual_call(family: Family, record: ModelRecord, timesteps: Tensor) -> tuple[Any, dict[str, Any]]:
+def _usual_call(family: Family, record: ModelRecord, timesteps: Tensor) -> tuple[DiffusionTransformer, dict[str, Any]]:
     """What a family's pipelines call the model with, learnt from how the package itself calls it.
 
     Returns:
-        The module, without weights, and the arguments by name: the timesteps (T,) as pipelines give them, and what the
+        The model, without weights, and the arguments by name: the timesteps (T,) as pipelines give them, and what the
         graphs hold as constants, such as positions.
     """
     with torch.device("meta"):
@@ -315,14 +326,19 @@ def _usual_call(family: Family, record: ModelRecord, timesteps: Tensor) -> tuple
     )
     arguments: dict[str, Any] = {}
 
-    def note(**given: Any) -> tuple[Tensor]:
+    def note(**given: Any) -> NoReturn:
         arguments.update(given)
-        return (torch.empty(0),)
+        raise _NotedError
 
     module.forward = note
     sample = {"hidden_states": torch.zeros(1, *geometry.latent_shape), "timestep": timesteps}
-    model.forward(sample | model.random_conditions(1, torch.Generator()))
-    return module, arguments
+    with contextlib.suppress(_NotedError):
+        model.forward(sample | model.random_conditions(1, torch.Generator()))
+    return model, dict(family.received(arguments))
+
+
+class _NotedError(Exception):
+    """Ends a call once its arguments are known."""
 
 
 def _torch_dtype(tensor: TensorRecord) -> torch.dtype:
@@ -343,6 +359,10 @@ def _is_equal(value: Any, constant: Any) -> bool:
     if isinstance(constant, Tensor):
         same_axes = isinstance(value, Tensor) and value.shape[1:] == constant.shape[1:]
         return same_axes and len(constant) in (1, len(value)) and bool((value.cpu() == constant).all())
+    if isinstance(constant, list | tuple):
+        if not isinstance(value, list | tuple) or len(constant) not in (1, len(value)):
+            return False
+        return all(map(_is_equal, value, constant * (len(value) // len(constant))))
     return value is None if constant is None else type(value) is type(constant) and bool(value == constant)
 
 

@@ -194,6 +194,9 @@ class Convention:
 
 
 CONVENTIONS: Mapping[str, Convention] = {
+    "AuraFlowPipeline": Convention(
+        pipelines=("AuraFlowPipeline",), scheduler_has=("set_begin_index",), timestep_divisor=1000.0
+    ),
     "Flux2KleinPipeline": Convention(
         pipelines=("Flux2KleinPipeline",),
         sigmas=flow_sigmas_unless_own,

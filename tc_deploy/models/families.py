@@ -12,7 +12,6 @@ from typing import Final
 from tc_deploy.models.family import Family
 
 _MODULES = (
-    "aura_flow",
     "chroma",
     "cogvideox",
     "cogview4",

@@ -366,7 +366,7 @@ class Ours:
 
 def _made(case: Case, scheduler: Any, size: tuple[int, ...], folder: Path) -> Ours:
     changes = {**case.changes, "sample_size": size[0]} if case.model == "dit" else case.changes
-    transformer = getattr(diffusers, zoo.MODELS[case.model][0]).from_pretrained(
+    transformer = getattr(diffusers, zoo.ALL[case.model][0]).from_pretrained(
         zoo.save(case.model, folder / "transformer", **changes)
     )
     pipe = case.pipeline(transformer.eval(), scheduler)

@@ -119,7 +119,6 @@ PIPELINES: Mapping[str, Callable[[DiffusionTransformer, Inputs], dict[str, Any]]
     "ZImageTransformer2DModel": _z_image,
     "ChromaTransformer2DModel": _chroma,
     "LongCatImageTransformer2DModel": _longcat_image,
-    "AuraFlowTransformer2DModel": lambda model, inputs: {**inputs, "timestep": inputs["timestep"] / 1000},
     "CogView4Transformer2DModel": _cogview4,
     "HunyuanDiT2DModel": _hunyuan_dit,
     "CogVideoXTransformer3DModel": _cogvideox,

@@ -45,7 +45,7 @@ def test_a_full_step_is_the_class_s_own_forward_bit_for_bit(name: str) -> None:
 
 def test_shapes_are_found_where_no_family_names_them() -> None:
     shapes = {name: zoo.model(name).geometry.latent_shape for name in zoo.WHOLE}
-    assert shapes == {"sana": (4, 4, 6), "cosmos": (4, 3, 4, 8), "allegro": (4, 2, 4, 8)}
+    assert shapes == {"sana": (4, 4, 6), "cosmos": (4, 3, 4, 8), "allegro": (4, 2, 4, 8), "aura-flow": (4, 8, 12)}
     conditions = {item.name: item.shape for item in zoo.model("sana").geometry.conditions}
     assert conditions == {"encoder_hidden_states": (5, 24), "encoder_attention_mask": (5,)}
 
