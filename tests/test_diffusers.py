@@ -210,8 +210,8 @@ def test_it_shows_what_a_pipeline_asks_its_transformer_for(
 def test_settings_that_a_file_leaves_out_have_the_class_s_defaults(engine: EngineTransformer) -> None:
     record = engine._plan.model
     older = {name: value for name, value in record.config.items() if name != "upcast_attention"}
-    module, _ = _usual_call(dit.FAMILY, record.model_copy(update={"config": older}), torch.tensor([900.0]))
-    assert module.config.upcast_attention is False
+    model, _ = _usual_call(dit.FAMILY, record.model_copy(update={"config": older}), torch.tensor([900.0]))
+    assert model.module.config.upcast_attention is False
 
 
 def test_an_output_is_the_caller_s_own(engine: EngineTransformer) -> None:

@@ -125,7 +125,7 @@ class EngineTransformer(nn.Module):
         self._engines = Engines(bundle)
         self._inputs = {tensor.name: tensor for tensor in self._engines.inputs}
         self._constants = {name: value for name, value in call.items() if name not in self._inputs}
-        self._masks = {item.name for item in model.geometry.conditions if item.values is Values.MASK}
+        self._masks = {item.name: item.shape for item in model.geometry.conditions if item.values is Values.MASK}
         self._classes = {condition.name: condition.classes for condition in bundle.manifest.conditions}
         self._runs = Runs(self._engines, self._timesteps, PlannedScheduler(bundle.plan), full=full)
         self._lock = threading.Lock()
@@ -214,10 +214,11 @@ class EngineTransformer(nn.Module):
         given = dict(self._model.family.received(self._arguments(args, kwargs)))
         return_dict, timestep = given.pop("return_dict", True), given.pop("timestep", None)
         tensors = {name: given.pop(name, None) for name in self._inputs}
-        for name in self._masks:
-            if tensors[name] is None and isinstance(latents := tensors[LATENTS], Tensor):
+        latents = tensors[LATENTS]
+        for name, shape in self._masks.items():
+            if tensors[name] is None and isinstance(latents, Tensor):
                 # Pipelines leave a mask out where every token of a prompt counts.
-                tensors[name] = torch.ones(latents.shape[0], *self._inputs[name].shape[1:], device=latents.device)
+                tensors[name] = torch.ones(latents.shape[0], *shape, device=latents.device)
         arrays = {name: self._array(self._inputs[name], value) for name, value in tensors.items()}
         batch = len(arrays["hidden_states"])
         for name, array in arrays.items():
