@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format docs clean
+.PHONY: help demo calibrate-demo test pytest cover slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format docs clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -30,12 +30,19 @@ demo: $(INSTALLED) ## Export and build the shipped digits model, make digits wit
 calibrate-demo: $(INSTALLED) ## Make the digits model's plan again (it is committed)
 	$(BIN)/tc-deploy calibrate calibration/recipes/digits.toml -o calibration/digits
 
+test: $(INSTALLED) ## Check the style, the types and the imports, and run the tests beside that
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint pytest
+
 # A file's tests share bundles that take long to make, so a file stays in one process.
-test: lint ## Check the style, the types and the imports, then run the tests
+pytest: $(INSTALLED)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# What only a GPU runs is left out, by the list in pyproject.toml.
+cover: $(INSTALLED) ## Print which lines of tc_deploy the tests run, and which not
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report term-missing:skip-covered
+
 slow: $(INSTALLED) ## Run the tests that take long
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --hypothesis-profile thorough
 
 chaos: $(INSTALLED) ## Kill every command where it writes, race it, fill its disk; KILLS=1000 for more
 	RELIABILITY_RECORD=1 CHAOS_KILLS=$(or $(KILLS),300) $(BIN)/pytest -m chaos tests/chaos

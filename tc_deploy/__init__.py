@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from tc_deploy.runtime.pipeline import Step as Step
     from tc_deploy.runtime.pipeline import load as load
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Pipeline", "Result", "Step", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("tc-deploy")
+        except PackageNotFoundError:  # a tree that is not installed
+            return "0+unknown"
     if name in ("Pipeline", "Result", "Step", "load"):
         from tc_deploy.runtime import pipeline
 

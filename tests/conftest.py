@@ -18,8 +18,9 @@ from tc_deploy.models.loading import load_model
 # Models this small only lose by sharing their work between threads, ten times over on a busy machine.
 torch.set_num_threads(1)
 # Nor is a busy machine a defect of the code.
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("quick")
 
 pytest_plugins = ["bundles", "prompted"]
 

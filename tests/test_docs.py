@@ -125,6 +125,20 @@ def test_an_extra_is_one_of_the_package(line: str, alone: bool) -> None:
         assert set(names.split(",")) <= set(extras)
 
 
+def test_what_the_release_and_the_image_run_is_there() -> None:
+    release = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    used = re.findall(r"run: make ([\w-]+)", release)
+    assert used
+    assert set(used) <= set(targets)
+    image = (ROOT / "docs" / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (extras,) = re.findall(r"\.whl\)\[([\w,]+)\]", image)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    entry = re.findall(r'^(?:ENTRYPOINT|CMD) \["([\w-]+)"\]$', image, re.MULTILINE)
+    assert (entry[0] in project["scripts"], entry[1] in COMMANDS) == (True, True)
+
+
 def test_commands_are_found() -> None:
     """So that the tests above are not empty for want of matches."""
     assert len(commands("tc-deploy")) > 50
