@@ -22,7 +22,6 @@ EXTRA_BY_MODULE = {
     "onnx": "compile",
     "onnx_ir": "compile",
     "onnxscript": "compile",
-    "optuna": "compile",
     "torch": "compile",
     "torchmetrics": "compile",
     "transformers": "compile",

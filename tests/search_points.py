@@ -35,5 +35,4 @@ def point(kind: Kind, name: str, ratio: float, psnr_db: float, keep: int = 0) ->
         converged_psnr_db=None,
         drift=None,
         on_front=False,
-        predicted_latency_ratio=None,
     )

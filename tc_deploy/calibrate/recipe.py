@@ -30,7 +30,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -48,8 +48,8 @@ MAX_SEED = 500_000
 LEAST_FIT_SAMPLES = 8
 """With fewer a fit is one to their noise."""
 USUAL_FIT_SAMPLES = 32
-MAX_CANDIDATES = 1_000_000
-"""Combinations that a search keeps in memory, to choose among them."""
+MAX_LISTED = 100
+"""Values in a list of a search: each is a plan that is built."""
 MAX_RECIPE_BYTES = 2**18
 _DEEP_KEY = re.compile(r"""(?:["'A-Za-z0-9_-]{1,64}\s{0,8}\.\s{0,8}){64}""")
 """A dotted key of so many parts; what tomllib takes for one grows with the square of them."""
@@ -169,40 +169,28 @@ class MeasureRecipe(Document):
 
 
 class SearchRecipe(Document):
-    """What ``tc-deploy plan`` tries: every combination, or as many as ``trials`` allows."""
+    """What ``tc-deploy plan`` tries."""
 
-    phase_start: tuple[Ratio, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
-    """First step of phase 2, as a share of the steps."""
-    cache_interval_early: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8, 10)
-    cache_interval_late: tuple[Steps, ...] = (1, 2, 3, 4, 5, 6, 8)
-    keep_ratio: tuple[Ratio, ...] = (0.0, 0.125, 0.25, 0.5)
-    """Each phase takes one."""
-    forecast_order: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (1, 2)
-    reuse: tuple[Reuse, ...] = (Reuse.BRANCH,)
-    attention: tuple[Attention, ...] = (Attention.ALL,)
-    skip: tuple[Skip, ...] = (Skip.MODEL, Skip.BLOCKS)
-    trials: Annotated[int, Field(gt=0, le=100_000)] = 150
-    """Candidates that are sampled with, in PyTorch, on ``screening_samples`` pictures each."""
-    screening_samples: Annotated[int, Field(gt=0, le=10_000)] = 16
+    full_steps: tuple[Ratio, ...] = (0.08, 0.12, 0.16, 0.24, 0.32, 0.44)
+    """Shares of the steps that are full, each placed and fitted; all other steps skip the model."""
+    keep_ratio: tuple[Ratio, ...] = (0.25,)
+    """Shares of all tokens that a cached step computes, each in a plan of its own; 0 alone: none."""
     confirmation_samples: Annotated[int, Field(gt=0, le=100_000)] = 64
     """Pictures, of other seeds, that engines make with each point of the result."""
-    points: Annotated[int, Field(gt=0, le=1_000)] = 8
-    """Candidates of which engines are built."""
     latency_rounds: Annotated[int, Field(gt=0, le=100_000)] = 7
     """Rounds in which each built point and the full run take turns."""
+    budget_minutes: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """After so long no further baseline is built; half of it is for placing full steps. None: until all is done."""
+    baselines: Literal["none", "static", "all"] = "static"
+    """What runs beside: nothing but the full run, what a plan can express, or cache-dit in PyTorch too."""
 
     @model_validator(mode="after")
-    def _check_not_empty(self) -> Self:
+    def _check_lists(self) -> Self:
         for name, value in self:
             if value == ():
                 raise ValueError(f"{name} must list at least one value")
-        lists = {name: len(value) for name, value in self if isinstance(value, tuple)}
-        # Each phase has a share of its own.
-        found = math.prod(lists.values()) * lists["keep_ratio"]
-        if found > MAX_CANDIDATES:
-            raise ValueError(
-                f"the lists make {found} combinations, expected at most {MAX_CANDIDATES}; list fewer values"
-            )
+            if isinstance(value, tuple) and len(value) > MAX_LISTED:
+                raise ValueError(f"{name} must list at most {MAX_LISTED} values, found {len(value)}")
         return self
 
 

@@ -31,6 +31,6 @@ def recipe_for(model: DiffusionTransformer, recipe: Recipe) -> Recipe:
             " it out, so that cached steps forecast the model's output, or describe the class (adapters.md in the"
             " documentation)"
         )
-    space = recipe.search.model_copy(update={"keep_ratio": (0.0,), "skip": (Skip.MODEL,)})
+    space = recipe.search.model_copy(update={"keep_ratio": (0.0,)})
     whole = cache.model_copy(update={"keep_counts": None, "keep_ratio": (0.0, 0.0)})
     return recipe.model_copy(update={"cache": whole, "search": space})

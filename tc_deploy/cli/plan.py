@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 @option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
 @option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run.")
 @option("--from-flops", advanced=True, is_flag=True, help="Take FLOPs for latency; nothing is timed.")
-@option("--trials", "search__trials", advanced=True, type=int, help="Candidates to sample with.")
+@option("--budget", "search__budget_minutes", type=Number(0), metavar="MINUTES", help="Time for the search.")
+@option(
+    "--baselines",
+    "search__baselines",
+    type=click.Choice(["none", "static", "all"]),
+    help="What runs beside the plans: nothing, what a plan can express (the default), or cache-dit too.",
+)
 @recipe_options
 @device_option
 @json_option

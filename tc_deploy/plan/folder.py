@@ -114,15 +114,14 @@ _EARLIER = {
     1: Earlier(required=_KEYS),
     2: Earlier(required=_KEYS | {"kind"}, optional=frozenset({"forecast"})),
 }
+_SEARCH_KEYS = frozenset(
+    {"kind", "format_version", "made_by", "date", "model", "hardware", "latency_source", "backend", "backend_version"}
+    | {"batch_size", "seed", "confirmation_seeds", "settings", "points", "remarks", "samples"}
+)
 _SEARCHES = {
-    version: Earlier(
-        required=frozenset(
-            {"kind", "format_version", "made_by", "date", "model", "hardware", "latency_source", "backend"}
-            | {"backend_version", "batch_size", "seed", "screening_seeds", "confirmation_seeds", "settings", "variants"}
-            | {"screened", "points", "remarks", "samples"}
-        )
-    )
-    for version in (1, 2, 3)
+    1: Earlier(required=_SEARCH_KEYS | {"screening_seeds", "variants", "screened"}),
+    2: Earlier(required=_SEARCH_KEYS | {"screening_seeds", "variants", "screened"}),
+    3: Earlier(required=_SEARCH_KEYS),
 }
 """The record's class is in a room above; here it is known by its keys."""
 

@@ -66,13 +66,12 @@ def _search_facts(source: Source) -> list[Fact]:
     search = source.search
     if search is None:
         return []
-    seeds = f"{search.screening_seeds} to screen, {search.confirmation_seeds} others to confirm; the search's own seed"
     return [
         Fact(term="hardware", text=search.hardware),
         Fact(term="backend", text=f"{search.backend} {search.backend_version}, batch {search.batch_size}"),
         Fact(term="latencies", text="measured" if search.latency_source == "measured" else "estimated from FLOPs"),
-        Fact(term="search's seeds", text=f"{seeds} is {search.seed}"),
-        Fact(term="candidates", text=f"{len(search.screened)} screened, {len(search.points)} points confirmed"),
+        Fact(term="search's seeds", text=f"{search.confirmation_seeds} to judge by; the search's own is {search.seed}"),
+        Fact(term="points", text=str(len(search.points))),
         Fact(term="searched", text=f"{search.date}, by {search.made_by}"),
         Fact(term="search's settings", text=_on_one_line(search.settings), is_code=True),
     ]

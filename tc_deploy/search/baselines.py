@@ -29,7 +29,7 @@ from tc_deploy.types import Attention, FloatArray, Reuse, Skip
 
 FEWER_STEPS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 """Shares of the steps."""
-BETTER_SOLVER = "DPMSolverMultistepScheduler"
+BETTER_SOLVERS = {"DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 BETTER_SOLVER_STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
 INTERVALS = (2, 3, 4, 5, 6, 8)
 TAYLOR_ORDERS = (1, 2)
@@ -69,10 +69,8 @@ class Baselines:
         for count in _step_counts(FEWER_STEPS, steps):
             sampling = with_steps(self.model, self.sampling, count)
             yield self._full_steps(sampling, f"{count} steps", Kind.FEWER_STEPS)
-        better = self._better_solver()
-        for count in _step_counts(BETTER_SOLVER_STEPS, steps) if better else ():
-            sampling = dataclasses.replace(self.sampling, scheduler=better, steps=count)
-            yield self._full_steps(sampling, f"DPM-Solver++, {count} steps", Kind.BETTER_SOLVER)
+        for name, sampling in self.better_solvers(BETTER_SOLVER_STEPS):
+            yield self._full_steps(sampling, name, Kind.BETTER_SOLVER)
         nothing = (0,) * len(self.model.blocks)
         for interval in (interval for interval in INTERVALS if interval < steps):
             schedule = tprr(steps=steps, phase_start=steps, cache_interval_early=interval, cache_interval_late=1)
@@ -90,6 +88,22 @@ class Baselines:
                     forecast = cache.model_copy(update={"forecast_order": order, "skip": skip})
                     name = f"{what} forecast, order {order}, interval {interval}"
                     yield self.cached(schedule, forecast, name, Kind.SKIP_FORECAST)
+
+    def better_solvers(self, shares: tuple[float, ...]) -> Iterator[tuple[str, Sampling]]:
+        """Other solvers at these shares of the steps, by name; none where diffusers cannot make them."""
+        for name, scheduler_class in BETTER_SOLVERS.items():
+            better = self._better_solver(scheduler_class)
+            for count in _step_counts(shares, self.sampling.steps) if better else ():
+                yield f"{name}, {count} steps", dataclasses.replace(self.sampling, scheduler=better, steps=count)
+
+    def placed_twins(self, point: PlannedPoint) -> Iterator[PlannedPoint]:
+        """At a placed point's own full steps: its output forecast by a polynomial, and reused (as MeanCache does)."""
+        schedule = point.plan.run_schedule()
+        order = point.plan.cache.forecast_order
+        name = f"at the steps of {point.name}"
+        yield self.cached(schedule, point.plan.cache, f"output forecast, order {order}, {name}", Kind.SKIP_FORECAST)
+        reuse = point.plan.cache.model_copy(update={"forecast_order": 0})
+        yield self.cached(schedule, reuse, f"output reused {name}", Kind.SKIP_REUSE)
 
     def twins(self, point: PlannedPoint, importance: FloatArray) -> Iterator[PlannedPoint]:
         """The same budget as a point's spent otherwise; nothing where it keeps no token.
@@ -109,20 +123,20 @@ class Baselines:
         if uniform != cache:
             yield self.cached(schedule, uniform, f"{point.name}, uniform blocks", Kind.UNIFORM_BLOCKS, importance)
 
-    def _better_solver(self) -> Any:
-        """DPM-Solver++ with the model's noise schedule; None where diffusers cannot make it of this scheduler.
+    def _better_solver(self, scheduler_class: str) -> Any:
+        """A solver with the model's noise schedule; None where diffusers cannot make it of this scheduler.
 
-        Nor of one without betas (flow matching): DPM-Solver++ would take its own defaults, and lose to them.
+        Nor of one without betas (flow matching): it would take its own defaults, and lose to them.
         """
         config = {key: value for key, value in self.sampling.scheduler.config.items() if not key.startswith("_")}
         if (
-            type(self.sampling.scheduler).__name__ == BETTER_SOLVER
+            type(self.sampling.scheduler).__name__ == scheduler_class
             or self.sampling.set_timesteps_kwargs
             or "beta_schedule" not in config
         ):
             return None
         try:
-            return scheduler_from_config(BETTER_SOLVER, config, self.model.source)
+            return scheduler_from_config(scheduler_class, config, self.model.source)
         except ModelError:
             return None
 

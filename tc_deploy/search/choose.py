@@ -33,6 +33,7 @@ from tc_deploy.search.record import (
     SearchRecord,
     read_search,
 )
+from tc_deploy.search.remarks import unproven_tokens
 from tc_deploy.tensors import read_tensors
 from tc_deploy.types import FloatArray
 
@@ -104,17 +105,20 @@ def chosen_point(record: SearchRecord, wish: Wish) -> PointRecord:
     """The point that fulfils a wish best: the fastest that is close enough, or the closest that is fast enough.
 
     Baselines take part where they are plans, so what is chosen is never dominated by one. A peer that is no plan takes
-    nothing away: beside it there may be nothing to deploy.
+    nothing away: beside it there may be nothing to deploy. A plan that keeps tokens takes no part unless they are worth
+    more than random ones.
 
     Raises:
         UsageError: none does; names the fastest. Or the wish is in milliseconds, and none were measured.
     """
     check_wish(wish, record.latency_source)
     full = next(point for point in record.points if point.name == FULL_POINT)
+    unproven = unproven_tokens(record.points)
     plans = [
         point
         for point in record.points
         if point.settings is not None
+        and point.name not in unproven
         and (wish.target_psnr_db is None or point.quality.psnr_db >= wish.target_psnr_db)
         and (wish.max_latency_ms is None or (point.latency_ms or math.inf) <= wish.max_latency_ms)
     ]

@@ -5,8 +5,10 @@ In: plans, the full run first. Out: points, and samples of their pictures. Never
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ class Confirmed:
     """The full run first, then by latency."""
     lost: tuple[str, ...]
     """Names of those whose pictures are not finite."""
+    late: tuple[str, ...]
+    """Names of baselines that there was no time for."""
     samples: Mapping[str, FloatArray]
     """Latents of the first pictures by the point's name, ``(n, *latent shape)``."""
 
@@ -72,15 +76,19 @@ class Confirmation:
         self.model, self.sampling, self.maker, self.judge, self.report = model, sampling, maker, judge, report
         self.asked = asked_conditions(model, sampling, range(FIRST_SEED, FIRST_SEED + recipe.confirmation_samples))
         self.rounds = recipe.latency_rounds if timed else 0
+        self.with_peers = recipe.baselines == "all"
         labels = (self.asked.given[item.name] for item in model.geometry.conditions if item.classes)
         self.labels = next((torch.from_numpy(found) for found in labels), None)
 
-    def __call__(self, planned: Sequence[PlannedPoint], converged: PlannedPoint | None) -> Confirmed:
+    def __call__(
+        self, planned: Sequence[PlannedPoint], converged: PlannedPoint | None, deadline: float | None = None
+    ) -> Confirmed:
         """Build, run and time every point.
 
         Args:
             planned: the full run first.
             converged: the run that a better solver is judged by; None where there is none.
+            deadline: of :func:`time.monotonic`, after which no further baseline is built; None: none.
 
         Raises:
             NotFiniteError: the full run's pictures are not finite.
@@ -89,11 +97,13 @@ class Confirmation:
         if not np.isfinite(full.latents).all():
             where = f"{self.model.source} on {self.maker.backend}"
             raise NotFiniteError(f"{where}: the full run's pictures are not finite; use another backend")
-        exact = None if converged is None else self._exact(converged)
-        made, latencies = self._made(planned)
+        made, latencies = self._made(planned, deadline)
+        late = tuple(point.name for point in planned if point.name not in made)
+        planned = [point for point in planned if point.name in made]
+        exact = None if converged is None or _is_over(deadline) else self._exact(converged)
         times_ms = [latency.full_ms for latency in latencies.values()]
         full_ms = float(np.median(times_ms)) if times_ms else None
-        peers = self._peers()
+        peers = self._peers() if self.with_peers and not _is_over(deadline) else ()
         points = [
             self._point(point, made[point.name], full, exact, latencies.get(point.name), full_ms)
             for point in planned
@@ -108,6 +118,7 @@ class Confirmation:
         return Confirmed(
             points=(points[0], *sorted(points[1:], key=lambda point: point.latency_ratio)),
             lost=tuple(name for name in latents if name not in found),
+            late=late,
             samples={name: np.ascontiguousarray(latents[name][:SAMPLE_IMAGES]) for name in latents if name in found},
         )
 
@@ -117,18 +128,32 @@ class Confirmation:
         exact = self.maker.images(converged, self.asked, FIRST_SEED, lambda done, total: self.report(what, done, total))
         return exact if np.isfinite(exact.latents).all() else None
 
-    def _made(self, planned: Sequence[PlannedPoint]) -> tuple[dict[str, Images], dict[str, Latency]]:
-        """Pictures and, where they are measured, latencies by name; points whose graphs are alike one after another."""
+    def _made(
+        self, planned: Sequence[PlannedPoint], deadline: float | None
+    ) -> tuple[dict[str, Images], dict[str, Latency]]:
+        """Pictures and, where they are measured, latencies by name: baselines last, as long as there is time.
+
+        Points whose graphs are alike come one after another.
+        """
         what = "building points and baselines, making pictures" + (", timing" if self.rounds else "")
-        images: dict[str, Images] = {}
+        pictures: dict[str, Images] = {}
         latencies: dict[str, Latency] = {}
-        for done, point in enumerate(sorted(planned, key=self.maker.graphs_key)):
-            self.report(what, done, len(planned))
-            images[point.name] = self.maker.images(point, self.asked, FIRST_SEED)
+        ours = (Kind.FULL, Kind.TOKEN_CACHE)
+        order = sorted(planned, key=lambda point: (point.kind not in ours, self.maker.graphs_key(point)))
+        for done, point in enumerate(order):
+            if point.kind not in ours and _is_over(deadline):
+                break
+            still_there = partial(self._still_there, what, done, len(planned))
+            still_there()
+            pictures[point.name] = self.maker.images(point, self.asked, FIRST_SEED, still_there)
             if self.rounds:
                 latencies[point.name] = self.maker.latency(point, self.rounds)
         self.report(what, len(planned), len(planned))
-        return {point.name: images[point.name] for point in planned}, latencies
+        return {point.name: pictures[point.name] for point in planned if point.name in pictures}, latencies
+
+    def _still_there(self, what: str, done: int, total: int, *of_a_point: int) -> None:  # noqa: ARG002
+        """Say how far all is; told of every step of a point, so that nothing falls silent."""
+        self.report(what, done, total)
 
     def _peers(self) -> tuple[PeerRun, ...]:
         """cache-dit in PyTorch on the same noise and conditions; nothing where it is not installed."""
@@ -158,7 +183,6 @@ class Confirmation:
             latency_iqr=run.latency_iqr or 0.0,
             drift=None,
             on_front=False,
-            predicted_latency_ratio=None,
             **self._figures(run.latents, full, exact),
         )
 
@@ -191,7 +215,6 @@ class Confirmation:
             latency_iqr=0.0 if latency is None else latency.iqr,
             drift=drift(torch.from_numpy(made.trajectory), torch.from_numpy(full.trajectory)) if same_steps else None,
             on_front=False,
-            predicted_latency_ratio=point.predicted_latency_ratio,
             **self._figures(torch.from_numpy(made.latents), full, exact),
         )
 
@@ -203,3 +226,7 @@ class Confirmation:
         if exact is not None:
             converged = round(image_psnr_db(latents, torch.from_numpy(exact.latents), pixels=pixels), 2)
         return {"quality": quality, "converged_psnr_db": converged}
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline

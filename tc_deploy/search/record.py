@@ -87,41 +87,11 @@ class PointRecord(Document):
     """Per step, relative L2 of the latents to the full run's; None where the steps are others."""
     on_front: bool
     """No other point on the engines is both faster and closer to the full run; never of one in PyTorch."""
-    predicted_latency_ratio: float | None
-    """By the cost model that the search used; None for a point that was not searched for."""
 
     @property
     def psnr_db(self) -> float:
         """To the full run."""
         return self.quality.psnr_db
-
-
-class VariantCost(Document):
-    """What the cost model knows of one graph: time of one call over the full step's."""
-
-    graph: str
-    """``full``, ``skip``, ``solver`` or ``keep``."""
-    reuse: str | None
-    attention: str | None
-    forecast_order: int | None
-    keep_ratio: float | None
-    ratio: NonNegativeFloat
-    iqr: NonNegativeFloat
-
-
-class ScreenedRecord(Document):
-    """One candidate that the search looked at, on the screening seeds."""
-
-    phase_start: NonNegativeInt
-    cache_interval_early: PositiveInt
-    cache_interval_late: PositiveInt
-    keep_ratio: tuple[float, float]
-    forecast_order: NonNegativeInt
-    reuse: str
-    attention: str
-    skip: str
-    latency_ratio: PositiveFloat
-    psnr_db: float
 
 
 class SearchRecord(Document):
@@ -139,12 +109,9 @@ class SearchRecord(Document):
     batch_size: PositiveInt
     """Pictures per run in every latency."""
     seed: NonNegativeInt
-    screening_seeds: NonNegativeInt
     confirmation_seeds: NonNegativeInt
     settings: dict[str, Any]
     """The recipe's search table."""
-    variants: tuple[VariantCost, ...]
-    screened: tuple[ScreenedRecord, ...]
     points: tuple[PointRecord, ...]
     """The full run first, then by latency."""
     remarks: tuple[str, ...]

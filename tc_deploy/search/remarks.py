@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tc_deploy.search.pareto import dominates, front
 from tc_deploy.search.record import Kind, LatencySource, PointRecord
-from tc_deploy.search.space import SHARES
 
+SHARES = (0.5, 0.25, 0.125)
+"""Of the full run's latency, at which the best points are compared."""
 CLOSE_DB = 1.0
 SLACK = 1.05
 """Latency ratios are measured; what is five per cent over a limit counts as at it, ours and others alike."""
@@ -109,13 +110,31 @@ def _tokens(points: Sequence[PointRecord]) -> list[str]:
             "Keeping tokens adds nothing here: each plan that keeps some is slower than one that keeps none, and no"
             " closer to the full run."
         )
+    unproven = unproven_tokens(points)
     for point in with_tokens:
-        for kind, what in TWINS.items():
-            for twin in points:
-                if twin.kind is kind and twin.name.startswith(f"{point.name}, "):
-                    gain = point.psnr_db - twin.psnr_db
-                    said.append(f"{point.name}: {gain:+.1f} dB against {what}.")
+        for twin in _twins(point, points):
+            gain = point.psnr_db - twin.psnr_db
+            said.append(f"{point.name}: {gain:+.1f} dB against {TWINS[twin.kind]}.")
+        if point.name in unproven:
+            said.append(
+                f"{point.name} is not recommended: its tokens are not shown to be {CLOSE_DB:g} dB better than random"
+                " ones and an even spread."
+            )
     return said
+
+
+def unproven_tokens(points: Sequence[PointRecord]) -> set[str]:
+    """Names of plans that keep tokens, and are not clearly better than the same budget spent otherwise."""
+    ours = [point for point in points if point.kind in OURS and _keeps_tokens(point)]
+    return {
+        point.name
+        for point in ours
+        if not (twins := _twins(point, points)) or any(point.psnr_db < twin.psnr_db + CLOSE_DB for twin in twins)
+    }
+
+
+def _twins(point: PointRecord, points: Sequence[PointRecord]) -> list[PointRecord]:
+    return [twin for twin in points if twin.kind in TWINS and twin.name.startswith(f"{point.name}, ")]
 
 
 def _keeps_tokens(point: PointRecord) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from tc_deploy.calibrate.measure import FIRST_SEED
 from tc_deploy.calibrate.recipe import MAX_SEED, Recipe, read_recipe
 from tc_deploy.errors import UsageError
-from tc_deploy.search.space import candidates
+from tc_deploy.search.candidates import full_step_counts
 from tc_deploy.types import Attention, Reuse
 
 RECIPES = Path(__file__).parents[2] / "calibration" / "recipes"
@@ -99,7 +99,7 @@ def test_a_models_path_is_relative_to_the_recipe_and_not_to_the_caller(
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_read_and_their_search_has_candidates(path: Path) -> None:
     recipe = read_recipe(path, {})
-    assert candidates(recipe.search, recipe.sampling.num_inference_steps)
+    assert full_step_counts(recipe.search.full_steps, recipe.sampling.num_inference_steps)
     # One whose checkpoint is not shipped says so, and where to put it.
     assert Path(recipe.model).exists() or "Needs your own checkpoint" in path.read_text(encoding="utf-8")
 
@@ -111,10 +111,10 @@ def test_a_classifiers_path_is_relative_to_the_recipe(tmp_path: Path) -> None:
 
 def test_an_empty_list_leaves_nothing_to_search(tmp_path: Path) -> None:
     error_of(
-        write(tmp_path, 'model = "m"\n[search]\ncache_interval_early = []'),
+        write(tmp_path, 'model = "m"\n[search]\nfull_steps = []'),
         {},
         "search",
-        "cache_interval_early must list at least one value",
+        "full_steps must list at least one value",
     )
 
 
@@ -281,10 +281,10 @@ def test_one_way_on_the_command_line_replaces_the_other_in_the_recipe(tmp_path: 
         ),
         ("model = 'm'\nconditions = \"\\u001b[31m\"", "conditions: expected text without control characters"),
         (
-            "model = 'm'\n[search]\ncache_interval_early = " + str(list(range(1, 9999))),
-            r"search: the lists make .* combinations",
+            "model = 'm'\n[search]\nfull_steps = " + str([0.5] * 9999),
+            r"search: full_steps must list at most 100 values, found 9999",
         ),
-        ("model = 'm'\n[search]\ntrials = 1000000000", "search.trials: must be less than"),
+        ("model = 'm'\n[search]\nlatency_rounds = 1000000000", "search.latency_rounds: must be less than"),
         ("model = 'm'\n[measure]\nsamples = 10000000000", "measure.samples: must be less than"),
         ("model = " + "[" * 100_000, "not a TOML file"),
         ("a" + ".a" * 100_000 + " = 1", "not a TOML file"),

@@ -34,7 +34,7 @@ IMPORTED_ONCE = (
     *("tc_deploy.backends.build", "tc_deploy.runtime.pipeline", "tc_deploy.backends.onnxruntime.run"),
     *("torch.export", "torch._dynamo", "torch._export.utils", "torch.onnx._internal.exporter._core"),
     *("diffusers", "diffusers.models.transformers.dit_transformer_2d", "diffusers.schedulers", "safetensors.torch"),
-    *("jinja2", "onnxscript", "optuna", "polygraphy.json", "PIL.PngImagePlugin", "rich.progress"),
+    *("jinja2", "onnxscript", "polygraphy.json", "PIL.PngImagePlugin", "rich.progress"),
     *("torchmetrics.functional.image", "torch.utils.flop_counter"),
 )
 WRITERS = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.chmod": 1}

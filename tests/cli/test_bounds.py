@@ -56,7 +56,7 @@ GENERATE = ("generate", "BUNDLE", "--class-label", 1, "-o", "OUT/x.png")
         (BAD_USE, ("calibrate", "MODEL", "-o", "OUT/p", "--seed", 2**70)),
         (BAD_USE, ("plan", "MODEL", "-o", "OUT/p", "--target-psnr", "inf")),
         (BAD_USE, ("plan", "MODEL", "-o", "OUT/p", "--max-latency-ms", "nan")),
-        (BAD_USE, ("plan", "MODEL", "-o", "OUT/p", "--trials", 10**9)),
+        (BAD_USE, ("plan", "MODEL", "-o", "OUT/p", "--budget", 10**9)),
     ],
     ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, tuple) else None,
 )

@@ -85,12 +85,9 @@ budget_weight = 10.0
 samples = 4
 
 [search]
-phase_start = [0.3, 0.5]
-cache_interval_early = [1, 2]
-cache_interval_late = [1, 2]
+full_steps = [0.25, 0.5]
 keep_ratio = [0.0, 0.5]
-trials = 3
-points = 2
+baselines = "none"
 
 [quality]
 classifier = "c.onnx"

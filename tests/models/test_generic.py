@@ -136,7 +136,7 @@ def test_from_a_folder_to_validated_engines(folder: Path, tmp_path: Path) -> Non
     found = run_cli(
         *("plan", recipe_of(tmp_path, folder, latent_size=[4, 6]), "--steps", 6),
         *("--conditions", "random", "--text-tokens", 5),
-        *("--from-flops", "--trials", 4, "-o", plan),
+        *("--from-flops", "--baselines", "none", "-o", plan),
     )
     assert found.code == 0, found.err
     assert load_plan(plan)[0].model.blocks == 0

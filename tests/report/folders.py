@@ -20,10 +20,8 @@ from tc_deploy.search.record import (
     FULL_POINT,
     Kind,
     PointRecord,
-    ScreenedRecord,
     SearchRecord,
     SettingsRecord,
-    VariantCost,
 )
 from tc_deploy.types import FloatArray
 
@@ -60,7 +58,6 @@ def make_point(name: str, kind: Kind, ratio: float, psnr_db: float, **changes: A
         "converged_psnr_db": 30 + psnr_db / 10,
         "drift": tuple(10 ** (-psnr_db / 20) * math.sqrt(step / STEPS) for step in range(STEPS)),
         "on_front": False,
-        "predicted_latency_ratio": None,
     }
     return PointRecord(**fields | changes)
 
@@ -81,7 +78,7 @@ def points_of_the_demo() -> list[PointRecord]:
             cache=cheaper,
         )
         name = f"K=(4, 3), phase start {phase_start}, order 2"
-        more = {"settings": settings, "on_front": True, "predicted_latency_ratio": 0.98 * ratio}
+        more = {"settings": settings, "on_front": True}
         points.append(make_point(name, Kind.TOKEN_CACHE, ratio, psnr_db, **more))
     for steps, psnr_db in ((6, 24.0), (12, 32.5), (18, 37.2), (25, 42.0), (30, 44.3), (40, 48.0)):
         points.append(make_point(f"{steps} steps", Kind.FEWER_STEPS, steps / STEPS, psnr_db, drift=None))
@@ -120,14 +117,6 @@ def write_search(
     points = points_of_the_demo() if points is None else points
     data = safetensors.numpy.save(make_samples(points) if samples is None else samples)
     (folder / SAMPLES).write_bytes(data)
-    screened = {
-        "phase_start": 20,
-        "cache_interval_early": 4,
-        "cache_interval_late": 2,
-        "keep_ratio": (0.0, 0.125),
-        "forecast_order": 2,
-        "skip": "model",
-    }
     fields: dict[str, Any] = {
         "kind": "search",
         "format_version": FORMAT_VERSION,
@@ -140,24 +129,8 @@ def write_search(
         "backend_version": "1.32.0",
         "batch_size": 20,
         "seed": 0,
-        "screening_seeds": 16,
         "confirmation_seeds": 64,
-        "settings": {"target_psnr_db": 50.0, "trials": 200},
-        "variants": (
-            VariantCost(
-                graph="full", reuse=None, attention=None, forecast_order=None, keep_ratio=None, ratio=1.0, iqr=0.01
-            ),
-            VariantCost(
-                graph="keep",
-                reuse="branch",
-                attention="all",
-                forecast_order=2,
-                keep_ratio=0.125,
-                ratio=0.21,
-                iqr=0.006,
-            ),
-        ),
-        "screened": (ScreenedRecord(**screened, reuse="branch", attention="all", latency_ratio=0.4, psnr_db=48.0),),
+        "settings": {"full_steps": [0.24, 0.44], "baselines": "all"},
         "points": tuple(sorted(points, key=lambda point: (point.kind is not Kind.FULL, point.latency_ratio))),
         "remarks": ("Token selection adds 3.7 dB over whole-step skip with forecasting at half of the time.",),
         "samples": FileRecord(size_bytes=len(data), sha256=sha256_of_bytes(data)),

@@ -152,7 +152,7 @@ def test_latents_without_a_decoder(tmp_path: Path) -> None:
 
 def test_a_search_of_which_little_is_known(tmp_path: Path) -> None:
     points = points_of_the_demo()[:1]
-    folder = write_search(tmp_path / "digits", points, {}, variants=(), screened=(), remarks=(), settings={})
+    folder = write_search(tmp_path / "digits", points, {}, remarks=(), settings={})
     assert draw(folder, tmp_path / "report.html").sections == [*ALWAYS[:2], "points", "provenance"]
 
 

@@ -41,6 +41,13 @@ def test_of_equally_fast_plans_the_closer_is_chosen_and_of_equally_close_ones_th
     assert chosen_point(search_record(FULL, slower, OURS), Wish()) == OURS
 
 
+def test_tokens_that_nothing_speaks_for_are_not_chosen() -> None:
+    kept = point(Kind.TOKEN_CACHE, "kept", 0.5, 45.0, keep=4)
+    random = point(Kind.RANDOM_TOKENS, "kept, random tokens", 0.5, 43.0, keep=4)
+    assert chosen_point(search_record(FULL, OURS, kept), Wish()) == OURS
+    assert chosen_point(search_record(FULL, OURS, kept, random), Wish()) == kept
+
+
 def test_the_fastest_plan_is_named_where_none_fits() -> None:
     with pytest.raises(UsageError, match=r"the fastest takes 0\.50 of the full run's latency of 100\.0 ms, at 40\.0"):
         chosen_point(search_record(FULL, OURS, PEER), Wish(max_latency_ms=1.0))

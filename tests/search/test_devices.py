@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 import zoo
@@ -14,40 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.search.peer import PeerRun, PeerSetting, cache_dit_runs
-from tc_deploy.search.screen import Judged, Screen
-from tc_deploy.search.space import Candidate
 from tc_deploy.tokencache.sampler import Sampling
-from tc_deploy.tokencache.selection import spread_importance
-from tc_deploy.types import Attention, Reuse, Skip
 
 STEPS = 6
 SAMPLING = Sampling(
     scheduler=diffusers.DDIMScheduler(clip_sample=False), steps=STEPS, guidance_scale=2.0, set_timesteps_kwargs={}
 )
-
-
-def test_a_candidate_is_judged_the_same_there(tmp_path: Path) -> None:
-    candidate = Candidate(
-        phase_start=3,
-        cache_interval_early=2,
-        cache_interval_late=2,
-        keep_ratio=(0.5, 0.5),
-        forecast_order=1,
-        reuse=Reuse.BRANCH,
-        attention=Attention.ALL,
-        skip=Skip.BLOCKS,
-    )
-
-    def judged(model: DiffusionTransformer, folder: str) -> Judged:
-        blocks, tokens = len(model.blocks), model.geometry.tokens
-        importance = np.stack([spread_importance(blocks, tokens, step) for step in range(STEPS)])
-        return Screen(model, SAMPLING, importance, 4, 2, None, tmp_path / folder, lambda _: None)(candidate)
-
-    # One kernel for both: which one attention takes depends on the device.
-    with sdpa_kernel(SDPBackend.MATH):
-        here = judged(zoo.model("pixart"), "here")
-        with elsewhere():
-            assert judged(moved(zoo.model("pixart")), "there") == here
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cache_dit") is None, reason="needs cache-dit")

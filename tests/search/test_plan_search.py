@@ -41,15 +41,10 @@ iterations = 2
 batch_size = 2
 
 [search]
-phase_start = [0.5]
-cache_interval_early = [2]
-cache_interval_late = [3]
-keep_ratio = [0.0, 0.5]
-forecast_order = [1]
-skip = ["model"]
-screening_samples = 2
+full_steps = [0.34, 0.5]
+keep_ratio = [0.5]
 confirmation_samples = 2
-points = 2
+baselines = "all"
 latency_rounds = 2
 """
 
@@ -87,10 +82,9 @@ def test_every_baseline_runs_beside_our_points(searched: Searched) -> None:
     assert (Kind.CACHE_DIT in kinds) == (why_no_peer() is None)
     names = [point.name for point in record.points]
     assert len(set(names)) == len(names)
-    # One that keeps tokens is built whatever the search prefers.
     ours = [point for point in record.points if point.kind is Kind.TOKEN_CACHE]
     assert any("keep" in point.name for point in ours)
-    assert len(record.screened) == 4
+    assert [point.steps_full for point in ours if "keep" not in point.name] == [2, 3]
     for point in record.points:
         steps = point.settings.schedule.steps if point.settings else STEPS
         assert point.steps_full + point.steps_cached == steps
@@ -112,7 +106,6 @@ def test_points_that_keep_no_token_are_fitted_and_what_they_are_compared_with_is
 def test_latency_by_flops_says_so_and_is_the_cost(searched: Searched) -> None:
     record = searched.record
     assert record.latency_source == "flops"
-    assert record.variants == ()
     assert "latency by FLOPs" in searched.answer.out
     for point in record.points:
         assert point.latency_ms is None
@@ -147,6 +140,17 @@ def test_another_point_is_chosen_without_searching(searched: Searched, tmp_path:
     assert (plan.schedule, plan.cache) == (best.settings.schedule, best.settings.cache)
     before, after = snapshot(searched.folder), snapshot(folder)
     assert {name for name in before if before[name] != after[name]} <= {PLAN, "tables.safetensors"}
+
+
+def test_time_that_is_over_leaves_out_baselines_and_nothing_of_ours(searched: Searched, tmp_path: Path) -> None:
+    answer = run_cli(
+        *("plan", searched.recipe, "-o", tmp_path / "plan", "--from-flops", "--target-psnr", 0),
+        *("--budget", 0, "--baselines", "static"),
+    )
+    assert answer.code == 0, answer.err
+    record = read_search(tmp_path / "plan")
+    assert {point.kind for point in record.points} == {Kind.FULL, Kind.TOKEN_CACHE}
+    assert any("The time was over before" in remark and "3 steps" in remark for remark in record.remarks)
 
 
 @pytest.mark.slow
@@ -216,18 +220,20 @@ def test_what_is_chosen_is_beaten_by_no_plan(searched: Searched) -> None:
 
 
 def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path) -> None:
-    """Without tokens, to be quick; two graphs are timed and every point runs in turn with the full run."""
+    """Without tokens and baselines, to be quick; every point runs in turn with the full run."""
     recipe = tmp_path / "recipe.toml"
-    text = RECIPE.format(model=tiny_dit_folder).replace("keep_ratio = [0.0, 0.5]", "keep_ratio = [0.0]")
+    text = (
+        RECIPE.format(model=tiny_dit_folder)
+        .replace("keep_ratio = [0.5]", "keep_ratio = [0.0]")
+        .replace('"all"', '"none"')
+    )
     recipe.write_text(text, encoding="utf-8")
     answer = run_cli("plan", recipe, "-o", tmp_path / "plan", "--max-latency-ms", 1e6, "--json")
     assert answer.code == 0, answer.err
     record = SearchRecord.model_validate_json(answer.out)
     assert record.latency_source == "measured"
-    assert {(cost.graph, cost.keep_ratio) for cost in record.variants} == {("skip", None), ("solver", None)}
+    assert {point.kind for point in record.points} == {Kind.FULL, Kind.TOKEN_CACHE}
     assert all((point.latency_ms is None) == (point.settings is None) for point in record.points)
-    ours = next(point for point in record.points if point.kind is Kind.TOKEN_CACHE)
-    assert ours.predicted_latency_ratio is not None
     assert "No plan that keeps tokens was built." in record.remarks
 
 
@@ -238,7 +244,8 @@ def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path
         (("-o", "x", "--from-flops", "--max-latency-ms", 5), "needs measured latencies"),
         ((), "missing option -o"),
         (("-o", "x", "--backend", "nonsense"), "unknown backend 'nonsense'"),
-        (("-o", "x", "--trials", 0), "--trials: must be greater than 0"),
+        (("-o", "x", "--budget", -1), "--budget"),
+        (("-o", "x", "--baselines", "some"), "--baselines"),
     ],
 )
 def test_bad_arguments(searched: Searched, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
@@ -250,9 +257,9 @@ def test_bad_arguments(searched: Searched, tmp_path: Path, words: tuple[object, 
 
 
 def test_too_few_steps_are_refused_before_any_work(searched: Searched, tmp_path: Path) -> None:
-    answer = run_cli("plan", searched.recipe, "-o", tmp_path / "plan", "--steps", 3)
+    answer = run_cli("plan", searched.recipe, "-o", tmp_path / "plan", "--steps", 1)
     assert answer.code == PlanError.exit_code
-    assert "expected 4 steps or more, two phases of a full and a cached one, found 3" in answer.error
+    assert "expected 2 steps or more, a full and a cached one, found 1" in answer.error
     assert not list(tmp_path.iterdir())
 
 

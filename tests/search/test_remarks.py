@@ -5,7 +5,7 @@ from search_points import point
 
 from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord
-from tc_deploy.search.remarks import best_at, front_names, remarks_of
+from tc_deploy.search.remarks import best_at, front_names, remarks_of, unproven_tokens
 
 FULL = point(Kind.FULL, "full", 1.0, 140.0)
 FAST, SLOW = point(Kind.TOKEN_CACHE, "ours a", 0.24, 35.0), point(Kind.TOKEN_CACHE, "ours b", 0.45, 45.0)
@@ -95,3 +95,21 @@ def test_tokens_that_pay_are_not_talked_down_and_are_compared_with_random_ones()
     text = said(FULL, SLOW, paying, random)
     assert "adds nothing" not in text
     assert "ours c: -1.5 dB against the same number of random tokens." in text
+
+
+def test_tokens_that_are_not_clearly_better_than_random_ones_are_not_recommended() -> None:
+    paying = point(Kind.TOKEN_CACHE, "ours c", 0.6, 50.0, keep=4)
+    twins = [
+        point(kind, f"ours c, {how}", 0.6, psnr_db, keep=4)
+        for kind, how, psnr_db in (
+            (Kind.RANDOM_TOKENS, "random tokens", 48.0),
+            (Kind.UNIFORM_BLOCKS, "uniform blocks", 49.0),
+        )
+    ]
+    assert unproven_tokens([FULL, paying, *twins]) == set()
+    assert "is not recommended" not in said(FULL, paying, *twins)
+    close = point(Kind.UNIFORM_BLOCKS, "ours c, uniform blocks", 0.6, 49.1, keep=4)
+    for points in ([FULL, paying], [FULL, paying, twins[0], close]):
+        assert unproven_tokens(points) == {"ours c"}
+        assert "ours c is not recommended: its tokens are not shown to be 1 dB better than random ones" in said(*points)
+    assert unproven_tokens([FULL, SLOW]) == set()
