@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 PLAN_FOLDER = ROOT / "calibration" / "digits"
 MODEL_FOLDER = ROOT / "examples" / "digits-dit"
 CLASSIFIER = ROOT / "examples" / "digits-classifier.onnx"
-LARGEST_COST = 0.45
-LEAST_PSNR_DB = 38.0
-LEAST_GAIN_DB = 6.0
+LARGEST_COST = 0.25
+LEAST_PSNR_DB = 45.0
+LEAST_GAIN_DB = 12.0
 LEAST_CLASS_ACCURACY = 0.95
 LEAST_SSIM = 0.99
 """What the project promises of the demo's plan."""

@@ -117,6 +117,8 @@ class Placement:
         moved = True
         while moved and not self._is_over():
             best, moved = self._one_round(best)
+        if moved:  # the time was over: an earlier run may have come further than this one did
+            best = max((full for full in self.scores if len(full) == full_steps), key=self.scores.__getitem__)
         return Placed(
             schedule=placed_schedule(steps, best),
             psnr_db=self.scores[best],

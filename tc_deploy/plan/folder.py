@@ -119,9 +119,8 @@ _SEARCH_KEYS = frozenset(
     | {"batch_size", "seed", "confirmation_seeds", "settings", "points", "remarks", "samples"}
 )
 _SEARCHES = {
-    1: Earlier(required=_SEARCH_KEYS | {"screening_seeds", "variants", "screened"}),
-    2: Earlier(required=_SEARCH_KEYS | {"screening_seeds", "variants", "screened"}),
-    3: Earlier(required=_SEARCH_KEYS),
+    **dict.fromkeys((1, 2, 3), Earlier(required=_SEARCH_KEYS | {"screening_seeds", "variants", "screened"})),
+    4: Earlier(required=_SEARCH_KEYS),
 }
 """The record's class is in a room above; here it is known by its keys."""
 

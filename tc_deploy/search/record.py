@@ -15,7 +15,7 @@ from tc_deploy.bundle import Document, FileRecord, read_document
 from tc_deploy.plan import SEARCH, AnySchedule, CacheRecord, ModelRecord, Plan
 from tc_deploy.quality.record import Quality
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 FULL_POINT = "full"
 """Name of the point that is the model's own run; every quality is a comparison with it."""
 
@@ -98,7 +98,7 @@ class SearchRecord(Document):
     """A search."""
 
     kind: Literal["search"]
-    format_version: Literal[3]
+    format_version: Literal[4]
     made_by: str
     date: str
     model: ModelRecord

@@ -134,6 +134,12 @@ def test_time_that_is_over_gives_the_best_start(fitter: Fitter) -> None:
     assert full_of(placed) in set(starts_of(FULL_STEPS, fitter.solver, fitter.order, fitter.own.first(4)))
 
 
+def test_time_that_is_over_again_gives_the_best_that_was_found_before(fitter: Fitter) -> None:
+    scores: Scores = {}
+    best = full_of(placement(fitter, scores)(FULL_STEPS))
+    assert full_of(placement(fitter, scores, deadline=0.0)(FULL_STEPS)) == best
+
+
 @pytest.mark.parametrize("full_steps", range(1, STEPS))
 def test_every_start_is_a_schedule_of_so_many_full_steps(fitter: Fitter, full_steps: int) -> None:
     starts = list(starts_of(full_steps, fitter.solver, fitter.order, fitter.own))

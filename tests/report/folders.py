@@ -25,7 +25,8 @@ from tc_deploy.search.record import (
 )
 from tc_deploy.types import FloatArray
 
-DIGITS = Path(__file__).parents[2] / "calibration" / "digits"
+DIGITS = Path(__file__).parent / "with_tokens"
+"""A plan of the digits model that keeps tokens in phase 2; the demo's keeps none."""
 STEPS = 50
 CHOSEN = "K=(4, 2), phase start 25, order 2"
 SOLVER_STEPS = "DPM-Solver++, 20 steps"

@@ -12,8 +12,9 @@ from tc_deploy.calibrate.recipe import Recipe, read_recipe
 from tc_deploy.plan import Plan, PromptsRecord, load_plan
 from tc_deploy.report.provenance import toml_from_plan
 
-RECIPE = DIGITS.parent / "recipes" / "digits.toml"
-MODEL = DIGITS.parents[1] / "examples" / "digits-dit"
+ROOT = Path(__file__).parents[2]
+RECIPE, SHIPPED = ROOT / "calibration" / "recipes" / "digits.toml", ROOT / "calibration" / "digits"
+MODEL = ROOT / "examples" / "digits-dit"
 
 
 def read_back(plan: Plan, folder: Path) -> Recipe:
@@ -21,12 +22,16 @@ def read_back(plan: Plan, folder: Path) -> Recipe:
     return read_recipe(folder / "recipe.toml", {})
 
 
-def test_the_shipped_plan_s_recipe_is_the_shipped_one(tmp_path: Path) -> None:
-    plan = load_plan(DIGITS)[0]
+def test_the_shipped_plan_s_recipe_is_the_shipped_one_with_its_steps_placed(tmp_path: Path) -> None:
+    plan = load_plan(SHIPPED)[0]
     here = plan.model_copy(update={"model": plan.model.model_copy(update={"source": str(MODEL)})})
     found, made_by = read_back(here, tmp_path), read_recipe(RECIPE, {})
-    for table in ("sampling", "schedule", "cache", "predictor", "measure", "seed"):
+    for table in ("sampling", "forecast", "measure", "seed"):
         assert getattr(found, table) == getattr(made_by, table)
+    assert found.cache.forecast_order == made_by.cache.forecast_order
+    assert not any(map(any, found.cache.keep_counts or ((),)))
+    assert found.schedule.variants == plan.run_schedule().line()
+    assert made_by.schedule.full_steps == plan.run_schedule().full_steps
     assert Path(found.model).resolve() == Path(made_by.model).resolve() == MODEL
 
 
