@@ -43,10 +43,10 @@ MOST_SLOTS, MOST_QUEUE, MOST_SECONDS = 256, 100_000, 86_400.0
 @option(
     "--policy",
     advanced=True,
-    type=click.Choice(["oldest-first", "aligned"]),
-    default="oldest-first",
+    type=click.Choice(["fullest-first", "oldest-first", "aligned"]),
+    default="fullest-first",
     show_default=True,
-    help="Who gets a slot: whoever waits, or, for a bounded time, who fits in with those that run.",
+    help="Which step is next: the fullest call, or the oldest image's; aligned: who fits in gets a slot first.",
 )
 @option(
     "--watchdog",

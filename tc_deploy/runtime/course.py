@@ -63,15 +63,13 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """One call of the model, on a row of neighbouring slots; then each sample's solver, and its steps without model."""
+    """One call of the model for some slots; then each sample's solver, and its steps that skip the model."""
 
     kind: StepKind
-    first: int
-    """The first slot of the call."""
     size: int
-    """How many slots are in the call; those that are not in ``places`` are computed in vain."""
+    """How many samples the call is for, at least as many as there are places; the rest is computed in vain."""
     places: tuple[Place, ...]
-    """The samples that go on."""
+    """The samples that go on, each in a slot of its own."""
 
 
 def is_shared(tensor: TensorRecord) -> bool:

@@ -1,12 +1,12 @@
 """The memory of slots, and the graphs bound to it.
 
 In: a bundle, its graphs on a device, a number of slots. Out: buffers by name, parts of them by slot, and calls: the
-model's on any row of neighbouring slots, the solver's on any number of samples. Never: writes a buffer, runs a graph.
+model's and the solver's, each for some number of samples. Never: writes a buffer, or runs a graph.
 
 A buffer ``slot.NAME`` holds a row (two with guidance) for each slot, side by side, and outlives a call; where something
 is kept of several steps there is one for each place, ``slot.NAME@1``. All others belong to a call, and begin with the
-row of the call's first slot. What the model reads and writes beside the caches is called ``model.NAME``, what only one
-graph knows after the graph: ``cached-1.token_index``, ``solver.latents.1``.
+row of the call's first sample. What the model reads and writes beside the caches is called ``model.NAME``, what only
+one graph knows after the graph: ``cached-1.token_index``, ``solver.latents.1``.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class SlotBuffers:
         for graph in self._models:
             record = self.records[graph]
             for tensor in record.inputs:
-                if not _is_window(graph, tensor):
-                    yield _of_call(graph, tensor), tensor, None if is_shared(tensor) else self.halves
+                name = gathered_name(tensor) if _reads_slots(graph, tensor) else _of_call(graph, tensor)
+                yield name, tensor, None if is_shared(tensor) else self.halves
                 if tensor.role in GIVEN_ROLES:
                     yield slot_name(tensor.name), tensor, self.halves
             for tensor in record.outputs:
@@ -110,13 +110,15 @@ class SlotBuffers:
                     for position in range(self.ages):
                         yield slot_name(tensor.cache, position), tensor, self.halves
 
-    def _model(self, variant: int, first: int, size: int) -> BoundGraph:
-        """A variant on the slots from ``first`` on."""
+    def _model(self, variant: int, first: int | None, size: int) -> BoundGraph:
+        """A variant on so many samples, on the caches of the slots from ``first`` on; None: on those gathered."""
         graph = variant_name(variant)
         record, halves = self.records[graph], self.halves
 
         def place(tensor: TensorRecord) -> Buffer:
-            if _is_window(graph, tensor):
+            if _reads_slots(graph, tensor):
+                if first is None:
+                    return self.rows(gathered_name(tensor), 0, size * halves)
                 return self.rows(slot_name(str(tensor.cache), tensor.age), first * halves, (first + size) * halves)
             name = _of_call(graph, tensor)
             return self.whole(name) if is_shared(tensor) else self.rows(name, 0, size * halves)
@@ -155,8 +157,13 @@ def model_name(tensor: str) -> str:
     return call_name("model", tensor)
 
 
-def _is_window(graph: str, tensor: TensorRecord) -> bool:
-    """Whether an input of a model's graph is bound to where the slots' caches lie."""
+def gathered_name(tensor: TensorRecord) -> str:
+    """The buffer of a call for the caches of slots that lie apart."""
+    return f"gathered.{tensor.cache}@{tensor.age}"
+
+
+def _reads_slots(graph: str, tensor: TensorRecord) -> bool:
+    """Whether an input of a model's graph is a cache of the slots."""
     return tensor.role is Role.CACHE and graph != variant_name(FULL)
 
 

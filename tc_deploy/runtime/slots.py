@@ -1,10 +1,11 @@
 """Slots: samples that stand at different steps, batched step by step.
 
 In: samples, each put into a slot, and ticks, which say what slots take a step together. Out: latents. A slot owns its
-caches, and they stay where they are: slots lie side by side in one buffer for each cached tensor, and a call is bound
-to the part that holds its slots. How old the cache in a place is differs from slot to slot, so each row's forecast
-weights are permuted accordingly. All else that a call reads is small, and is copied into buffers of the call. Never:
-decides what runs, knows of requests, or starts a thread.
+caches. Slots lie side by side in one buffer for each cached tensor, and a call of slots that are neighbours is bound to
+the part that holds them, so that nothing moves; only where they lie apart are their caches copied together. How old the
+cache in a place is differs from slot to slot, so each row's forecast weights are permuted accordingly. All else that a
+call reads is small, and is copied into buffers of the call. Never: decides what runs, knows of requests, or starts a
+thread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tc_deploy.manifest import (
 from tc_deploy.runtime.binding import Bundle
 from tc_deploy.runtime.course import Course, Place, Tick, courses_of, is_shared
 from tc_deploy.runtime.program import EVERY_FULL_STEP
-from tc_deploy.runtime.slot_buffers import SlotBuffers, call_name, model_name, slot_name
+from tc_deploy.runtime.slot_buffers import SlotBuffers, call_name, gathered_name, model_name, slot_name
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
@@ -85,6 +86,7 @@ class Slots:
 
     def __init__(self, bundle: Bundle, device: Device, graphs: Mapping[str, Graph], count: int) -> None:
         self._bundle, self._solver_record = bundle, bundle.manifest.solver
+        self.manifest = bundle.manifest
         self.count, self.sizes = count, sizes_of(bundle, count)
         self.courses = courses_of(bundle)
         variants = sorted({variant for course in self.courses.values() for variant in course.variants})
@@ -122,13 +124,11 @@ class Slots:
             BackendError: the engine fails.
         """
         going: Sequence[Place] = tick.places
-        self._run_model(tick.kind.variant, tick, going)
-        self._run_solver(tick, going)
+        self._step(tick.kind.variant, tick.size, going)
         while going := [place for place in map(self._without_model, going) if place is not None]:
             for variant in sorted({self._variant(place) for place in going}):
                 alike = [place for place in going if self._variant(place) == variant]
-                self._run_model(variant, tick, alike)
-                self._run_solver(tick, alike)
+                self._step(variant, self._size_for(len(alike)), alike)
 
     def latents(self, number: int, step: int) -> FloatArray:
         """A copy of a slot's latents (*latent shape) as they stand before a step; before T, the last ones."""
@@ -153,7 +153,7 @@ class Slots:
                 for size in self.sizes:
                     if kind is None or (kind.variant, size) in seconds:
                         continue
-                    tick = Tick(kind=kind, first=0, size=size, places=(Place(slot=0, step=step),))
+                    tick = Tick(kind=kind, size=size, places=(Place(slot=0, step=step),))
                     for _ in range(2):
                         start = clock()
                         self.run(tick)
@@ -170,40 +170,66 @@ class Slots:
         course, step = self._samples[place.slot].course, place.step + 1
         return Place(slot=place.slot, step=step) if step < course.steps and course.kinds[step] is None else None
 
-    def _run_model(self, variant: int, tick: Tick, places: Sequence[Place]) -> None:
+    def _size_for(self, count: int) -> int:
+        """The smallest call that so many samples fit in."""
+        return next(size for size in self.sizes if size >= count)
+
+    def _step(self, variant: int, size: int, places: Sequence[Place]) -> None:
+        """One step of some slots, which are of one variant."""
+        first = self._first(variant, size, places)
+        rows = {place.slot: number if first is None else place.slot - first for number, place in enumerate(places)}
+        self._run_model(variant, size, first, places, rows)
+        if variant == FULL:
+            self._keep_caches(places, rows)
+        self._run_solver(places, rows)
+
+    def _first(self, variant: int, size: int, places: Iterable[Place]) -> int | None:
+        """The first slot of a call that reads caches where they lie; None where it reads none, or they lie apart."""
+        slots = [place.slot for place in places]
+        if variant == FULL or max(slots) - min(slots) >= size:
+            return None
+        return min(*slots, self.count - size)
+
+    def _run_model(
+        self, variant: int, size: int, first: int | None, places: Sequence[Place], rows_of: Mapping[int, int]
+    ) -> None:
         """The call of a step's graph: the model's, or the one that forecasts its output."""
         buffers, halves, graph = self._buffers, self._buffers.halves, variant_name(variant)
-        by_slot = {place.slot: place for place in places}
         # What a row that is computed in vain is told does not matter, as long as it makes sense.
-        told = [by_slot.get(tick.first + row, places[0]) for row in range(tick.size)]
+        told = [places[0]] * size
+        for place in places:
+            told[rows_of[place.slot]] = place
         for tensor in buffers.records[graph].inputs:
             name = tensor.name
             if tensor.role is Role.CACHE:
-                continue
-            if tensor.role in GIVEN_ROLES:
+                if first is not None or variant == FULL:
+                    continue
+                kept, name = slot_name(str(tensor.cache), tensor.age), gathered_name(tensor)
+            elif tensor.role in GIVEN_ROLES:
+                kept, name = slot_name(name), model_name(name)
+            else:
+                kept = None
+            if kept is not None:
                 for place in places:
-                    row = (place.slot - tick.first) * halves
-                    given = buffers.of_slot(slot_name(name), place.slot)
-                    buffers.rows(model_name(name), row, row + halves).copy(given)
+                    row = rows_of[place.slot] * halves
+                    buffers.rows(name, row, row + halves).copy(buffers.of_slot(kept, place.slot))
                 continue
             table = call_name(graph, name)
             if is_shared(tensor):
                 buffers.whole(table).write(self._row(table, tensor, places[0]))
             else:
                 rows = np.stack([self._row(table, tensor, place) for place in told])
-                buffers.rows(table, 0, tick.size * halves).write(np.repeat(rows, halves, axis=0))
-        buffers.model(variant, tick.first if variant != FULL else 0, tick.size).run()
-        if variant == FULL:
-            self._keep_caches(tick, places)
+                buffers.rows(table, 0, size * halves).write(np.repeat(rows, halves, axis=0))
+        buffers.model(variant, first, size).run()
 
-    def _keep_caches(self, tick: Tick, places: Iterable[Place]) -> None:
+    def _keep_caches(self, places: Iterable[Place], rows_of: Mapping[int, int]) -> None:
         """Put what a full step has computed where its slots have their oldest caches."""
         buffers, halves, graph = self._buffers, self._buffers.halves, variant_name(FULL)
         for place in places:
             variants = self._samples[place.slot].course.variants
             if set(variants) == {FULL}:
                 continue  # nobody will read them
-            row = (place.slot - tick.first) * halves
+            row = rows_of[place.slot] * halves
             earlier = variants[: place.step].count(FULL)
             # After the first one all places hold it: those that no weight asks for must be finite, and of this sample.
             positions = [earlier % buffers.ages] if earlier else range(buffers.ages)
@@ -212,10 +238,10 @@ class Slots:
                 for position in positions:
                     buffers.of_slot(slot_name(cached, position), place.slot).copy(made)
 
-    def _run_solver(self, tick: Tick, places: Sequence[Place]) -> None:
-        """The sampler's update of some slots, gathered into the smallest call that holds them."""
+    def _run_solver(self, places: Sequence[Place], rows_of: Mapping[int, int]) -> None:
+        """The sampler's update of some slots, whose model output lies in these rows."""
         buffers, halves = self._buffers, self._buffers.halves
-        size = next(size for size in self.sizes if size >= len(places))
+        size = self._size_for(len(places))
 
         def call(name: str, row: int) -> Any:
             return buffers.rows(call_name(SOLVER, name), row, row + 1)
@@ -223,7 +249,7 @@ class Slots:
         for row, place in enumerate(places):
             # The model has a sample's halves side by side, the solver all conditional rows before the others.
             for half in range(halves):
-                made = (place.slot - tick.first) * halves + half
+                made = rows_of[place.slot] * halves + half
                 call(MODEL_OUTPUT.name, half * size + row).copy(buffers.rows(model_name(Role.SAMPLE), made, made + 1))
             for age in range(self._history + 1):
                 call(latents_tensor(age).name, row).copy(self._latents(place.slot, place.step - age))

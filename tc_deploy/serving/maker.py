@@ -119,7 +119,7 @@ class Maker:
         while step < sample.course.steps:
             kind = sample.course.kinds[step]
             assert kind is not None, "a sample stands at steps that run the model"
-            self.slots.run(Tick(kind=kind, first=0, size=size, places=(Place(slot=0, step=step),)))
+            self.slots.run(Tick(kind=kind, size=size, places=(Place(slot=0, step=step),)))
             step = sample.course.following(step)
         self.pictures(self.slots.latents(0, step))
 

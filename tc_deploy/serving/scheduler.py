@@ -3,22 +3,25 @@
 In: jobs, the time, what calls of the engine cost. Out: jobs that got a slot, ticks, jobs that are done or whose time is
 up. The same events at the same times give the same decisions. Never: touches an engine, a clock or a thread.
 
-Both policies serve the oldest job: its step is the next tick's, and whoever stands at the same kind of step comes
-along. So jobs fall into step with each other by themselves, and a job that began earlier ends earlier. Nobody is passed
-over for longer than a bound: who has waited that long at a step goes before. They differ in who gets a slot:
+A tick is of one kind of step, with as many of the jobs that stand there as one call takes, the oldest first. Nobody is
+passed over for longer than a bound: who has waited that long at a step goes before. Otherwise the policy says which
+kind:
 
+fullest-first
+    The one whose call would come nearest to what the engine does best; of equals the one of the oldest job. Where a
+    kind is as cheap alone as together it is never made to wait.
 oldest-first
-    Whoever has waited longest, as soon as a slot is free.
+    The one of the oldest job, whoever comes along.
 aligned
-    The same, but only when its first step can be one call with somebody who runs already; or when it has waited as long
-    as the bound.
+    As fullest-first; but whoever waits for a slot gets one only when its first step can be one call with somebody who
+    runs already, or when it has waited as long as the bound.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +29,9 @@ from tc_deploy.runtime.course import Course, Place, StepKind, Tick
 
 
 class Policy(enum.StrEnum):
-    """Who gets a slot; see the module."""
+    """See the module."""
 
+    FULLEST_FIRST = "fullest-first"
     OLDEST_FIRST = "oldest-first"
     ALIGNED = "aligned"
 
@@ -67,7 +71,7 @@ class Scheduler:
         call_s: what a call costs, by variant and number of slots.
         queue: jobs that may wait for a slot.
         patience_s: the bound on waiting.
-        policy: who gets a slot.
+        policy: what kind of step is next, and who gets a slot.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Scheduler:
         call_s: Mapping[tuple[int, int], float],
         queue: int,
         patience_s: float,
-        policy: Policy = Policy.OLDEST_FIRST,
+        policy: Policy = Policy.FULLEST_FIRST,
     ) -> None:
         self._sizes, self._call_s = tuple(sizes), call_s
         self._queue_limit, self.patience_s, self._policy = queue, patience_s, policy
@@ -138,15 +142,22 @@ class Scheduler:
 
     def tick(self, now_s: float) -> Tick | None:
         """The next call of the engine; None where nobody runs."""
-        running = self.running
+        running = sorted(self.running, key=lambda job: job.number)
         if not running:
             return None
+        kinds = list(dict.fromkeys(job.kind for job in running))
         overdue = [job for job in running if now_s - job.since_s > self.patience_s]
-        lead = min(overdue, key=lambda job: (job.since_s, job.number)) if overdue else min(running, key=_age)
-        first, size = max(self._windows(lead), key=lambda window: self._worth(lead.kind, *window))
-        companions = self._alike(lead.kind, first, size)
-        places = tuple(Place(slot=int(job.slot or 0), step=job.step) for job in companions)
-        return Tick(kind=lead.kind, first=first, size=size, places=places)
+        if overdue:
+            first = min(overdue, key=lambda job: job.since_s)
+            running.sort(key=lambda job: job is not first)
+            kinds = [first.kind]
+        elif self._policy is Policy.OLDEST_FIRST:
+            kinds = kinds[:1]
+        alike = {kind: [job for job in running if job.kind == kind] for kind in kinds}
+        kind = max(kinds, key=lambda kind: self._fullness(kind.variant, len(alike[kind])))
+        size = self._size(kind.variant, len(alike[kind]))
+        jobs = alike[kind][:size]
+        return Tick(kind=kind, size=size, places=tuple(Place(slot=int(job.slot or 0), step=job.step) for job in jobs))
 
     def done(self, tick: Tick, now_s: float) -> list[Job]:
         """Note that a tick has run.
@@ -166,27 +177,18 @@ class Scheduler:
         return finished
 
     def _may_start(self, job: Job, now_s: float) -> bool:
-        if self._policy is Policy.OLDEST_FIRST or now_s - job.since_s > self.patience_s or not self.running:
+        if self._policy is not Policy.ALIGNED or now_s - job.since_s > self.patience_s or not self.running:
             return True
         if job.course.shares_index:
             return any(other.step == 0 for other in self.running)
         return any(other.kind == job.kind for other in self.running)
 
-    def _windows(self, lead: Job) -> Iterator[tuple[int, int]]:
-        """The calls that hold a job: first slot and number of slots."""
-        slot = int(lead.slot or 0)
-        for size in self._sizes:
-            for first in range(max(0, slot - size + 1), min(slot, len(self._slots) - size) + 1):
-                yield first, size
+    def _size(self, variant: int, jobs: int) -> int:
+        """The call that serves the most of so many jobs per second; of equals the smaller."""
+        return max(self._sizes, key=lambda size: (min(jobs, size) / self._call_s[variant, size], -size))
 
-    def _alike(self, kind: StepKind, first: int, size: int) -> list[Job]:
-        """The jobs of a call that stand at a kind of step."""
-        return [job for job in self._slots[first : first + size] if job is not None and job.kind == kind]
-
-    def _worth(self, kind: StepKind, first: int, size: int) -> tuple[float, int, int]:
-        """Samples that go on per second; of equals the smaller call, and the first."""
-        return len(self._alike(kind, first, size)) / self._call_s[kind.variant, size], -size, -first
-
-
-def _age(job: Job) -> tuple[float, int]:
-    return job.arrived_s, job.number
+    def _fullness(self, variant: int, jobs: int) -> float:
+        """What that call does per second, as a share of what the best call of the variant does."""
+        size = self._size(variant, jobs)
+        best = max(size / self._call_s[variant, size] for size in self._sizes if size <= len(self._slots))
+        return min(jobs, size) / self._call_s[variant, size] / best

@@ -92,7 +92,7 @@ class Bench:
             guidance_scale=asked.guidance_scale if self.manifest.guided else None,
         )
 
-    def run(self, asked: Sequence[tuple[float, Asked]], policy: Policy = Policy.OLDEST_FIRST) -> list[FloatArray]:
+    def run(self, asked: Sequence[tuple[float, Asked]], policy: Policy = Policy.FULLEST_FIRST) -> list[FloatArray]:
         """Samples that arrive at their times, to their last latents."""
         scheduler, now = self.scheduler(policy=policy), 0.0
         coming = collections.deque(sorted(enumerate(asked), key=lambda each: each[1][0]))
@@ -202,11 +202,11 @@ def walk(bench: Bench, slot: int, asked: Asked, others: Callable[[int], None], s
     """One sample in calls of a fixed size, something else happening between its ticks."""
     sample = bench.sample(asked)
     bench.slots.start(slot, sample)
-    step, first = 0, min(slot, SLOTS - size)
+    step = 0
     while step < sample.course.steps:
         kind = sample.course.kinds[step]
         assert kind is not None
-        bench.slots.run(Tick(kind=kind, first=first, size=size, places=(Place(slot=slot, step=step),)))
+        bench.slots.run(Tick(kind=kind, size=size, places=(Place(slot=slot, step=step),)))
         step = sample.course.following(step)
         others(step)
     return bench.slots.latents(slot, step)
@@ -225,7 +225,7 @@ def test_a_sample_is_the_same_to_the_bit_in_calls_of_one_size(bench: Bench) -> N
             if step < spoilt.course.steps:
                 kind = spoilt.course.kinds[0]
                 assert kind is not None
-                tick = Tick(kind=kind, first=min(neighbour, SLOTS - 2), size=2, places=(Place(slot=neighbour, step=0),))
+                tick = Tick(kind=kind, size=2, places=(Place(slot=neighbour, step=0),))
                 bench.slots.run(tick)
 
         assert np.array_equal(walk(bench, slot, asked, others), expected)

