@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +13,14 @@ from tc_deploy.bundle import MANIFEST, canonical_json
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH, json_option
 from tc_deploy.cli.progress import log_step
-from tc_deploy.errors import counted
+from tc_deploy.errors import UsageError, counted
 from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.inspect import departure, inspect_path
 from tc_deploy.plan import RANDOM
 from tc_deploy.types import Precision
+
+if TYPE_CHECKING:
+    from tc_deploy.models.lora import Lora
 
 
 @click.command(cls=GroupedCommand)
@@ -68,6 +73,15 @@ from tc_deploy.types import Precision
     help="Which copy of the weights, as fp16 of model.fp16.safetensors; without it the plan's.",
 )
 @option(
+    "--lora",
+    "loras",
+    advanced=True,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to make part of the exported weights, as the pipeline's load_lora_weights reads it. Repeat it for"
+    " several.",
+)
+@option(
     "--conditions",
     advanced=True,
     metavar=f"FILE|{RANDOM}",
@@ -88,6 +102,7 @@ def command(
     with_text_encoder: bool,
     pipeline: Path | None,
     variant: str | None,
+    loras: tuple[str, ...],
     conditions: str | None,
     check: bool,
     as_json: bool,
@@ -114,6 +129,7 @@ def command(
             with_text_encoder=with_text_encoder,
             pipeline_path=pipeline,
             variant=variant,
+            loras=tuple(map(_lora, loras)),
             conditions=conditions,
         ),
         progress=log_step,
@@ -134,3 +150,25 @@ def command(
         click.echo(f"{output / tokenizer.file}: prompts are padded or cut to {counted(tokenizer.tokens, 'token')}")
     if lost:
         click.echo(f"{output}: the engines of the earlier export are gone ({', '.join(lost)}); build them again")
+
+
+def _lora(text: str) -> Lora:
+    """A file and its scale, as they are written on the command line.
+
+    Raises:
+        UsageError: the scale is no finite number.
+    """
+    from tc_deploy.models.lora import Lora
+
+    name, colon, scale = text.rpartition(":")
+    if not colon or "/" in scale or scale.endswith(".safetensors"):
+        return Lora(path=Path(text))
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(
+            f"--lora {text}: expected FILE or FILE:SCALE with a finite number, found {scale!r} for a scale"
+        )
+    return Lora(path=Path(name), scale=value)

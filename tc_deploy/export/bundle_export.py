@@ -31,6 +31,7 @@ from tc_deploy.manifest import (
     RUNTIME_TABLES,
     WEIGHTS,
     ConditionRecord,
+    LoraRecord,
     Manifest,
     SolverRecord,
     write_manifest,
@@ -86,7 +87,7 @@ def export_bundle(
     _check_plan_allows(plan, plan_folder, options)
     warn_of_plan(plan, plan_folder)
     progress("loading the checkpoint")
-    model = model_of_plan(plan, str(plan_folder), options.model_path, options.variant)
+    model = model_of_plan(plan, str(plan_folder), options.model_path, options.variant, options.loras)
     check_cost(plan, model, str(plan_folder))
     family, geometry = model.family, model.geometry
     parts = PipelineParts(
@@ -181,6 +182,7 @@ def _manifest(
             ConditionRecord(name=item.name, dtype=item.dtype, shape=item.shape, classes=item.classes)
             for item in geometry.conditions
         ),
+        loras=tuple(LoraRecord(file=lora.path.name, sha256=lora.sha256, scale=lora.scale) for lora in options.loras),
         sampled_on=_said_in(destination, steps.sampled_on),
         solver=SolverRecord(
             history=steps.solver.history,

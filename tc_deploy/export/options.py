@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tc_deploy.errors import UsageError
+from tc_deploy.models.lora import Lora
 from tc_deploy.precisions import PRECISIONS
 from tc_deploy.types import Precision
 
@@ -47,6 +48,8 @@ class ExportOptions:
     """The folder that holds these; None looks where the checkpoint is."""
     variant: str | None = None
     """Which copy of the checkpoint's, the decoder's and the text encoders' weights; None takes the plan's."""
+    loras: tuple[Lora, ...] = ()
+    """Made part of the exported weights."""
     conditions: str | None = None
     """A file of prompt embeddings to compare graphs on, and to leave samples by, in place of the plan's prompts; or
     ``random``."""
@@ -57,6 +60,8 @@ class ExportOptions:
             raise UsageError(f"static batch must be at least 1, found {self.batch_size}")
         if self.fp32_blocks and self.precision is Precision.FP32:
             raise UsageError("in fp32 every block is; --fp32-block goes with --precision fp16 or bf16")
+        if self.loras and self.graphs_from is not None:
+            raise UsageError("a LoRA changes the weights, so graphs cannot be taken from another bundle; export anew")
         if self.pipeline_path is not None and not (self.with_decoder or self.with_text_encoder):
             raise UsageError(
                 "--pipeline names where decoder and text encoders are; give --with-decoder or --with-text-encoder with"

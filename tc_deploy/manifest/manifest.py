@@ -101,6 +101,15 @@ class SolverRecord(Document):
     """That strength where a request gives none."""
 
 
+class LoraRecord(Document):
+    """A LoRA that was made part of the exported weights."""
+
+    file: str
+    """Its name. A hint, not identity."""
+    sha256: str
+    scale: Float32
+
+
 class ComponentRecord(Document):
     """A part of a pipeline that a graph was exported from."""
 
@@ -156,6 +165,8 @@ class Manifest(Document):
     pixels: bool
     """The latents are pictures in [-1, 1]; otherwise a decoder is needed to see them."""
     conditions: tuple[ConditionRecord, ...]
+    loras: tuple[LoraRecord, ...] = ()
+    """What the graphs' weights hold beside the plan's checkpoint."""
     sampled_on: PromptsRecord | TextsRecord | Literal["random", "labels"] | None = None
     """What the export sampled on, to compare its graphs with PyTorch and to leave samples to validate engines by. A
     file's path is relative to the bundle, or absolute."""

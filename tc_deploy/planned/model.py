@@ -6,6 +6,7 @@ In: a plan. Out: the model, checked to be that very one, and a live diffusers sc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from tc_deploy.errors import ModelError, PlanError
@@ -13,12 +14,17 @@ from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
 from tc_deploy.models.hub import is_hub_id
 from tc_deploy.models.loading import load_model, scheduler_from_config
+from tc_deploy.models.lora import Lora, fuse_lora
 from tc_deploy.plan import Plan
 from tc_deploy.tokencache.sampler import Sampling
 
 
 def model_of_plan(
-    plan: Plan, where: str, model_path: Path | None = None, variant: str | None = None
+    plan: Plan,
+    where: str,
+    model_path: Path | None = None,
+    variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> DiffusionTransformer:
     """Load the checkpoint that a plan was made for.
 
@@ -27,9 +33,10 @@ def model_of_plan(
         where: its folder, for messages.
         model_path: the checkpoint, where it is not where the plan says.
         variant: which copy of its weights, where it is not the plan's.
+        loras: made part of its weights, once it is known to be the plan's.
 
     Raises:
-        ModelError: the checkpoint is missing or cannot be loaded.
+        ModelError: the checkpoint or a LoRA is missing, cannot be loaded, or does not fit the other.
         PlanError: it is another than the plan was made for.
     """
     path = model_path or Path(plan.model.source)
@@ -40,6 +47,8 @@ def model_of_plan(
     options = ModelOptions.of(plan.model)
     model = load_model(path, options if variant is None else dataclasses.replace(options, variant=variant))
     check_model(plan, model, where)
+    for lora in loras:
+        fuse_lora(model, lora)
     return model
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tc_deploy.conditions import Conditions
+from tc_deploy.errors import UsageError
 from tc_deploy.golden import Feed, Trajectory
 from tc_deploy.manifest import read_manifest
 from tc_deploy.models.family import DiffusionTransformer
@@ -64,6 +65,11 @@ class Checkpoint:
         self.precision, self.fp32_blocks = precision, fp32_blocks
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
+        if loras := read_manifest(bundle).loras:
+            raise UsageError(
+                f"{bundle}: {loras[0].file} is part of its weights, so it is not the checkpoint's graphs; validate it"
+                " against what its export recorded, without the checkpoint"
+            )
         self.model: DiffusionTransformer = model_of_plan(self.plan, str(bundle), model_path)
         self._one_graph = read_manifest(bundle).one_graph
         self._step_tables: StepTables = self.plan.step_tables(tables)

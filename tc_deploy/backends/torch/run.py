@@ -253,6 +253,11 @@ class TorchDevice:
             from tc_deploy.planned.model import model_of_plan
             from tc_deploy.tokencache.precision import cast_products
 
+            if manifest.loras:
+                raise BackendError(
+                    f"{bundle}: {manifest.loras[0].file} is part of its weights, and PyTorch runs the checkpoint"
+                    " without it; build for another backend"
+                )
             plan, _ = load_plan(bundle)
             model = model_of_plan(plan, str(bundle), Path(self._source) if self._source else None)
             # Before it moves: the fp32 weights need no place on the device.
