@@ -262,7 +262,7 @@ CASES = {
     ),
     "hunyuan-dit": Case(
         model="hunyuan-dit",
-        keep=(8, 0, 5, 24),
+        keep=(8, 0, 5, 0),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
         pipeline=_hunyuan_dit,
         size={"height": 64, "width": 96, "use_resolution_binning": False},

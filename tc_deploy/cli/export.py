@@ -168,7 +168,5 @@ def _lora(text: str) -> Lora:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(
-            f"--lora {text}: expected FILE or FILE:SCALE with a finite number, found {scale!r} for a scale"
-        )
+        raise UsageError(f"--lora {text}: expected FILE or FILE:SCALE with a finite number, found {scale!r}")
     return Lora(path=Path(name), scale=value)

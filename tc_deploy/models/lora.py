@@ -59,7 +59,7 @@ def fuse_lora(model: DiffusionTransformer, lora: Lora) -> None:
             raise ModelError(f"{lora.path}: {key} has no {name + _UP} beside it; save the LoRA again")
         if not isinstance(layer, nn.Linear):
             raise ModelError(
-                f"{lora.path}: {name} is no linear layer of a {model.family.model_class}; is the LoRA for another model?"
+                f"{lora.path}: {name} is no linear layer of a {model.family.model_class}; is it for another model?"
             )
         rank = down.shape[0]
         if (down.shape[1:], up.shape[:1], up.shape[1:]) != (layer.weight.shape[1:], layer.weight.shape[:1], (rank,)):
@@ -75,8 +75,8 @@ def fuse_lora(model: DiffusionTransformer, lora: Lora) -> None:
     if left or not used:
         found = f"key {left[0]} is unknown" if left else "it holds nothing for the transformer"
         raise ModelError(
-            f"{lora.path}: {found}; give a LoRA whose keys are {_TRANSFORMER}LAYER{_DOWN} and {_TRANSFORMER}LAYER{_UP}, or"
-            " one that the pipeline's load_lora_weights reads"
+            f"{lora.path}: {found}; give a LoRA whose keys are {_TRANSFORMER}LAYER{_DOWN} and {_UP}, or one that the"
+            " pipeline's load_lora_weights reads"
         )
 
 
