@@ -59,7 +59,7 @@ class CachedTransformer(nn.Module):
         given = dict(self.model.family.received(bound))
         hidden_states, return_dict = given.pop("hidden_states"), given.pop("return_dict", True)
         # Some pipelines do not say which half it is; its prompts do.
-        text = next((value for value in given.values() if isinstance(value, Tensor) and value.ndim == 3), None)
+        text = next((value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim == 3), None)
         half = self.half + ("" if text is None else str(hash(text.numpy().tobytes())))
         step, steps = self.runs.get(half, (0, None))
         if step == 0 or steps is None:
