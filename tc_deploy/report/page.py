@@ -6,13 +6,14 @@ comes from a document is escaped by the template engine. Never: computes a figur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tc_deploy.bundle import FileKind, check_output, write_output
 from tc_deploy.plan import places_read
 from tc_deploy.report import causes, charts, images, provenance, tokens, words
 from tc_deploy.report.source import Source, source_from_folder
-from tc_deploy.search.record import Kind
+from tc_deploy.search.record import Kind, PointRecord
 
 MISSING = "–"
 _GENERATOR = b'<meta name="generator" content="tc-deploy">'
@@ -86,8 +87,30 @@ def page_from_source(source: Source) -> str:
         needs_decoder=images.needs_decoder(source),
         foreign={point.kind for point in source.in_pytorch},
         points=sorted(points, key=lambda point: point.latency_ratio),
+        beaten=_beaten(source),
+        known=_known(points),
+        keeps_tokens=bool(source.plan.cache.token_phases(source.plan.run_schedule())),
         facts=provenance.facts_from_source(source),
     )
+
+
+def _beaten(source: Source) -> set[str]:
+    """The points that need not be read: another on these engines is as fast and closer. What is compared stays."""
+    compared = (source.chosen, source.best_baseline)
+    points = () if source.search is None else source.search.points
+    return {
+        point.name
+        for point in points
+        if point.runtime == "engines" and not point.on_front and point.kind is not Kind.FULL and point not in compared
+    }
+
+
+def _known(points: Sequence[PointRecord]) -> set[str]:
+    """The figures that at least one point has; a column without any is left out."""
+    figures = {"latency_ms": [point.latency_ms for point in points]}
+    for name in ("frechet_distance", "class_accuracy"):
+        figures[name] = [getattr(point.quality, name) for point in points]
+    return {name for name, values in figures.items() if any(value is not None for value in values)}
 
 
 def _slug(kind: Kind) -> str:

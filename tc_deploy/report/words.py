@@ -15,6 +15,9 @@ from tc_deploy.search.pareto import dominates
 from tc_deploy.search.record import Kind, PointRecord, SearchRecord
 from tc_deploy.types import Skip
 
+NOISY_TIME = 0.2
+"""Interquartile range of a time to the time: what spreads further cannot be compared within a few per cent."""
+
 
 class Standing(StrEnum):
     """How a plan stands against what else there is."""
@@ -127,7 +130,14 @@ def _by_search(source: Source, search: SearchRecord, chosen: PointRecord) -> tup
         if point.kind is not Kind.FULL and point.runtime == "engines" and dominates(point, chosen)
     ]
     best = source.best_baseline
-    if better:
+    noise = chosen.latency_iqr / chosen.latency_ratio if measured else 0.0
+    if noise > NOISY_TIME:
+        standing = Standing.UNKNOWN
+        headline = (
+            f"The times spread too far for a verdict (interquartile range {percent(noise)} of the plan's own): search"
+            " again on a machine that does nothing else."
+        )
+    elif better:
         winner = max(better, key=lambda point: point.quality.psnr_db)
         standing = Standing.BEHIND
         headline = f"Dominated: {described(winner)} is as fast or faster and closer to the full run. Use that instead."

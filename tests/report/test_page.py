@@ -16,13 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import Made, run_cli, snapshot
-from report.folders import CHOSEN, DIGITS, edit, make_point, make_samples, points_of_the_demo, write_search
+from report.folders import (
+    CHOSEN,
+    DIGITS,
+    SOLVER_STEPS,
+    edit,
+    make_point,
+    make_samples,
+    points_of_the_demo,
+    write_search,
+)
 
 from tc_deploy.bundle import MANIFEST, sha256_of_file
 from tc_deploy.errors import BundleError, StorageError
 from tc_deploy.manifest import ONNX_FOLDER
-from tc_deploy.plan import PLAN, SAMPLES, SEARCH, Plan, fitted_for_sha256
+from tc_deploy.plan import PLAN, SAMPLES, SEARCH, Plan, fitted_for_sha256, load_plan, save_plan
+from tc_deploy.schedule import PHASES
 from tc_deploy.search.record import FULL_POINT, Kind
+from tc_deploy.tables import tables_record
 
 ALWAYS = ["schedule", "tokens", "provenance"]
 ALL = ["pareto", "schedule", "tokens", "drift", "samples", "points", "provenance"]
@@ -123,6 +134,34 @@ def test_a_plan_with_a_search(searched: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_what_is_beaten_is_folded_and_the_picture_comes_first(tmp_path: Path) -> None:
+    page = draw(write_search(tmp_path / "digits"), tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.index('id="pareto"') < html.index('aria-label="Sections"') < html.index("Token selection adds")
+    open_rows, _, folded = html.partition('id="points"')[2].partition("<details>")
+    assert CHOSEN in open_rows
+    assert f'<th scope="row">{SOLVER_STEPS}</th>' in folded
+    assert f'<th scope="row">{SOLVER_STEPS}</th>' not in open_rows
+    assert "each slower than one above" in page.text
+
+
+def test_where_no_token_is_kept_none_are_drawn(multistep: Made, tmp_path: Path) -> None:
+    assert "tokens" in draw(multistep.plan, tmp_path / "some.html").sections
+    plan, tables = load_plan(multistep.plan)
+    none = {"keep_counts": tuple((0,) * plan.model.blocks for _ in PHASES)}
+    tables = {name: table for name, table in tables.items() if not name.startswith(("token_index", "importance"))}
+    bare = plan.model_copy(
+        update={
+            "cache": plan.cache.model_copy(update=none),
+            "cost": plan.cost.model_copy(update={"cached_flops": (0, 0)}),
+            "tables": tables_record(tables),
+            "measured": None,
+        }
+    )
+    save_plan(bare, tables, tmp_path / "plan")
+    assert draw(tmp_path / "plan", tmp_path / "none.html").sections == ["schedule", "provenance"]
+
+
 def test_a_bundle(mixed: Made, tmp_path: Path) -> None:
     page = draw(mixed.bundle, tmp_path / "report.html")
     assert page.sections == ALWAYS
@@ -130,7 +169,8 @@ def test_a_bundle(mixed: Made, tmp_path: Path) -> None:
     assert "onnxruntime " in page.text
     assert "The quality of this plan was not measured." in page.text
     assert "keep_counts = [[0, 16, 8], [8, 0, 4]]" in page.text
-    assert ", fp32, built by tc-deploy" in page.text
+    assert ", fp32, " in page.text
+    assert ", built by tc-deploy" in page.text
 
 
 @pytest.mark.parametrize("file", [f"{ONNX_FOLDER}/full.onnx", MANIFEST])

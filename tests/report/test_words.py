@@ -44,6 +44,16 @@ def test_a_plan_ahead_of_every_baseline(tmp_path: Path) -> None:
     assert "skip, K=(4, 2), order 2 (skip, forecast): 42 % of the full run's time, 47.1 dB" in baseline
 
 
+def test_no_verdict_within_its_own_noise(tmp_path: Path) -> None:
+    """A time with an interquartile range of 42 % decides nothing; nobody is ahead by it, and nobody behind."""
+    chosen = next(point for point in points_of_the_demo() if point.name == CHOSEN)
+    noisy = chosen.model_copy(update={"latency_iqr": 0.42 * chosen.latency_ratio})
+    points = [noisy if point.name == CHOSEN else point for point in points_of_the_demo()]
+    found = verdict(tmp_path / "plan", points)
+    assert found.standing is Standing.UNKNOWN
+    assert "interquartile range 42 % of the plan's own" in plain(found.headline)
+
+
 @pytest.mark.parametrize(
     ("ratio", "psnr_db", "standing", "words"),
     [

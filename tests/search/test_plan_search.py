@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
-from bundles import Answer, run_cli, snapshot
+from bundles import Answer, SaveDit, run_cli, snapshot
 
 from tc_deploy.calibrate.recipe import read_recipe
 from tc_deploy.errors import PlanError, UsageError
@@ -63,11 +63,12 @@ class Searched:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Searched:
-    """Latency by FLOPs, so that nothing depends on the machine's mood."""
+def searched(tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Searched:
+    """Latency by FLOPs, so that nothing depends on the machine's mood; two blocks, as every point is exported."""
     folder = tmp_path_factory.mktemp("search")
+    model = save_dit(folder / "model", num_layers=2)
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=tiny_dit_folder), encoding="utf-8")
+    recipe.write_text(RECIPE.format(model=model), encoding="utf-8")
     answer = run_cli("plan", recipe, "-o", folder / "plan", "--pareto", "--from-flops", "--target-psnr", 0)
     assert answer.code == 0, answer.err
     return Searched(recipe=recipe, folder=folder / "plan", answer=answer)
@@ -219,6 +220,7 @@ def test_what_is_chosen_is_beaten_by_no_plan(searched: Searched) -> None:
         )
 
 
+@pytest.mark.slow
 def test_latencies_are_measured_on_engines(tiny_dit_folder: Path, tmp_path: Path) -> None:
     """Without tokens and baselines, to be quick; every point runs in turn with the full run."""
     recipe = tmp_path / "recipe.toml"
