@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @option("-o", "--output", type=NEW_PATH, help="Plan folder, calibration/NAME.")
 @option("--target-psnr", type=Number(), help="The fastest plan at least so close to the full run, in dB.")
 @option("--max-latency-ms", type=Number(0), help="The closest plan that takes no longer for a whole run.")
-@option("--pareto", is_flag=True, help="Show every point, and not those alone that no other beats.")
+@option("--pareto", is_flag=True, help="Show every point, beaten ones too.")
 @option("--backend", help="On whose engines latency is measured.  [default: onnxruntime]")
 @option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Pictures per timed run.")
 @option("--from-flops", advanced=True, is_flag=True, help="Take FLOPs for latency; nothing is timed.")

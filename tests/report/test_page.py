@@ -119,7 +119,7 @@ def test_a_plan_alone(tmp_path: Path) -> None:
     assert page.sections == ALWAYS
     assert "closer to the full run than fewer steps" in page.text
     assert "tc-deploy calibrate RECIPE -o calibration/NAME" in page.text
-    assert 'model = "../../examples/digits-dit"  # relative to this file' in page.text
+    assert 'model = "../../../examples/digits-dit"  # relative to this file' in page.text
 
 
 def test_a_plan_with_a_search(searched: Path, tmp_path: Path) -> None:
