@@ -21,13 +21,13 @@ from tc_deploy.bundle.folders import (
     claimed,
     kept_from_writers,
     new_folder,
-    reading,
     remove_folder,
     remove_folders,
 )
 from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, foreign_names, known_document
 from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
 from tc_deploy.bundle.paths import absolute_path, path_from_here, relative_path
+from tc_deploy.bundle.readers import reading
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
 
 __all__ = [

@@ -25,44 +25,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from tc_deploy import __version__
-from tc_deploy.bundle import locks
 from tc_deploy.bundle.apart import check_apart
-from tc_deploy.bundle.documents import Document, canonical_json
+from tc_deploy.bundle.documents import canonical_json
+from tc_deploy.bundle.holders import acquired, held, hidden_beside, hidden_inside, leave
 from tc_deploy.bundle.kinds import (
     HOLDER_SUFFIX,
     FolderKind,
-    NotOursError,
     check_ours,
-    known_document,
     remove_written,
     written_names,
 )
+from tc_deploy.bundle.readers import alone
 from tc_deploy.bundle.settle import NEW, OLD, READY, STALE, move_in, settle
 from tc_deploy.bundle.storage import like, made_folder, storage_errors, sync
 from tc_deploy.errors import StorageError
-
-OWNER = "owner.json"
-LOCK = "lock"
-_POLL_S = 0.02
-_LOG = logging.getLogger(__name__)
-
-
-class OwnerRecord(Document):
-    """What tells a hidden folder of ours from somebody's."""
-
-    kind: Literal["holder"]
-    format_version: Literal[1]
-    made_by: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +87,7 @@ class Claim:
         try:
             if self.destination.exists():
                 like(staged, self.destination.stat())
-                with _alone(self.destination, self.kind.marker):
+                with alone(self.destination, self.kind.marker):
                     self.destination.rename(self.holder / OLD)
                     staged.rename(self.destination)
             else:
@@ -120,7 +102,7 @@ class Claim:
         stale = [name for name in written if name != marker and not (staged / name).is_file()]
         (self.holder / STALE).write_text(canonical_json(stale), encoding="utf-8")
         sync(self.holder / STALE)
-        with _alone(self.destination, marker):
+        with alone(self.destination, marker):
             staged.rename(self.holder / READY)
             sync(self.holder)
             move_in(self.destination, self.holder, self.kind)
@@ -153,7 +135,7 @@ def _claim(given: Path, destination: Path, kind: FolderKind, stack: contextlib.E
     is_folder, stays = destination.is_dir(), False
     beside = hidden_beside(destination)
     try:
-        stack.enter_context(_held(beside, given))
+        stack.enter_context(held(beside, given))
     except OSError as error:
         if not is_folder or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -164,8 +146,8 @@ def _claim(given: Path, destination: Path, kind: FolderKind, stack: contextlib.E
     inside = hidden_inside(destination)
     if stays or inside.is_dir():
         # It may have stayed for another process, whose mount point or working directory it was.
-        with contextlib.ExitStack() as held:
-            (stack if stays else held).enter_context(_held(inside, given))
+        with contextlib.ExitStack() as meanwhile:
+            (stack if stays else meanwhile).enter_context(held(inside, given))
             move_in(destination, inside, kind)
     _settle_inner(destination, kind)
     check_ours(destination, kind)
@@ -206,38 +188,6 @@ def remove_folders(parent: Path, kind: FolderKind) -> None:
         remove_folder(parent / name, kind)
 
 
-def hidden_beside(destination: Path) -> Path:
-    """Where what belongs to an output lies while it is written.
-
-    Raises:
-        StorageError: the output has no name of its own.
-    """
-    if not destination.name:
-        raise StorageError(f"{destination} cannot be an output; name a folder in it")
-    return destination.with_name(f".{destination.name}{HOLDER_SUFFIX}")
-
-
-def hidden_inside(destination: Path) -> Path:
-    """The same for an output that keeps its place."""
-    return destination / HOLDER_SUFFIX
-
-
-# ------------------------------------------------------------------------------------------------- the hidden folder
-
-
-@contextlib.contextmanager
-def _held(holder: Path, destination: Path) -> Iterator[None]:
-    """Hold an output's lock; the hidden folder goes again when nothing is left in it."""
-    descriptor = _acquired(holder, destination, shared=False)
-    try:
-        if not (holder / OWNER).exists():
-            record = OwnerRecord(kind="holder", format_version=1, made_by=f"tc-deploy {__version__}")
-            (holder / OWNER).write_text(canonical_json(record.model_dump(mode="json")), encoding="utf-8")
-        yield
-    finally:
-        _leave(holder, descriptor)
-
-
 @contextlib.contextmanager
 def kept_from_writers(destination: Path) -> Iterator[None]:
     """Keep others from replacing a folder that is there, while something is made inside it; any number may.
@@ -250,77 +200,14 @@ def kept_from_writers(destination: Path) -> Iterator[None]:
         for holder in (hidden_beside(real), hidden_inside(real)):
             try:
                 with storage_errors(destination):
-                    descriptor = _acquired(holder, destination, shared=True)
+                    descriptor = acquired(holder, destination, shared=True)
             except StorageError:
                 if holder.name == HOLDER_SUFFIX or os.access(real.parent, os.W_OK):
                     raise
                 continue
-            stack.callback(_leave, holder, descriptor)
+            stack.callback(leave, holder, descriptor)
             break
         yield
-
-
-def _acquired(holder: Path, destination: Path, *, shared: bool) -> int:
-    try:
-        return _locked(holder, shared=shared)
-    except BlockingIOError:
-        raise StorageError(f"another process is writing {destination}; wait for it to end") from None
-
-
-def _locked(holder: Path, *, shared: bool) -> int:
-    """Lock a hidden folder, which is made if it is not there.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        StorageError: it is somebody's.
-    """
-    while True:
-        try:
-            with contextlib.suppress(FileExistsError):
-                holder.mkdir()
-            _check_is_holder(holder)
-            return locks.acquire(holder / LOCK, shared=shared)
-        except FileNotFoundError:
-            if not holder.parent.is_dir():
-                raise
-            # Another process has left, and taken the folder along.
-        except BaseException:  # a full disk, or Ctrl-C
-            with contextlib.suppress(OSError):
-                holder.rmdir()  # which is refused where anything is in it
-            raise
-
-
-def _check_is_holder(holder: Path) -> None:
-    """Check that a hidden folder is ours: by its record, or because there is nothing in it yet.
-
-    Raises:
-        StorageError: it is somebody's.
-        FileNotFoundError: it has gone.
-    """
-    try:
-        if holder.is_symlink():
-            raise NotOursError("it is a link")
-        known_document(holder / OWNER, "holder", OwnerRecord, {})
-    except NotOursError:
-        if not os.path.lexists(holder):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(holder)) from None
-        if holder.is_symlink() or not holder.is_dir() or not _is_bare(holder):
-            raise StorageError(
-                f"{holder} is in the way: tc-deploy keeps there what it has not finished; move it away"
-            ) from None
-
-
-def _is_bare(holder: Path) -> bool:
-    return all(path.name in (LOCK, OWNER) and not path.is_symlink() for path in holder.iterdir())
-
-
-def _leave(holder: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        if _is_bare(holder):
-            (holder / OWNER).unlink(missing_ok=True)
-    locks.release(descriptor, holder / LOCK)
-    with contextlib.suppress(OSError):
-        holder.rmdir()
 
 
 # --------------------------------------------------------------------------------------- what another process has left
@@ -365,86 +252,3 @@ def _stays(destination: Path, holder: Path) -> bool:
             with contextlib.suppress(OSError):
                 path.rmdir()
     raise OSError(errno.EIO, "a rename onto a folder that is not empty did not fail", str(taken))
-
-
-# ------------------------------------------------------------------------------------------------------------- readers
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, marker: str) -> Iterator[None]:
-    """Wait until nobody reads a folder, and keep readers away."""
-    file, told = folder / marker, False
-    if not file.is_file():
-        yield
-        return
-    while True:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if locks.try_lock(descriptor, file, shared=False):
-                break
-        except BlockingIOError:
-            if not told:
-                _LOG.info("waiting until no other process reads %s", folder)
-                told = True
-            time.sleep(_POLL_S)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
-    """Keep a folder as it is for as long as the block reads it; a writer waits with putting another in its place.
-
-    Where nothing can be locked, on a read-only place as elsewhere, or nothing is there, the block runs all the same.
-    """
-    descriptor = _shared(folder, kind)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _shared(folder: Path, kind: FolderKind) -> int | None:
-    file = folder / kind.marker
-    while True:
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            if locks.try_lock(descriptor, file, shared=True):
-                return descriptor
-        except BlockingIOError:
-            time.sleep(_POLL_S)
-        except FileNotFoundError:
-            if not _is_settled(folder, kind):
-                return None
-        except OSError:
-            return None
-
-
-def _is_settled(folder: Path, kind: FolderKind) -> bool:
-    """Whether it is worth looking again for a folder that is not there: one is being replaced, or was half replaced."""
-    real = Path(os.path.realpath(folder))
-    ways: tuple[tuple[Path, str, Callable[[Path, Path, FolderKind], None]], ...] = (
-        (hidden_beside(real) if real.name else real, OLD, settle),
-        (hidden_inside(real), READY, move_in),
-    )
-    for holder, part, put_right in ways:
-        if not (holder / part).is_dir():
-            continue
-        try:
-            descriptor = _locked(holder, shared=False)
-        except BlockingIOError:
-            time.sleep(_POLL_S)
-            return True
-        except (OSError, StorageError):
-            return False  # to be settled by somebody else, if by anybody
-        try:
-            put_right(real, holder, kind)
-        except (OSError, StorageError):
-            return False
-        finally:
-            _leave(holder, descriptor)
-        return (real / kind.marker).is_file()
-    return False
