@@ -8,10 +8,8 @@ are independent, one pipeline serves one request at a time.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,18 +17,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
+from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import reading
 from tc_deploy.conditions import Arrays, placeholder_conditions
-from tc_deploy.errors import Cancelled, UsageError
+from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, SOLVER, Role, variant_name
 from tc_deploy.remarks import warn_of_plan
+from tc_deploy.runtime.batches import Batches, Result, Step, first_samples
 from tc_deploy.runtime.binding import Binder, read_bundle
-from tc_deploy.runtime.bound import BoundProgram, BoundStep, Watch, bound_program
-from tc_deploy.runtime.buffers import BufferKey, condition_buffer, role_buffer
-from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error, pixels_error
+from tc_deploy.runtime.bound import BoundProgram, Watch, bound_program
+from tc_deploy.runtime.buffers import role_buffer
+from tc_deploy.runtime.finite import is_finite, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.runtime.pixels import images_from_pixels
 from tc_deploy.runtime.program import decoder_call
@@ -39,32 +38,7 @@ from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What :meth:`Pipeline.steps` yields after each denoising step."""
-
-    index: int
-    """0 .. T-1."""
-    total: int
-    """T."""
-    full: bool
-    """Whether the step ran in full."""
-    read_latents: Callable[[], FloatArray] = field(repr=False)
-    """A copy of the latents (B, *latent shape) as they stand after this step; valid until the next one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a request made."""
-
-    latents: FloatArray
-    """(n, *latent shape)."""
-    images: NDArray[np.uint8] | None
-    """(n, H, W) or (n, H, W, 3), of video (n, F, H, W, 3); None where the latents are not pictures and there is no
-    decoder, or none was to run."""
-    steps_full: int
-    steps_cached: int
+__all__ = ["Pipeline", "Result", "Step", "load"]
 
 
 def load(
@@ -119,7 +93,7 @@ class Pipeline:
             self.path = path
             self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
             self.batch_size = checked_batch_size(self.manifest, batch_size)
-            self._first_scale, self._check_finite = bundle.first_scale, check_finite
+            self._check_finite = check_finite
             warn_of_plan(bundle.plan, path)
             self._lock = threading.Lock()
             device, graphs = engines or load_target(path, self.manifest, self.backend)
@@ -127,6 +101,7 @@ class Pipeline:
         layout = pipeline_layout(self.manifest, (planned, full), self.batch_size)
         binder = Binder(bundle, device, graphs, layout)
         self._buffers = binder.buffers
+        self._batches = Batches(bundle, self._buffers, self.batch_size, check_finite=check_finite)
         self._cached_program: BoundProgram | None = bound_program(planned, binder, device, watch)
         self._full_program: BoundProgram | None = bound_program(full, binder, device, watch)
         self._decoder: BoundGraph | None = None
@@ -150,6 +125,7 @@ class Pipeline:
         self._cached_program = self._full_program = None
         self._decoder = self._encoder = None
         self._buffers = {}
+        self._batches.close()
 
     def warmup(self) -> None:
         """Run every graph once and capture the plan's run where the device can: the first request pays for nothing.
@@ -248,13 +224,13 @@ class Pipeline:
             for start in range(0, request.count, self.batch_size):
                 part = slice(start, start + self.batch_size)
                 if in_steps:
-                    for step in self._run(request, part, full=full, should_cancel=should_cancel):
+                    for step in self._batches.run(self._opened(full=full), request, part, should_cancel):
                         if on_step is not None:
                             on_step(start, step)
                         if step.index + 1 == step.total:
                             made.append(step.read_latents())
                 else:
-                    made.append(self._run_whole(request, part, full=full))
+                    made.append(self._batches.run_whole(self._opened(full=full), request, part))
                 if decode and self.manifest.decoder is not None:
                     self._opened(full=full)
                     images.append(self._decoded(len(made[-1])))
@@ -327,8 +303,8 @@ class Pipeline:
 
     def _claimed_steps(self, request: Request, *, full: bool) -> Iterator[Step]:
         with self._claimed():
-            self._opened(full=full)  # it may have been closed since
-            yield from self._run(self._encoded(request), slice(self.batch_size), full=full)
+            program = self._opened(full=full)  # it may have been closed since
+            yield from self._batches.run(program, self._encoded(request), slice(self.batch_size))
 
     def _encoded(self, request: Request) -> Request:
         """A request with the conditions of its prompts; the caller holds the pipeline."""
@@ -341,7 +317,7 @@ class Pipeline:
         """Pictures of the latents that the last step left; the caller holds the pipeline, which is open."""
         assert self._decoder is not None, "an open pipeline of a bundle with a decoder has it"
         self._decoder.run()
-        pixels = _first_samples(self._buffers[role_buffer(Role.IMAGES)], count)
+        pixels = first_samples(self._buffers[role_buffer(Role.IMAGES)], count)
         if self._check_finite and not is_finite(pixels):
             raise pixels_error(self.path)
         return images_from_pixels(pixels)
@@ -363,68 +339,6 @@ class Pipeline:
             raise UsageError("the pipeline is closed; load the bundle again")
         return program
 
-    def _run_whole(self, request: Request, part: slice, *, full: bool) -> FloatArray:
-        """Run the part of a request that makes one batch, in one piece; the caller holds the pipeline.
-
-        Returns:
-            (n, *latent shape) the latents that it makes.
-        """
-        program = self._opened(full=full)
-        self._write(request, part)
-        program.whole.run()
-        return self._checked(
-            _first_samples(program.steps[-1].latents, request.count_in(part)), request, part, full=full
-        )
-
-    def _checked(self, latents: FloatArray, request: Request, part: slice, *, full: bool) -> FloatArray:
-        """A run's last latents; where they are not finite, the same is run again to say from which step on.
-
-        Raises:
-            NotFiniteError: they are not.
-        """
-        if not self._check_finite or is_finite(latents):
-            return latents
-        self._write(request, part)
-        steps = self._opened(full=full).steps
-        step = first_bad_step(self._latents_of(one, request.count_in(part)) for one in steps)
-        raise latents_error(self.path, step, len(steps), request.guidance_scale)
-
-    def _latents_of(self, step: BoundStep, count: int) -> FloatArray:
-        step.whole.run()
-        return _first_samples(step.latents, count)
-
-    def _seen(self, index: int, step: BoundStep, count: int, guidance_scale: float | None) -> FloatArray:
-        """The latents after a step, which somebody asks for on the way.
-
-        Raises:
-            NotFiniteError: they are not finite.
-        """
-        latents = _first_samples(step.latents, count)
-        if self._check_finite and not is_finite(latents):
-            raise latents_error(self.path, index, self.plan.schedule.steps, guidance_scale)
-        return latents
-
-    def _run(
-        self, request: Request, part: slice, *, full: bool, should_cancel: Callable[[], bool] | None = None
-    ) -> Iterator[Step]:
-        """Run the part of a request that makes one batch, step by step; the caller holds the pipeline."""
-        steps = self._opened(full=full).steps
-        self._write(request, part)
-        count = request.count_in(part)
-        for index, step in enumerate(steps):
-            if should_cancel is not None and should_cancel():
-                raise Cancelled(f"cancelled after {index} of {len(steps)} steps")
-            step.whole.run()
-            read: Callable[[], FloatArray] = functools.partial(self._seen, index, step, count, request.guidance_scale)
-            if index + 1 == len(steps):
-                last = self._checked(_first_samples(step.latents, count), request, part, full=full)
-                read = last.copy
-            yield Step(index=index, total=len(steps), full=step.variant == FULL, read_latents=read)
-
-    def _write(self, request: Request, part: slice) -> None:
-        for key, array in self._arrays(request, part).items():
-            self._buffers[key].write(array)
-
     def placeholders(self, count: int) -> dict[str, Any]:
         """Arguments for ``count`` pictures whose looks do not matter, for runs that are timed."""
         values = placeholder_conditions(self.manifest.conditions, count)
@@ -443,32 +357,3 @@ class Pipeline:
             UsageError: ``seed`` is out of range.
         """
         return noise_of(self.manifest.latent_shape, checked_seed(seed), count)
-
-    def _arrays(self, request: Request, part: slice) -> dict[BufferKey, NDArray[Any]]:
-        """What a batch of a request writes, by buffer; a batch that is not full repeats its last sample."""
-        rows = np.arange(request.count)[part]
-        noise = self.noise(request.seed + int(rows[0]), len(rows)) if request.latents is None else request.latents[part]
-        fill = np.minimum(np.arange(self.batch_size), len(rows) - 1)
-        conditions = request.rows(rows[fill])
-        start = noise[fill] * np.float32(self.manifest.solver.init_noise_sigma)
-        scaled = start * self._first_scale
-        halves = 2 if self.manifest.guided else 1
-        arrays: dict[BufferKey, NDArray[Any]] = {
-            role_buffer(Role.LATENTS, 0): start,
-            role_buffer(Role.HIDDEN_STATES): np.concatenate([scaled] * halves),
-        }
-        for name, given in conditions.given.items():
-            both = np.concatenate([given, conditions.unconditional[name]]) if self.manifest.guided else given
-            arrays[condition_buffer(name)] = both
-        if self.manifest.guided:
-            arrays[role_buffer(Role.GUIDANCE_SCALE)] = np.full(self.batch_size, request.guidance_scale, np.float32)
-        # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.
-        for key in self._buffers:
-            if key.role is Role.GUIDED_OUTPUT:
-                arrays[key] = np.zeros_like(start)
-        return arrays
-
-
-def _first_samples(buffer: Buffer, count: int) -> FloatArray:
-    """What a batch holds of the request; the rest fills it up."""
-    return buffer.read()[:count]

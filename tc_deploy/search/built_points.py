@@ -28,7 +28,8 @@ from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN_FOLDER, Plan, plan_sha256, save_plan
 from tc_deploy.planned.prompts import conditions_of, takes_prompts
-from tc_deploy.runtime.pipeline import Pipeline, Step
+from tc_deploy.runtime.batches import Step
+from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.search.record import Kind
 from tc_deploy.search.turns import times_in_turn
 from tc_deploy.tokencache.sampler import Sampling
