@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tc_deploy.calibrate.calibration import sampling_from_recipe
+from tc_deploy.calibrate.asked import sampling_from_recipe
 from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.fitting import OwnRuns, own_runs
 from tc_deploy.calibrate.measure import with_steps

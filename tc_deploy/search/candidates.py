@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tc_deploy.calibrate.calibration import Report, assemble_plan, importance_of
+from tc_deploy.calibrate.asked import Report
+from tc_deploy.calibrate.calibration import assemble_plan, importance_of
 from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.recipe import Recipe, ScheduleRecipe
 from tc_deploy.models.family import DiffusionTransformer

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tc_deploy.calibrate.calibration import Report
+from tc_deploy.calibrate.asked import Report
 from tc_deploy.calibrate.recipe import SearchRecipe
 from tc_deploy.errors import NotFiniteError
 from tc_deploy.models.family import DiffusionTransformer

@@ -30,13 +30,7 @@ from tc_deploy.bundle import (
     sha256_of_bytes,
     state_folder,
 )
-from tc_deploy.calibrate.calibration import (
-    CPU,
-    Report,
-    check_device,
-    model_from_recipe,
-    sampling_from_recipe,
-)
+from tc_deploy.calibrate.asked import CPU, Report, check_device, model_from_recipe, sampling_from_recipe
 from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.recipe import USUAL_FIT_SAMPLES, Recipe
 from tc_deploy.calibrate.whole import recipe_for

@@ -12,7 +12,7 @@ from bundles import snapshot
 from elsewhere import DEVICE, elsewhere
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tc_deploy.calibrate import calibration
+from tc_deploy.calibrate import asked, calibration
 from tc_deploy.calibrate.calibration import calibrate
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.models.geometry import ModelOptions
@@ -36,7 +36,7 @@ def test_a_plan_is_the_same_on_another_device(name: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(calibration, "check_device", lambda device: None)
     # Loaded before: diffusers loads by way of the device that plays the GPU here.
     model = load_model(Path(recipe.model), ModelOptions(latent_size=recipe.latent_size, text_tokens=recipe.text_tokens))
-    monkeypatch.setattr(calibration, "load_model", lambda *_: model)
+    monkeypatch.setattr(asked, "load_model", lambda *_: model)
     # One kernel for both: which one attention takes depends on the device.
     with sdpa_kernel(SDPBackend.MATH):
         calibrate(recipe, tmp_path / "here")

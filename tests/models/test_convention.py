@@ -17,7 +17,7 @@ from bundles import make_plan
 from diffusers_pipelines import tiny_autoencoder, tiny_wan_autoencoder
 from torch import Tensor
 
-from tc_deploy.calibrate.calibration import sampling_from_recipe
+from tc_deploy.calibrate.asked import sampling_from_recipe
 from tc_deploy.calibrate.measure import with_steps
 from tc_deploy.calibrate.recipe import Recipe
 from tc_deploy.conditions import UNCONDITIONAL
