@@ -185,6 +185,10 @@ def test_a_phase_without_cached_steps_needs_no_table() -> None:
         (lambda d: d.update(kind="bundle"), "kind: must be 'plan', found 'bundle'"),
         (lambda d: d.pop("kind"), "kind: this key is required"),
         (lambda d: d.update(format_version=1), "a plan of format 1, and this tc-deploy reads format 3"),
+        (
+            lambda d: d.update(format_version=4),
+            "a plan of format 4, and this tc-deploy reads format 3; update tc-deploy, or make it again with",
+        ),
         (lambda d: d.update(format_version="3"), "format_version: must be 3, found '3'"),
         (lambda d: d.pop("format_version"), "format_version: this key is required"),
         (lambda d: d.pop("model"), "model: this key is required"),
@@ -206,6 +210,13 @@ def test_json_that_is_no_plan(folder: Path, change: Callable[[dict[str, Any]], o
         load_plan(folder)
     assert str(folder / PLAN) in str(raised.value)
     assert "tc-deploy calibrate" in str(raised.value)
+
+
+def test_a_bundle_s_plan_of_another_version_comes_from_an_export(folder: Path) -> None:
+    (folder / "manifest.json").touch()
+    rewrite(folder, lambda plan: plan.update(format_version=1))
+    with pytest.raises(BundleError, match=r"make it again with: tc-deploy export calibration/NAME -o "):
+        load_plan(folder)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,18 @@ def test_without_a_signature_a_bundle_is_refused_only_where_one_is_required(
     assert not (tmp_path / "x.npy").exists()
 
 
+def test_an_empty_key_is_no_leave_to_go_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script whose variable was not set wanted a signature to be asked for."""
+    words = ("generate", tmp_path / "bundle", "--class-label", 1, "-o", tmp_path / "x.safetensors")
+    monkeypatch.setenv("TC_DEPLOY_REQUIRE_SIGNATURE", "")
+    answer = run_cli(*words)
+    assert answer.code == UsageError.exit_code
+    assert "TC_DEPLOY_REQUIRE_SIGNATURE is empty" in answer.err
+    monkeypatch.delenv("TC_DEPLOY_REQUIRE_SIGNATURE")
+    assert run_cli(*words, "--require-signature", "").code == UsageError.exit_code
+    assert run_cli(*words).code == BundleError.exit_code
+
+
 def test_another_key_is_refused(signed: Path, tmp_path: Path) -> None:
     _, stranger = save_keys(tmp_path, "stranger")
     with pytest.raises(BundleError, match="not signed by the key"):

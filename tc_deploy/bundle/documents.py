@@ -134,7 +134,8 @@ def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> D
         _check_version(kind, found)
         return kind.model_validate_json(text, strict=True)
     except _OtherVersionError as error:
-        raise BundleError(f"{path}: {article} {what} of {error}; make it again with: {maker}") from None
+        cure = "update tc-deploy, or make it again with" if error.is_later else "make it again with"
+        raise BundleError(f"{path}: {article} {what} of {error}; {cure}: {maker}") from None
     except ValidationError as error:
         where, reason = first_problem(error)
         reason = f"{where}: {reason}" if where else reason
@@ -144,7 +145,16 @@ def read_document(kind: type[DocumentT], path: Path, what: str, maker: str) -> D
 
 
 class _OtherVersionError(Exception):
-    """A document is of another format version."""
+    """A document is of another format version.
+
+    Args:
+        found: of the document.
+        read: of the class that it was to be read as.
+    """
+
+    def __init__(self, found: int, read: int) -> None:
+        super().__init__(f"format {found}, and this tc-deploy reads format {read}")
+        self.is_later = found > read
 
 
 def _check_version(kind: type[Document], found: Any) -> None:
@@ -157,7 +167,7 @@ def _check_version(kind: type[Document], found: Any) -> None:
     version = found.get("format_version") if isinstance(found, dict) else None
     if field is not None and type(version) is int and version not in get_args(field.annotation):
         (expected,) = get_args(field.annotation)
-        raise _OtherVersionError(f"format {version}, and this tc-deploy reads format {expected}")
+        raise _OtherVersionError(version, expected)
 
 
 def _check_text(found: Any) -> None:

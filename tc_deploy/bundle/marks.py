@@ -60,5 +60,4 @@ def is_our_json(path: Path) -> bool:
 SHEET_FILE: Final = FileKind(name="a picture", is_ours=is_our_png)
 JSON_FILE: Final = FileKind(name="a JSON document", is_ours=is_our_json)
 ARRAYS_FILE: Final = FileKind(name="a safetensors file", is_ours=is_our_safetensors)
-PLAIN_FILE: Final = FileKind(name="a file", is_ours=lambda path: False)
-"""Of a format that cannot say who wrote it."""
+NUMPY_FILE: Final = FileKind(name="an .npy file", is_ours=None)

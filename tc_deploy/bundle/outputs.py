@@ -32,8 +32,8 @@ class FileKind:
 
     name: str
     """What a user calls it, with its article: ``a report``."""
-    is_ours: Callable[[Path], bool]
-    """Whether a file, by its content, is one that this tool wrote."""
+    is_ours: Callable[[Path], bool] | None
+    """Whether a file, by its content, is one that this tool wrote; None where the format cannot say."""
 
 
 def check_output(path: Path, kind: FileKind, *, reads: Iterable[Path] = (), force: bool = False) -> None:
@@ -57,11 +57,11 @@ def check_output(path: Path, kind: FileKind, *, reads: Iterable[Path] = (), forc
             temporary = _temporary(real)
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             temporary.unlink()
-        if real.exists() and real.stat().st_size and not force and not kind.is_ours(real):
-            raise StorageError(
-                f"{path} exists and is not {kind.name} that tc-deploy wrote; choose another output, or replace it with"
-                " --force"
+        if real.exists() and real.stat().st_size and not force and not (kind.is_ours and kind.is_ours(real)):
+            whose = (
+                f"is not {kind.name} that tc-deploy wrote" if kind.is_ours else f"{kind.name} cannot say who wrote it"
             )
+            raise StorageError(f"{path} exists and {whose}; choose another output, or replace it with --force")
 
 
 def write_output(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from tc_deploy import __version__
 from tc_deploy.bounds import MAX_GUIDANCE
 from tc_deploy.bundle import canonical_json, check_output, reading, write_output
-from tc_deploy.bundle.marks import ARRAYS_FILE, PLAIN_FILE, SHEET_FILE, SOFTWARE
+from tc_deploy.bundle.marks import ARRAYS_FILE, NUMPY_FILE, SHEET_FILE, SOFTWARE
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MOST, NEW_PATH, PATH, Number, force_option, frozen_option, json_option
 from tc_deploy.cli.progress import progress_bar
@@ -32,10 +33,18 @@ from tc_deploy.sheet import sheet_of
 LOG = logging.getLogger(__name__)
 LARGEST_DEFAULT_BATCH = 16
 PNG = ".png"
+REQUIRE_SIGNATURE = "TC_DEPLOY_REQUIRE_SIGNATURE"
 LATENTS = (".safetensors", ".npy")
-OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": PLAIN_FILE}
+OUTPUTS = {PNG: SHEET_FILE, ".safetensors": ARRAYS_FILE, ".npy": NUMPY_FILE}
 MOST_IMAGES = 1_000_000
 """Of one call, each with a seed of its own; memory has its say before."""
+
+
+def _key(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
+    """The key; click takes an empty variable for none, and whoever set it wanted to be safe."""
+    if value is None and os.environ.get(REQUIRE_SIGNATURE) == "":
+        raise click.BadParameter(f"{REQUIRE_SIGNATURE} is empty; name a public key's file, or unset it")
+    return value
 
 
 @click.command(cls=GroupedCommand)
@@ -82,7 +91,8 @@ MOST_IMAGES = 1_000_000
     advanced=True,
     metavar="KEY",
     type=PATH,
-    envvar="TC_DEPLOY_REQUIRE_SIGNATURE",
+    envvar=REQUIRE_SIGNATURE,
+    callback=_key,
     show_envvar=True,
     help="Refuse a bundle that the holder of this public key has not signed.",
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from tc_deploy.bundle import (
+    MANIFEST,
     Earlier,
     FolderKind,
     NotOursError,
@@ -99,7 +100,9 @@ def load_plan_as_written(folder: Path) -> tuple[Plan, dict[str, FloatArray | Int
         PlanError: likewise.
     """
     with reading(folder, PLAN_FOLDER):
-        plan = read_document(Plan, folder / PLAN, "plan", f"tc-deploy calibrate MODEL -o {folder}")
+        is_bundle_s = (folder / MANIFEST).is_file()
+        maker = f"tc-deploy {'export calibration/NAME' if is_bundle_s else 'calibrate MODEL'} -o {folder}"
+        plan = read_document(Plan, folder / PLAN, "plan", maker)
         check_files(folder, {TABLES: plan.tables})
         try:
             tables = read_tensors(folder / TABLES)

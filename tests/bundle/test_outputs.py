@@ -13,7 +13,7 @@ import safetensors.numpy
 from PIL import Image, PngImagePlugin
 
 from tc_deploy.bundle import FileKind, check_output, write_bytes, write_output
-from tc_deploy.bundle.marks import ARRAYS_FILE, JSON_FILE, SHEET_FILE
+from tc_deploy.bundle.marks import ARRAYS_FILE, JSON_FILE, NUMPY_FILE, SHEET_FILE
 from tc_deploy.errors import StorageError
 
 NOTE = FileKind(name="a note", is_ours=lambda path: path.read_bytes().startswith(b"note"))
@@ -46,6 +46,14 @@ def test_somebodys_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert path.read_text() == "thesis"
     put(path, force=True)
     assert path.read_bytes() == b"note 2"
+
+
+def test_a_format_that_cannot_say_who_wrote_it_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "out.npy"
+    np.save(path, np.zeros(3))
+    with pytest.raises(StorageError, match=r"exists and an \.npy file cannot say who wrote it; .*--force"):
+        check_output(path, NUMPY_FILE)
+    check_output(path, NUMPY_FILE, force=True)
 
 
 def test_an_empty_file_holds_nothing_to_lose(tmp_path: Path) -> None:
