@@ -12,7 +12,7 @@ from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST, canonical_json
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH, json_option
-from tc_deploy.cli.progress import log_step
+from tc_deploy.cli.progress import progress_bar
 from tc_deploy.errors import UsageError, counted
 from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.inspect import departure, inspect_path
@@ -115,25 +115,26 @@ def command(
     from tc_deploy.export.options import ExportOptions
 
     lost = [kind for kind in BACKENDS if (output / kind / MANIFEST).is_file()]
-    manifest = export_bundle(
-        plan,
-        output,
-        ExportOptions(
-            model_path=model,
-            batch_size=static_batch,
-            precision=Precision(precision),
-            fp32_blocks=fp32_blocks,
-            check=check,
-            one_graph=one_graph,
-            with_decoder=with_decoder,
-            with_text_encoder=with_text_encoder,
-            pipeline_path=pipeline,
-            variant=variant,
-            loras=tuple(map(_lora, loras)),
-            conditions=conditions,
-        ),
-        progress=log_step,
-    )
+    with progress_bar() as report:
+        manifest = export_bundle(
+            plan,
+            output,
+            ExportOptions(
+                model_path=model,
+                batch_size=static_batch,
+                precision=Precision(precision),
+                fp32_blocks=fp32_blocks,
+                check=check,
+                one_graph=one_graph,
+                with_decoder=with_decoder,
+                with_text_encoder=with_text_encoder,
+                pipeline_path=pipeline,
+                variant=variant,
+                loras=tuple(map(_lora, loras)),
+                conditions=conditions,
+            ),
+            progress=lambda what: report(what, 0, 1),
+        )
     if as_json:
         click.echo(canonical_json({**inspect_path(output), "engines_lost": lost}), nl=False)
         return

@@ -8,7 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LOG = logging.getLogger("tc_deploy")
 LINE_EVERY_S = 10.0
@@ -17,21 +25,37 @@ LINE_EVERY_S = 10.0
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``report(what is being done, done, of how many)``; each new ``what`` starts a bar of its own."""
+    """Yields ``report(what is being done, done, of how many)``; each new ``what`` starts a bar of its own.
+
+    One of one is work that has no length to count: its bar only moves, and ends where the next one begins.
+    """
     console = Console(stderr=True)
     if not console.is_terminal or not LOG.isEnabledFor(logging.INFO):
         yield _lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, object] = {}
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=console) as bars:
+        yield _bars(bars)
+        _end_uncounted(bars)
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
-        yield report
+def _bars(bars: Progress) -> Callable[[str, int, int], None]:
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            _end_uncounted(bars)
+            tasks[what] = bars.add_task(what, total=None if total == 1 else total)
+        if total > 1 or done:
+            bars.update(tasks[what], completed=done, total=total)
+
+    return report
+
+
+def _end_uncounted(bars: Progress) -> None:
+    for task in bars.tasks:
+        if task.total is None:
+            bars.update(task.id, completed=1, total=1)
 
 
 def _lines(clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
@@ -49,8 +73,3 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, i
         said_s[what] = now_s
 
     return report
-
-
-def log_step(what: str) -> None:
-    """Say what is being done, for work that has no length to count."""
-    LOG.info("%s", what)

@@ -11,7 +11,7 @@ from rich.table import Table
 from tc_deploy.bundle import canonical_json, check_output
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, NEW_PATH, PATH, force_option, json_option
-from tc_deploy.cli.progress import log_step
+from tc_deploy.cli.progress import progress_bar
 from tc_deploy.plan import places_read
 from tc_deploy.validate.record import VALIDATION_FILE, DriftRecord, ValidationRecord, write_validation
 
@@ -47,7 +47,10 @@ def command(
     if output is not None:
         reads = [*places_read(bundle), *([] if model is None else [model])]
         check_output(output, VALIDATION_FILE, reads=reads, force=force)
-    record = validate_bundle(bundle, backend, against=against, model_path=model, progress=log_step)
+    with progress_bar() as report:
+        record = validate_bundle(
+            bundle, backend, against=against, model_path=model, progress=lambda what: report(what, 0, 1)
+        )
     if output is not None:
         write_validation(record, output)
     if as_json:
