@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tc_deploy import tolerances
 from tc_deploy.errors import UsageError
+from tc_deploy.quality import psnr
 
 LARGEST_PSNR_DB = tolerances.LARGEST_PSNR_DB
 SSIM_WINDOW = 11
@@ -23,23 +24,9 @@ def as_seen(latents: Tensor, *, pixels: bool) -> Tensor:
 
 
 def sample_psnrs_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> Tensor:
-    """Peak signal-to-noise ratio of each sample.
-
-    Samples that agree better than fp32 can tell count as 140 dB, so that equal pictures have a finite figure.
-
-    Args:
-        latents: (B, ...).
-        reference: (B, ...).
-        pixels: whether they are pictures: these are clipped to [-1, 1], and the peak is 2. Of latents that are none the
-            peak is the range that ``reference`` has over all samples.
-
-    Returns:
-        (B,) in dB.
-    """
-    found, expected = as_seen(latents, pixels=pixels), as_seen(reference, pixels=pixels)
-    peak = 2.0 if pixels else float(expected.max() - expected.min())
-    relative_errors = (found - expected).flatten(1).div(peak).pow(2).mean(1)
-    return -10 * torch.log10(relative_errors.clamp_min(10 ** (-LARGEST_PSNR_DB / 10)))
+    """:func:`tc_deploy.quality.psnr.sample_psnrs_db` of tensors: (B,) in dB."""
+    arrays = (values.detach().cpu().numpy() for values in (latents, reference))
+    return torch.from_numpy(psnr.sample_psnrs_db(*arrays, pixels=pixels)).float()
 
 
 def image_psnr_db(latents: Tensor, reference: Tensor, *, pixels: bool) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tc_deploy.quality.psnr import sample_psnrs_db
 from tc_deploy.tolerances import tolerance
 from tc_deploy.validate.record import Metrics
 
@@ -19,8 +20,6 @@ LEAST_DEVIATION = 1e-3
 """A tensor that hardly varies is measured against this instead of its standard deviation."""
 _SMALL = 1e-3
 """Elements below this share of the largest say nothing by their relative error."""
-LARGEST_PSNR_DB = 140.0
-"""Of what agrees better than fp32 can tell, as everywhere in this package."""
 
 
 def metrics_of(found: NDArray[Any], expected: NDArray[Any]) -> Metrics:
@@ -97,13 +96,7 @@ def psnr_db(latents: NDArray[Any], reference: NDArray[Any], *, pixels: bool) -> 
     """
     if not np.isfinite(latents).all():
         return None
-    found, expected = (array.astype(np.float64) for array in (latents, reference))
-    if pixels:
-        found, expected = found.clip(-1, 1), expected.clip(-1, 1)
-    peak = 2.0 if pixels else float(expected.max() - expected.min()) or 1.0
-    errors = ((found - expected) / peak) ** 2
-    means = errors.reshape(len(errors), -1).mean(axis=1)
-    return float((-10 * np.log10(np.maximum(means, 10 ** (-LARGEST_PSNR_DB / 10)))).mean())
+    return float(sample_psnrs_db(latents, reference, pixels=pixels).mean())
 
 
 def _finite(value: Any) -> float | None:
