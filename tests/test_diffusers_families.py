@@ -465,3 +465,14 @@ def test_the_configuration_is_the_model_s(made: Made, engine: EngineTransformer)
 def test_skipped_layers_are_refused(made: Made, engine: EngineTransformer) -> None:
     with pytest.raises(UsageError, match="skip_layers: engines cannot honour it"):
         made.run(engine, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+
+
+@pytest.mark.parametrize("made", ["qwen-image"], indirect=True)
+def test_several_images_a_prompt_are_pytorch_s(made: Made, engine: EngineTransformer) -> None:
+    """Prompts of unequal length, each with its mask, and a negative prompt."""
+    asked = {"num_images_per_prompt": 2}
+    original = made.run(made.original, **asked)
+    assert len(original) == 2 * BATCH
+    assert relative_error(made.run(EngineTransformer(made.bundle, full=True), **asked), original) <= EQUAL
+    cached = made.run(CachedTransformer(made.bundle, made.model), **asked)
+    assert relative_error(made.run(engine, **asked), cached) <= EQUAL

@@ -55,7 +55,7 @@ class Rotary:
     """Its name, also where the forward takes it among others (``**kwargs``)."""
     axis: int
     """The axis that counts tokens: 0 for (N, ...), which the whole batch must share; 1 for (1, N, ...), or (B, N, ...)
-    where all samples have the same positions; -2 for (1, heads, N, ...), likewise."""
+    where all samples have the same positions."""
     rows: Rows = Rows.IMAGE
     """What the tables hold; ``IMAGE_AND_TEXT`` and its like: a table for each, in a tuple."""
     module: str = ""

@@ -141,9 +141,8 @@ class CachedPass(CachePoints):
         if axis == 0:
             assert index.shape[0] == 1, "a family whose tables have no batch axis has one index for all samples"
             return table.index_select(0, index[0])
-        rows = table[0].movedim(axis % table.ndim - 1, 0)  # (N, ...) of the first sample, whose positions all have
-        taken = rows.index_select(0, index.reshape(-1)).reshape(*index.shape, *rows.shape[1:])
-        return taken.movedim(1, axis)
+        # Of the first sample, whose positions all have.
+        return table[0].index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[2:])
 
     def is_pruned(self, block: int) -> bool:
         """Whether the index names it."""
