@@ -23,6 +23,7 @@ from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.diffusers.runs import KEPT
 from tc_deploy.errors import UsageError
 from tc_deploy.models import loading
+from tc_deploy.models import sd3 as sd3_blocks
 
 STEPS = 6
 EQUAL = tolerance("onnxruntime", "fp32", "trajectory_max_rel")
@@ -282,5 +283,5 @@ def test_a_registered_family_is_known(sd3: Made, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loading, "FAMILIES", {})
     with pytest.raises(UsageError, match="no family for model class 'SD3Transformer2DModel' here; install"):
         EngineTransformer(sd3.bundle)
-    monkeypatch.setattr(loading, "_REGISTERED", {"SD3Transformer2DModel": loading.sd3.FAMILY})
+    monkeypatch.setattr(loading, "_REGISTERED", {"SD3Transformer2DModel": sd3_blocks.FAMILY})
     assert EngineTransformer(sd3.bundle).config.joint_attention_dim == 24

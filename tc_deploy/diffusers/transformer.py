@@ -99,7 +99,8 @@ class EngineTransformer(nn.Module):
         warn_of_plan(bundle.plan, path)
         self.path, self._backend, self._plan = path, bundle.backend, bundle.plan
         family = family_of_class(bundle.plan.model.model_class, bundle.plan.model.pipeline)
-        if family is None:
+        # Of a model with blocks the plan is no use to one that is taken as one piece.
+        if family is None or bool(family.blocks) != bool(bundle.plan.model.blocks):
             raise UsageError(
                 f"{path}: no family for model class {bundle.plan.model.model_class!r} here; install the package that"
                 " describes it, or register_family() it first, as when the plan was made"

@@ -48,7 +48,7 @@ def openvino_module() -> Any:
 
 def precisions_of(core: openvino.Core) -> tuple[str, ...]:
     """The precisions that this CPU computes in."""
-    able = set(core.get_property(DEVICE, "OPTIMIZATIONCAPABILITIES"))
+    able = set(core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
     return tuple(name for name, capability in CAPABILITIES.items() if capability in able)
 
 
