@@ -200,8 +200,8 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
     family = own or family_of_class(str(name), pipeline.class_name)
     if family is None:
         raise ModelError(
-            f"{where}: no family for model class {name!r}; known classes: {', '.join(sorted(known_families()))};"
-            " adapters.md in the documentation shows how to describe another"
+            f"{where}: no family for model class {name!r}, and it is no transformer of diffusers that takes latents and a"
+            " timestep; adapters.md in the documentation lists the known classes, and shows how to describe another"
         )
     family.convention.check_pipeline(pipeline.entries, str(where.parent.parent))
     uncovered = family.check(config, pipeline.entries)
