@@ -196,12 +196,12 @@ def family_of(config: Mapping[str, Any], where: Path) -> Family:
         ModelError: the class has no family, or the configuration asks for what its family does not cover.
     """
     name, pipeline = config.get("_class_name"), pipeline_of(where.parent)
-    own = _LEGACY.get(str(config.get("norm_type"))) if name == LEGACY_CLASS else None
-    family = own or family_of_class(str(name), pipeline.class_name)
+    legacy = name == LEGACY_CLASS
+    family = _LEGACY.get(str(config.get("norm_type"))) if legacy else family_of_class(str(name), pipeline.class_name)
     if family is None:
         raise ModelError(
-            f"{where}: no family for model class {name!r}, and it is no transformer of diffusers that takes latents and a"
-            " timestep; adapters.md in the documentation lists the known classes, and shows how to describe another"
+            f"{where}: no family for model class {name!r}, and it is no transformer of diffusers that takes latents and"
+            " a timestep; adapters.md in the documentation lists the known classes, and shows how to describe another"
         )
     family.convention.check_pipeline(pipeline.entries, str(where.parent.parent))
     uncovered = family.check(config, pipeline.entries)

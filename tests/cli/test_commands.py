@@ -391,7 +391,7 @@ def _half_written(model: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_of_another_class, "no family for model class 'UNet2DModel'; known classes: DiTTransformer2DModel"),
+        (_of_another_class, "no family for model class 'UNet2DModel', and it is no transformer of diffusers"),
         (_as_a_pickle, "a pickle can run code when it is read, so it is refused"),
         (_half_written, "not a whole safetensors file"),
         (lambda model: shutil.rmtree(model / "scheduler"), "no scheduler/scheduler_config.json"),
