@@ -234,6 +234,25 @@ def test_a_sample_is_the_same_to_the_bit_in_calls_of_one_size(bench: Bench) -> N
     assert np.array_equal(walk(bench, SLOTS - 2, asked, lambda step: None), expected)
 
 
+def test_slots_that_lie_apart_share_a_call_as_neighbours_do(bench: Bench) -> None:
+    """To the bit, though the caches of the ones are copied together and those of the others read where they lie."""
+    found = {}
+    for slots in ((0, 1), (2, 3), (0, 3), (3, 0), (1, 3)):
+        course = bench.slots.courses[STANDARD]
+        for slot, seed in zip(slots, (1, 6), strict=True):
+            bench.slots.start(slot, bench.sample(Asked(seed)))
+        step = 0
+        while step < course.steps:
+            kind = course.kinds[step]
+            assert kind is not None
+            bench.slots.run(Tick(kind=kind, size=2, places=tuple(Place(slot=slot, step=step) for slot in slots)))
+            step = course.following(step)
+        found[slots] = [bench.slots.latents(slot, step) for slot in slots]
+    for made in found.values():
+        assert all(map(np.array_equal, made, found[0, 1]))
+    assert relative_error(found[0, 1][0], found[0, 1][1]) > VISIBLE
+
+
 def test_steps_that_skip_the_model_come_with_the_tick_before(kept: Keep, tmp_path: Path) -> None:
     bench = Bench(family_bundle("flux", kept, tmp_path))
     course = bench.slots.courses[STANDARD]
