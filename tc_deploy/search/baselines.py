@@ -100,7 +100,7 @@ class Baselines:
         """At a placed point's own full steps: its output forecast by a polynomial, and reused (as MeanCache does)."""
         schedule = point.plan.run_schedule()
         order = point.plan.cache.forecast_order
-        name = f"at the steps of {point.name}"
+        name = f"at the same {schedule.full_steps} placed steps"
         yield self.cached(schedule, point.plan.cache, f"output forecast, order {order}, {name}", Kind.SKIP_FORECAST)
         reuse = point.plan.cache.model_copy(update={"forecast_order": 0})
         yield self.cached(schedule, reuse, f"output reused {name}", Kind.SKIP_REUSE)
