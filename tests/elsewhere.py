@@ -67,6 +67,8 @@ class _There(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor) -> Self:
+        # A wrapper does not show that its data are marked as conjugate, and autograd would pass over it.
+        data = data.resolve_conj().resolve_neg()
         there: Self = Tensor._make_wrapper_subclass(
             cls,
             data.shape,

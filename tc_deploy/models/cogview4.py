@@ -42,7 +42,14 @@ def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> T
     latents = inputs["hidden_states"]
     pixels = [float(AUTOENCODER_SCALE * axis) for axis in geometry.latent_shape[1:]]
     size = torch.tensor([pixels], device=latents.device).expand(latents.shape[0], -1)
-    given = {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
+    # Its forward would make the tables on the CPU, where no index of the kept tokens can read them.
+    tables = tuple(table.to(latents.device) for table in module.rope(latents))  # type: ignore[operator]
+    given = {
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
+        "image_rotary_emb": tables,
+    }
     return call_diffusers(module, {**inputs, **given}, geometry)
 
 
