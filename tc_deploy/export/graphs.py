@@ -199,10 +199,29 @@ def _einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:  # 
     return op.Einsum(*tensors, equation=equation)
 
 
+def _pad_sequence(
+    sequences: Sequence[Any], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Any:
+    """aten::pad_sequence of fixed lengths: PyTorch's own parts end in ScatterElements, which TensorRT-RTX refuses."""
+    longest = max(sequence.shape[0] for sequence in sequences)
+    batch_axis = [0 if batch_first else 1]
+    rows = []
+    for sequence in sequences:
+        missing, others = longest - sequence.shape[0], [0] * (len(sequence.shape) - 1)
+        if missing:
+            before, after = (missing, 0) if padding_side == "left" else (0, missing)
+            value = op.CastLike(op.Constant(value_float=float(padding_value)), sequence)  # type: ignore[type-var]
+            pads = [before, *others, after, *others]
+            sequence = op.Pad(sequence, pads, value)  # type: ignore[arg-type]  # noqa: PLW2901
+        rows.append(op.Unsqueeze(sequence, batch_axis))  # type: ignore[arg-type]  # becomes a constant
+    return op.Concat(*rows, axis=batch_axis[0])
+
+
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.squeeze.dim: _squeeze_dim,
     torch.ops.aten.einsum.default: _einsum,
     torch.ops.aten.masked_fill.Scalar: _masked_fill,
+    torch.ops.aten.pad_sequence.default: _pad_sequence,
 }
 
 
