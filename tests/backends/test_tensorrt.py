@@ -249,7 +249,8 @@ def test_which_gpu_may_run_an_engine(capability: str, level: str | None, fits: b
 def test_a_machine_without_tensorrt_is_told_the_extra(built: Made, tmp_path: Path, command: str) -> None:
     bundle = built.copy(tmp_path / "bundle")
     (bundle / NAME).rename(bundle / "tensorrt")
-    edit_manifest(bundle / "tensorrt", lambda document: document.update(backend="tensorrt"))
+    # It builds for its own machine's GPU, so its options name none.
+    edit_manifest(bundle / "tensorrt", lambda document: document.update(backend="tensorrt", options={}))
     rest = ["--class-label", "1", "-o", str(tmp_path / "x.npy")] if command == "generate" else []
     program = "import sys; sys.modules['tensorrt'] = None; from tc_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", program, command, str(bundle), "--backend", "tensorrt", *rest]

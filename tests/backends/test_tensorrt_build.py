@@ -97,9 +97,7 @@ def test_a_bundle_of_a_fixed_batch_needs_no_profile(pixel: MadeByCommands, tmp_p
         record = read_engine_record(bundle / NAME / f"{name}.engine")
         assert record.axes == {}
         assert record.options["optimization_level"] == 1
-    with pytest.raises(
-        UsageError, match=r"exported for a batch of exactly 2; leave --batch-profile and the shapes out"
-    ):
+    with pytest.raises(UsageError, match=r"exported for a batch of exactly 2; leave --batch-profile out$"):
         build_target(bundle, NAME, {"batch_profile": (1, 1, 1)})
 
 
