@@ -144,7 +144,7 @@ def _importing_library(error: BaseException) -> str | None:
 
 
 def _first_library(traceback: TracebackType | None) -> str | None:
-    """The library below our last frame in a traceback, if it was importing something there."""
+    """The library of an extra below our last frame in a traceback, if it was importing something there."""
     names: list[tuple[str, bool]] = []
     while traceback is not None:
         frame = traceback.tb_frame
@@ -154,7 +154,8 @@ def _first_library(traceback: TracebackType | None) -> str | None:
         elif "importlib" not in name:
             names.append((name.partition(".")[0], frame.f_code.co_name == "<module>"))
         traceback = traceback.tb_next
-    return names[0][0] if any(importing for _, importing in names) else None
+    known = (name for name, _ in names if name in EXTRA_BY_MODULE)  # safetensors imports torch, say
+    return next(known, None) if any(importing for _, importing in names) else None
 
 
 def _root_cause(error: BaseException) -> str:

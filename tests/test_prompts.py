@@ -98,7 +98,7 @@ print(json.dumps([list(result.images.shape), result.steps_cached]))
 
 def test_the_command_line_takes_prompts(prompted: Prompted, tmp_path: Path) -> None:
     words = ("generate", prompted.bundle, "--backend", "onnxruntime", "--prompt", "a cat", "--prompt", "a red dog")
-    answer = run_cli(*words, "-o", tmp_path / "out.png")
+    answer = run_cli(*words, "--sheet", "-o", tmp_path / "out.png")
     assert answer.code == 0, answer.err
     assert "2 pictures, 2 full + 2 cached steps" in answer.out
     *frames, height, width, _ = prompted.shape

@@ -148,7 +148,7 @@ def test_guidance_goes_away_from_the_file_s_unconditional_half(file: Path, scale
 
 def test_a_plan_names_its_prompts(plan_folder: Path, file: Path) -> None:
     plan, _ = load_plan(plan_folder)
-    assert plan.origin.conditions == PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompt=PROMPTS)
+    assert plan.origin.conditions == PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompts=PROMPTS)
     shown = run_cli("inspect", plan_folder)
     assert shown.code == 0, shown.err
     assert f"prompts   3 of {file}, sha256 {sha256_of_file(file)[:16]}" in shown.out

@@ -84,7 +84,7 @@ def test_random_conditions_do_not_show_it_and_say_so(with_outlier: Made, tmp_pat
 def test_engines_are_validated_on_the_plan_s_prompts(with_outlier: Made, tmp_path: Path) -> None:
     file = with_outlier.plan.parent / "prompts.safetensors"
     manifest = read_manifest(with_outlier.bundle)
-    expected = PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompt=PROMPTS)
+    expected = PromptsRecord(file=str(file), sha256=sha256_of_file(file), prompts=PROMPTS)
     assert manifest.sampled_on == expected
     # One sample, so the prompt with the largest values, and the file's own unconditional half.
     _, saved = read_golden(with_outlier.bundle, manifest)
