@@ -66,7 +66,7 @@ def _recipe(name: str, folder: Path) -> Recipe:
     if name in zoo.MODELS:
         given = zoo.MODELS[name][2]
         options = {"latent_size": given.latent_size, "text_tokens": given.text_tokens}
-    guidance = "true_cfg_scale" if name.startswith("flux") else "guidance_scale"
+    guidance = "true_cfg_scale" if name.startswith(("flux", "qwen")) else "guidance_scale"
     return Recipe.model_validate(
         {
             "model": str(folder),
