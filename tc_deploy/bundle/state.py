@@ -100,7 +100,7 @@ def _noted(folder: Path) -> Iterator[str]:
     """The names on a state folder's list."""
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / LIST).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 name = json.loads(line)
                 if isinstance(name, str):
                     yield name

@@ -157,10 +157,12 @@ def seal(bundle: Path) -> None:
 
 def stamp(bundle: Path) -> None:
     """Make the targets believe that they were built from the bundle as it now is."""
+    files: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):  # the attempt may be that it is no document
+        files = read_json(bundle / MANIFEST).get("files", {})
     for path in bundle.glob(f"*/{MANIFEST}"):
         document = read_json(path)
         document["manifest_sha256"] = sha256(bundle / MANIFEST)
-        files = read_json(bundle / MANIFEST).get("files", {})
         document["reads"] = {name: files[name] for name in document["reads"] if name in files}
         document["plan_sha256"] = sha256(bundle / PLAN)
         write_json(path, document)

@@ -27,7 +27,7 @@ from tc_deploy.backends.onnxruntime.run import OrtDevice
 from tc_deploy.backends.openvino.run import OpenVinoDevice
 from tc_deploy.backends.tensorrt.backend import TensorRt
 from tc_deploy.consistency import read_documents
-from tc_deploy.errors import TcDeployError
+from tc_deploy.errors import BundleError, TcDeployError
 from tc_deploy.plan import load_plan
 from tc_deploy.runtime import binding
 from tc_deploy.signing import SIGNATURE
@@ -40,9 +40,13 @@ NOTES = {"made_by", "backend_version", "options", "precision", "gpu", "plan_sha2
 
 BUNDLE = (
     *("plan.json", "tables.safetensors", "manifest.json", "runtime.safetensors", "onnx/full.onnx"),
-    *("onnx/cached-1.onnx", "onnx/solver.onnx", "onnx/weights.bin", "polygraphy/full.inputs.json"),
-    *("polygraphy/solver.outputs.json", "polygraphy/inputs.py", "polygraphy/trajectory.safetensors"),
+    *("onnx/cached-1.onnx", "onnx/solver.onnx", "onnx/weights.bin"),
 )
+SAMPLES = (
+    *("polygraphy/full.inputs.json", "polygraphy/solver.outputs.json"),
+    *("polygraphy/inputs.py", "polygraphy/trajectory.safetensors"),
+)
+"""Of a bundle, what no engine reads."""
 RTX = ("full.engine", "solver.engine", "full.json", "full.log")
 PROMPTED = ("onnx/text-encoder.onnx", "onnx/decoder.onnx")
 
@@ -120,6 +124,18 @@ def flip(path: Path, count: int, read: Callable[[], bool], seen: Callable[[], ob
     return accepted
 
 
+def write_keys(folder: Path) -> tuple[Path, Path]:
+    """A new signing key, private and public."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    private, public = folder / "private.pem", folder / "public.pem"
+    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
 @pytest.fixture(scope="module", autouse=True)
 def counted() -> Iterator[None]:
     start_s = time.monotonic()
@@ -160,6 +176,39 @@ def test_a_few_bytes_of_a_bundle(bundle: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BUNDLE)
 def test_bytes_of_a_bundle(bundle: Path, name: str) -> None:
     assert flip(bundle / name, FLIPS, lambda: is_reached(bundle, "onnxruntime")) == 0
+
+
+@pytest.mark.parametrize("count", [QUICK_FLIPS, pytest.param(FLIPS, marks=pytest.mark.attacks)])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_bytes_of_samples(bundle: Path, name: str, count: int) -> None:
+    """Who reads a whole bundle, as inspect and validate do, refuses them; loading a target opens none of them."""
+
+    def read() -> bool:
+        return is_accepted(lambda: binding.read_bundle(bundle, "onnxruntime", whole=True))
+
+    def loaded_or_whole() -> bool:
+        assert is_reached(bundle, "onnxruntime")
+        return read()
+
+    assert read()
+    assert flip(bundle / name, count, loaded_or_whole) == 0
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_altered_sample_is_refused_by_the_commands_that_read_it(mixed: Made, tmp_path: Path, name: str) -> None:
+    bundle = mixed.copy(tmp_path / "bundle")
+    private, public = write_keys(tmp_path)
+    answer = run_cli("sign", bundle, "--key", private)
+    assert answer.code == 0, answer.err
+    commands = (("inspect", bundle), ("verify", bundle, "--key", public), ("validate", bundle))
+    assert [run_cli(*words).code for words in commands[:2]] == [0, 0]
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    for words in commands:
+        answer = run_cli(*words)
+        assert answer.code == BundleError.exit_code, answer.err
+        assert f"{bundle / name}: expected SHA-256" in answer.error
 
 
 @pytest.fixture
@@ -217,16 +266,9 @@ def test_bytes_of_a_target_s_manifest(bundle: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.attacks
 @pytest.mark.usefixtures("documents_once")
 def test_bytes_of_a_signature(mixed: Made, tmp_path: Path) -> None:
-    from cryptography.hazmat.primitives import serialization as form
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     bundle = mixed.copy(tmp_path / "bundle")
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-    public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-    (tmp_path / "private.pem").write_bytes(private)
-    (tmp_path / "public.pem").write_bytes(public)
-    answer = run_cli("sign", bundle, "--key", tmp_path / "private.pem")
+    private, public = write_keys(tmp_path)
+    answer = run_cli("sign", bundle, "--key", private)
     assert answer.code == 0, answer.err
     path = bundle / SIGNATURE
     before = json.loads(path.read_text())
@@ -236,7 +278,7 @@ def test_bytes_of_a_signature(mixed: Made, tmp_path: Path) -> None:
         assert {key for key in before if after[key] != before[key]} <= {"made_by"}
 
     def read() -> bool:
-        return is_reached(bundle, "onnxruntime", require_signature=tmp_path / "public.pem")
+        return is_reached(bundle, "onnxruntime", require_signature=public)
 
     assert read()
     flip(path, FLIPS, read, seen)

@@ -37,7 +37,7 @@ def test_every_bundle_runs_with_every_batch_size(facts: dict[str, Any], mixed: M
     assert found == [(str(made.bundle), batch) for batch in BATCHES for made in (mixed, multistep)]
     assert all(contender["backend"] == "onnxruntime" for contender in facts["contenders"])
     assert all(contender["backend_version"] for contender in facts["contenders"])
-    assert all(contender["options"] == {"provider": "cpu", "threads": 0} for contender in facts["contenders"])
+    assert all(contender["options"] == {"provider": "cpu", "threads": 1} for contender in facts["contenders"])
 
 
 def test_figures_agree_with_each_other(facts: dict[str, Any]) -> None:
