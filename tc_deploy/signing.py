@@ -140,7 +140,10 @@ def check_signature(path: Path, public_key: Path, targets: Iterable[str]) -> Sig
     again = f"tc-deploy sign {path} --key KEY"
     record = read_document(SignatureRecord, path / SIGNATURE, "signature", again)
     try:
-        key.verify(base64.b64decode(record.signature, validate=True), _message(record.signs))
+        signature = base64.b64decode(record.signature, validate=True)
+        if base64.b64encode(signature).decode("ascii") != record.signature:
+            raise binascii.Error("bits to spare")  # two texts for one signature
+        key.verify(signature, _message(record.signs))
     except (imported("cryptography.exceptions").InvalidSignature, binascii.Error):
         raise BundleError(
             f"{path}: not signed by the key {public_key}; take the bundle from where it was signed, or give its"

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from pathlib import Path
-from typing import Any, Final, TypeVar, get_args
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from tc_deploy.errors import UNPRINTABLE, BundleError, printable
 
 MANIFEST = "manifest.json"
 PLAN_DOCUMENT = "plan.json"
+LONGEST_NAME: Final = 1000
+"""Characters of a file's path in a manifest; systems allow about four times as many."""
 LARGEST_DOCUMENT_BYTES: Final = 64 * 2**20
 """More than any plan, manifest or search needs; read whole, so it bounds memory."""
 
@@ -38,6 +40,24 @@ class FileRecord(Document):
 
     size_bytes: int
     sha256: str
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name, taken as a path inside a folder, stays there, and is written as every path is."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+def _named_inside(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    for name in files:
+        if len(name) > LONGEST_NAME or name == "." or not is_inside(name):
+            raise ValueError(f"{name[:80]!r} names no file inside the folder")
+    return files
+
+
+Files: TypeAlias = Annotated[dict[str, FileRecord], AfterValidator(_named_inside)]
+"""Files of a folder by their path inside it. A name that leads elsewhere is refused with its document, whether anything
+reads the file or not."""
 
 
 def canonical_json(value: Any) -> str:

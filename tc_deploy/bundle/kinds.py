@@ -18,7 +18,7 @@ from typing import Any, Final, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from tc_deploy.bundle.documents import LARGEST_DOCUMENT_BYTES, Document, FileRecord, first_problem
+from tc_deploy.bundle.documents import LARGEST_DOCUMENT_BYTES, Document, FileRecord, first_problem, is_inside
 from tc_deploy.errors import StorageError
 
 MADE_BY: Final = "tc-deploy "
@@ -244,12 +244,6 @@ def remove_names(folder: Path, names: Iterable[str]) -> None:
     for parent in sorted(parents, key=len, reverse=True):
         with contextlib.suppress(OSError):
             (folder / parent if parent != "." else folder).rmdir()
-
-
-def is_inside(name: str) -> bool:
-    """Whether a name, taken as a path inside a folder, stays there, and is written as every path is."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and str(path) == name
 
 
 def is_plain(folder: Path, name: str) -> bool:

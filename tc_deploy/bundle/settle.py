@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from tc_deploy.bundle.kinds import FolderKind, NotOursError, is_inside, is_plain, remove_written, written_names
+from tc_deploy.bundle.documents import is_inside
+from tc_deploy.bundle.kinds import FolderKind, NotOursError, is_plain, remove_written, written_names
 from tc_deploy.bundle.storage import sync
 from tc_deploy.errors import StorageError
 

@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from tc_deploy.bounds import MAX_AXES, Float32, Guidance, PositiveFloat32, Size, Step
-from tc_deploy.bundle import MANIFEST, Document, FileRecord, read_document
+from tc_deploy.bundle import MANIFEST, Document, Files, read_document
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest.tensors import BATCH, MODEL_BATCH, ElementType, Role, TensorRecord
@@ -176,7 +176,7 @@ class Manifest(Document):
     """The autoencoder that the graph ``decoder`` is of; None where there is no such graph."""
     text: TextRecord | None = None
     """What the graph ``text-encoder`` reads and is of; None where there is no such graph."""
-    files: dict[str, FileRecord]
+    files: Files
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:

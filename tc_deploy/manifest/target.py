@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from tc_deploy.bundle import MANIFEST, Document, FileRecord, read_document, sha256_of_file
+from tc_deploy.bundle import MANIFEST, Document, Files, read_document, sha256_of_file
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest.manifest import read_manifest
 from tc_deploy.manifest.tensors import TensorRecord
@@ -86,9 +86,9 @@ class TargetManifest(Document):
     plan_sha256: str
     manifest_sha256: str
     """Of the bundle's manifest, which names every graph and table: a target of another bundle is found out by it."""
-    reads: dict[str, FileRecord]
+    reads: Files
     """What of the bundle is read when the engines are loaded, by path inside it: the rest may be altered or gone."""
-    files: dict[str, FileRecord]
+    files: Files
     """What lies in the target."""
 
     @property

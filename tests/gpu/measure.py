@@ -120,7 +120,7 @@ def main(
     started = time.time()
     end = started + 60 * minutes if end is None else end
     output.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.gettempdir()) / f"tc-deploy-gpu-{os.getuid()}"
+    work = Path(tempfile.gettempdir()) / f"tc-deploy-gpu-{os.getuid()}-{tc_deploy.__version__}"
     work.mkdir(exist_ok=True)
     bundle = work / "digits" if kit_folder is None or not (kit_folder / "digits").is_dir() else kit_folder / "digits"
     if within:
