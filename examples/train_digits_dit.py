@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users know
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from digits import CLASSES, IMAGE_SIZE, class_accuracy, images_and_labels
-from training import State, initialise, train, write_curve, write_sheet
+from training import State, guided_samples, initialise, train, write_curve, write_sheet
 
 NULL_CLASS = CLASSES  # the embedding row that classifier-free guidance uses for "no class"
 PEAK_LEARNING_RATE = 8e-4
@@ -59,21 +59,6 @@ def batch_at(
     timesteps = torch.randint(1000, (size,), generator=generator)
     noise = torch.randn(pixels.shape, generator=generator)
     return pixels, classes, timesteps, noise
-
-
-@torch.no_grad()
-def sample(model: DiTTransformer2DModel, scheduler: DDIMScheduler, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Guided DDIM samples, ``(B, 1, H, W)``, with diffusers alone."""
-    side = model.config.sample_size
-    shape = (len(labels), 1, side, side)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
-    scheduler.set_timesteps(STEPS)
-    for t in scheduler.timesteps:
-        output = model(torch.cat([latents, latents]), t.expand(len(classes)), classes, return_dict=False)[0]
-        cond, uncond = output.chunk(2)
-        latents = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), t, latents).prev_sample
-    return latents
 
 
 @click.command()
@@ -131,7 +116,9 @@ def main(
     SCHEDULER.save_pretrained(output / "scheduler")
     model = DiTTransformer2DModel.from_pretrained(output / "transformer", torch_dtype=torch.float32)
     wanted = torch.arange(500) % CLASSES
-    samples = torch.cat([sample(model, SCHEDULER, part, seed + i) for i, part in enumerate(wanted.split(100))]).numpy()
+    how = {"steps": STEPS, "guidance_scale": GUIDANCE_SCALE}
+    parts = enumerate(wanted.split(100))
+    samples = torch.cat([guided_samples(model, SCHEDULER, part, seed=seed + i, **how) for i, part in parts]).numpy()
     accuracy = class_accuracy(samples, wanted.numpy())
     write_curve(work / "curve.png", state.losses, "Digits DiT: noise prediction error")
     write_sheet(work / "samples.png", samples[:100])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch's users know
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from emoji import CLASSES, GROUPS, IMAGE_SIZE, images_and_labels
-from training import State, initialise, train, write_curve, write_sheet
+from training import State, guided_samples, initialise, train, write_curve, write_sheet
 
 NULL_CLASS = CLASSES  # the embedding row that classifier-free guidance uses for "no class"
 STEPS, GUIDANCE_SCALE = 50, 3.0  # of the sample sheet
@@ -69,22 +69,6 @@ def loss_at(
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         velocity = model(noisy, sigmas * 1000, classes, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - pixels)
-
-
-@torch.no_grad()
-def sample(
-    model: DiTTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler, labels: torch.Tensor, seed: int
-) -> torch.Tensor:
-    """Guided samples, ``(B, 3, H, W)``, with diffusers alone."""
-    side = model.config.sample_size
-    latents = torch.randn((len(labels), 3, side, side), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
-    scheduler.set_timesteps(STEPS)
-    for t in scheduler.timesteps:
-        output = model(torch.cat([latents, latents]), t.expand(len(classes)), classes, return_dict=False)[0]
-        cond, uncond = output.chunk(2)
-        latents = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), t, latents).prev_sample
-    return latents
 
 
 @click.command()
@@ -152,7 +136,11 @@ def main(
     SCHEDULER.save_pretrained(output / "scheduler")
     model = DiTTransformer2DModel.from_pretrained(output / "transformer", torch_dtype=torch.float32).to(device)
     wanted = torch.arange(45, device=device) % CLASSES
-    write_sheet(work / "samples.png", sample(model, SCHEDULER, wanted, seed).cpu().numpy(), columns=CLASSES)
+    write_sheet(
+        work / "samples.png",
+        guided_samples(model, SCHEDULER, wanted, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=seed).cpu().numpy(),
+        columns=CLASSES,
+    )
     write_curve(work / "curve.png", state.losses, "Emoji DiT: velocity error")
     facts = {
         "image_size": image_size,

@@ -12,6 +12,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class State:
         part.replace(path)
 
     def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", device=str(next(self.model.parameters()).device)) as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         part = {kind: {} for kind in ("model", "average", "optimizer")}
         for name, value in stored.items():
@@ -139,6 +140,24 @@ def train(
             if done % SAVE_EVERY == 0 or done == iterations or stopped:
                 state.save(checkpoint)
     return len(state.losses) == iterations
+
+
+@torch.no_grad()
+def guided_samples(
+    model: torch.nn.Module, scheduler: Any, labels: torch.Tensor, *, steps: int, guidance_scale: float, seed: int
+) -> torch.Tensor:
+    """Samples ``(B, C, H, W)`` of a class-conditional model by a diffusers scheduler, with diffusers alone."""
+    config: Any = model.config
+    shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    no_class = config.num_embeds_ada_norm  # the embedding row after the classes
+    classes = torch.cat([labels, torch.full_like(labels, no_class)])
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        output = model(torch.cat([latents, latents]), t.expand(len(classes)), classes, return_dict=False)[0]
+        cond, uncond = output.chunk(2)
+        latents = scheduler.step(uncond + guidance_scale * (cond - uncond), t, latents).prev_sample
+    return latents
 
 
 def write_curve(path: Path, losses: list[float], title: str) -> None:

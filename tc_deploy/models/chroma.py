@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tc_deploy.models.convention import Convention, Shift, flow_sigmas
-from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
+from tc_deploy.models.family import Block, Branch, Family, call_diffusers
+from tc_deploy.models.flux import ATTENTION, DOUBLE_BLOCK
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.packed import mask, packed_geometry, positions, unpacked
 from tc_deploy.models.rows import Rows
@@ -42,25 +43,10 @@ def _received(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, MASK: shown[:, : shown.shape[1] - arguments["hidden_states"].shape[1]]}
 
 
-_ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
-_ATTENTIONS = (SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY),)
-
 FAMILY = Family(
     model_class="ChromaTransformer2DModel",
     blocks=(
-        Block(
-            modules="transformer_blocks",
-            arguments=("hidden_states", "encoder_hidden_states"),
-            takes=Rows.IMAGE_AND_TEXT,
-            gives=Rows.TEXT_AND_IMAGE,
-            entries=("norm1", "norm2"),
-            branches=(
-                Branch(name="attention", exit="attn", rows=Rows.IMAGE_AND_TEXT),
-                Branch(name="mlp", exit="ff"),
-                Branch(name="mlp", exit="ff_context", rows=Rows.TEXT),
-            ),
-            attentions=_ATTENTIONS,
-        ),
+        DOUBLE_BLOCK,
         Block(
             modules="single_transformer_blocks",
             takes=Rows.TEXT_IMAGE,
@@ -68,7 +54,7 @@ FAMILY = Family(
             entries=("norm",),
             entry_rows=Rows.TEXT_IMAGE,
             branches=(Branch(name="parallel", exit="proj_out", rows=Rows.TEXT_IMAGE),),
-            attentions=_ATTENTIONS,
+            attentions=(ATTENTION,),
         ),
     ),
     geometry=_geometry,

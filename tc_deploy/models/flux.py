@@ -78,27 +78,29 @@ TEXT = TextEncoding(
 )
 
 _ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
-_ATTENTION = SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY)
+ATTENTION = SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY)
 _STREAMS: dict[str, Any] = {
     "arguments": ("hidden_states", "encoder_hidden_states"),
     "takes": Rows.IMAGE_AND_TEXT,
     "gives": Rows.TEXT_AND_IMAGE,
-    "attentions": (_ATTENTION,),
+    "attentions": (ATTENTION,),
 }
+DOUBLE_BLOCK = Block(
+    modules="transformer_blocks",
+    entries=("norm1", "norm2"),
+    branches=(
+        Branch(name="attention", exit="attn", rows=Rows.IMAGE_AND_TEXT),
+        Branch(name="mlp", exit="ff"),
+        Branch(name="mlp", exit="ff_context", rows=Rows.TEXT),
+    ),
+    **_STREAMS,
+)
+"""Picture and text side by side, as FLUX.2 and Chroma have it too."""
 
 FAMILY = Family(
     model_class="FluxTransformer2DModel",
     blocks=(
-        Block(
-            modules="transformer_blocks",
-            entries=("norm1", "norm2"),
-            branches=(
-                Branch(name="attention", exit="attn", rows=Rows.IMAGE_AND_TEXT),
-                Branch(name="mlp", exit="ff"),
-                Branch(name="mlp", exit="ff_context", rows=Rows.TEXT),
-            ),
-            **_STREAMS,
-        ),
+        DOUBLE_BLOCK,
         Block(
             modules="single_transformer_blocks",
             entries=("norm",),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tc_deploy.models.convention import Convention, Shift, empirical_shift, flow_sigmas_unless_own
-from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention, call_diffusers
+from tc_deploy.models.family import Block, Branch, Family, call_diffusers
+from tc_deploy.models.flux import ATTENTION, DOUBLE_BLOCK
 from tc_deploy.models.geometry import Geometry, ModelOptions
 from tc_deploy.models.packed import guidance, packed_geometry
 from tc_deploy.models.rows import Rows
@@ -46,25 +47,10 @@ def _unpacked(latents: Tensor, geometry: Geometry) -> Tensor:
     return latents.transpose(1, 2).reshape(latents.shape[0], -1, *geometry.grid)
 
 
-_ROTARY = Rotary(argument="image_rotary_emb", axis=0, rows=Rows.TEXT_IMAGE)
-_ATTENTIONS = (SelfAttention(module="attn", keys=Rows.TEXT_IMAGE, rotary=_ROTARY),)
-
 FAMILY = Family(
     model_class="Flux2Transformer2DModel",
     blocks=(
-        Block(
-            modules="transformer_blocks",
-            arguments=("hidden_states", "encoder_hidden_states"),
-            takes=Rows.IMAGE_AND_TEXT,
-            gives=Rows.TEXT_AND_IMAGE,
-            entries=("norm1", "norm2"),
-            branches=(
-                Branch(name="attention", exit="attn", rows=Rows.IMAGE_AND_TEXT),
-                Branch(name="mlp", exit="ff"),
-                Branch(name="mlp", exit="ff_context", rows=Rows.TEXT),
-            ),
-            attentions=_ATTENTIONS,
-        ),
+        DOUBLE_BLOCK,
         Block(
             modules="single_transformer_blocks",
             takes=Rows.TEXT_IMAGE,
@@ -73,7 +59,7 @@ FAMILY = Family(
             entry_rows=Rows.TEXT_IMAGE,
             # Projections of attention and MLP are fused, so one module makes both.
             branches=(Branch(name="parallel", exit="attn", rows=Rows.TEXT_IMAGE),),
-            attentions=_ATTENTIONS,
+            attentions=(ATTENTION,),
         ),
     ),
     geometry=_geometry,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ def _call(module: nn.Module, inputs: Mapping[str, Any], geometry: Geometry) -> T
 
 FAMILY = Family(
     model_class="LongCatImageTransformer2DModel",
-    blocks=tuple(dataclasses.replace(block) for block in flux.FAMILY.blocks),
+    blocks=flux.FAMILY.blocks,
     geometry=_geometry,
     call=_call,
     convention=Convention(
