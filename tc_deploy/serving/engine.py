@@ -268,6 +268,10 @@ class Engine:
         if tick is None:
             return
         slots.run(tick)
+        seconds = time.monotonic() - start_s
+        self._seconds.append(seconds)
+        # Before anybody is answered, so that who has an answer finds it counted.
+        self._watch.tick(tick, seconds, tick.size)
         going = {job.slot: job for job in scheduler.running}
         finished = scheduler.done(tick, time.monotonic())
         for place in tick.places:
@@ -278,9 +282,6 @@ class Engine:
                 self._finish(job)
             else:
                 self._show(job, place.step)
-        seconds = time.monotonic() - start_s
-        self._seconds.append(seconds)
-        self._watch.tick(tick, seconds, tick.size)
 
     def _enter(self, order: Order) -> None:
         if order not in self._open:
