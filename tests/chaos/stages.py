@@ -41,16 +41,11 @@ batch_size = 2
 samples = 2
 
 [search]
-phase_start = [0.5]
-cache_interval_early = [2]
-cache_interval_late = [2]
+full_steps = [0.5]
 keep_ratio = [0.5]
-forecast_order = [1]
-skip = ["model"]
-screening_samples = 2
 confirmation_samples = 2
-points = 1
-latency_rounds = 1
+latency_rounds = 2
+baselines = "none"
 """
 BY_HAND = (
     "--phase-start",
