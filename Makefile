@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo calibrate-demo test pytest cover slow chaos attacks matrix fuzz stateful gpu gpu-kit browser lint format docs clean
+.PHONY: help demo calibrate-demo test pytest cover slow chaos attacks matrix fuzz stateful gpu gpu-kit browser ray lint format docs clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -75,6 +75,11 @@ browser: $(INSTALLED) ## Run the tests that open the report in a browser
 	@test -n "$$BROWSER_PATH" || command -v chromium || command -v chromium-browser || command -v google-chrome \
 		|| $(BIN)/playwright install chromium
 	$(BIN)/pytest -m browser
+
+# Some hundred MB, so it is no part of the environment until somebody asks for it.
+ray: $(INSTALLED) ## Run the tests that need Ray: replicas that are killed, rows that are spread
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[ray]'
+	$(BIN)/pytest -m ray tests/scale
 
 lint: $(INSTALLED) ## Check the style, the types and the imports
 	$(BIN)/ruff check

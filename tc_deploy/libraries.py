@@ -35,6 +35,7 @@ EXTRA_BY_MODULE = {
     "fastapi": "serve",
     "prometheus_client": "serve",
     "uvicorn": "serve",
+    "ray": "ray",
     "jinja2": "report",
     "polygraphy": "validate",
     "cryptography": "sign",

@@ -83,7 +83,23 @@ def _key(context: click.Context, parameter: click.Parameter, value: Path | None)
     "--output",
     required=True,
     type=NEW_PATH,
-    help="A .png, of several pictures one each, as NAME-SEED.png; or latents as .safetensors or .npy.",
+    help="A .png, of several pictures one each, as NAME-SEED.png; or latents as .safetensors or .npy; with --input a"
+    " folder.",
+)
+@option(
+    "--input",
+    "rows",
+    metavar="FILE",
+    type=PATH,
+    help='Instead: a request a line, as the server takes it: {"prompt": ..., "seed": ...}. Lines that are done are'
+    " skipped when it runs again.",
+)
+@option("--ray", advanced=True, is_flag=True, help="With --input: spread the lines over the machines of a Ray cluster.")
+@option(
+    "--workers",
+    advanced=True,
+    type=click.IntRange(1, MOST),
+    help="With --ray: engines; one for each of the cluster's GPUs, or one, if not given.",
 )
 @option("--sheet", is_flag=True, help="All pictures on one .png.")
 @option(
@@ -127,6 +143,9 @@ def command(
     guidance_scale: float | None,
     true_cfg_scale: float | None,
     output: Path,
+    rows: Path | None,
+    ray: bool,
+    workers: int | None,
     sheet: bool,
     require_signature: Path | None,
     force: bool,
@@ -140,6 +159,30 @@ def command(
     width: int | None,
 ) -> None:
     """Make pictures with the engines of BUNDLE (engines/NAME)."""
+    if (ray or workers is not None) and (rows is None or not ray):
+        raise UsageError("--workers goes with --ray, and --ray with --input")
+    if rows is not None:
+        ours: dict[str, Any] = {"--class-label": labels, "--prompt": prompts, "--negative-prompt": negative_prompt}
+        ours |= {"--conditions": file, "-n": count, "--guidance-scale": guidance_scale, "--sheet": sheet}
+        ours |= {"--true-cfg-scale": true_cfg_scale, "--full": full, "--force": force, "--steps": steps}
+        ours |= {"--height": height, "--width": width, "--zoom": zoom > 1}
+        if too := [name for name, value in ours.items() if value is not None and value is not False and value != ()]:
+            raise UsageError(f"{too[0]} does not go with --input, whose lines say what to make")
+        from tc_deploy.cli.generate_rows import generate_rows
+
+        generate_rows(
+            rows,
+            output,
+            bundle,
+            backend=backend,
+            batch_size=batch_size,
+            require_signature=require_signature,
+            seed=seed,
+            ray=ray,
+            count=workers,
+            as_json=as_json,
+        )
+        return
     from tc_deploy.runtime.guidance import remarks_on_guidance
     from tc_deploy.runtime.pipeline import load
     from tc_deploy.runtime.request import GUIDANCE_SCALE, TRUE_CFG_SCALE

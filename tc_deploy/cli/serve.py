@@ -99,6 +99,7 @@ def command(
         by_name[name] = path
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         imported(module, purpose="the server is made of it: ")
+    from tc_deploy.serving.engines import EngineSettings
     from tc_deploy.serving.scheduler import Policy
     from tc_deploy.serving.server import Settings, serve
 
@@ -107,13 +108,15 @@ def command(
         Settings(
             host=host,
             port=port,
-            slots=slots,
-            queue=queue,
-            policy=Policy(policy),
+            engines=EngineSettings(
+                slots=slots,
+                queue=queue,
+                policy=Policy(policy),
+                backend=backend,
+                require_signature=require_signature,
+            ),
             timeout_s=timeout,
             watchdog_s=watchdog,
             drain_delay_s=drain_delay,
-            backend=backend,
-            require_signature=require_signature,
         ),
     )

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -23,17 +21,14 @@ from pathlib import Path
 
 import uvicorn
 
-from tc_deploy.errors import BackendError, StorageError, UsageError, first_line
+from tc_deploy.errors import BackendError, StorageError, first_line
 from tc_deploy.serving.app import app_of
-from tc_deploy.serving.engine import Engine
-from tc_deploy.serving.fleet import Fleet, MakeEngine
+from tc_deploy.serving.engines import EngineSettings, keys_from_environment, makers_of
+from tc_deploy.serving.fleet import Fleet
 from tc_deploy.serving.gate import log_fields
-from tc_deploy.serving.maker import Maker
 from tc_deploy.serving.metrics import Metrics
-from tc_deploy.serving.scheduler import Policy
 
 LOG = logging.getLogger(__name__)
-API_KEY, ADMIN_KEY = "TC_DEPLOY_API_KEY", "TC_DEPLOY_ADMIN_KEY"
 LOOK_S = 0.05
 ANSWERS_S = 10
 """In which the last answers must have been sent, once their pictures are done."""
@@ -45,17 +40,13 @@ class Settings:
 
     host: str
     port: int
-    slots: int
-    queue: int
-    policy: Policy
+    engines: EngineSettings
     timeout_s: float
     """In which a request must be done."""
     watchdog_s: float
     """How long an engine may take for one round."""
     drain_delay_s: float
     """Between being unready and taking nothing more: as long as those who send clients take to notice."""
-    backend: str | None
-    require_signature: Path | None
 
 
 class JsonLines(logging.Formatter):
@@ -83,15 +74,12 @@ def serve(bundles: Mapping[str, Path], settings: Settings) -> None:
         TcDeployError: a bundle cannot be loaded, or its engine failed.
         KeyboardInterrupt: it was ended by Ctrl-C, in order.
     """
-    keys = {name: os.environ.get(name) for name in (API_KEY, ADMIN_KEY)}
-    for name, value in keys.items():
-        if value is not None and (not value.strip() or not value.isascii() or not value.isprintable()):
-            raise UsageError(f"{name} must be printable ASCII; leave it unset for none")
+    key, admin_key = keys_from_environment()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     ours = logging.getLogger("tc_deploy.serving")
     ours.handlers[:], ours.propagate = [handler], False
-    asyncio.run(_Process(bundles, settings, keys[API_KEY], keys[ADMIN_KEY]).run())
+    asyncio.run(_Process(bundles, settings, key, admin_key).run())
 
 
 class _Server(uvicorn.Server):
@@ -110,8 +98,7 @@ class _Process:
         self._error: BaseException | None = None
         self._interrupted = False
         self._ending: asyncio.Task[None] | None = None
-        make: dict[str, MakeEngine] = {name: self._maker(name, path) for name, path in bundles.items()}
-        self._fleet = Fleet(make, self._failed)
+        self._fleet = Fleet(makers_of(bundles, settings.engines, self._metrics), self._failed)
         app = app_of(
             self._fleet,
             self._metrics,
@@ -148,20 +135,6 @@ class _Process:
             raise self._error
         if self._interrupted:
             raise KeyboardInterrupt
-
-    def _maker(self, name: str, path: Path) -> MakeEngine:
-        settings = self._settings
-        load = functools.partial(
-            Maker, path, settings.backend, slots=settings.slots, require_signature=settings.require_signature
-        )
-        return lambda failed: Engine(
-            name,
-            load,
-            queue=settings.queue,
-            policy=settings.policy,
-            watch=self._metrics.watch(name),
-            failed=failed,
-        )
 
     def _socket(self) -> socket.socket:
         settings = self._settings
