@@ -21,6 +21,8 @@ MODEL_BATCH: Final = "model_batch"
 """The model's batch axis: one row per sample, or two with guidance (all conditional ones, then all unconditional)."""
 BATCH: Final = "batch"
 """The samples' own batch axis."""
+RUN_BATCH: Final = "run_batch"
+"""The batch axis of what is computed for all steps at once: the model's batch for each step, one after the other."""
 
 ElementType: TypeAlias = Annotated[str, Field(pattern="^(float32|float16|bfloat16|int32|int64|bool)$")]
 """As numpy calls it."""
@@ -43,6 +45,10 @@ class Role(StrEnum):
     COMPUTED = "computed"
     """Input of such a graph for a group that keeps nothing in some variant: (model batch,) int32, 0 in that one, else
     1."""
+    PROLOGUE = "prologue"
+    """What a step reads of what a request's conditions alone have made: (model batch, ...), the same at every step."""
+    SCHEDULED = "scheduled"
+    """What a step reads of what its timestep has made, and maybe conditions: (model batch, ...), its row."""
     FORECAST_WEIGHTS = "forecast_weights"
     """Input of a cached step with forecast order r > 0: (model batch, r + 1) float32."""
     CACHE = "cache"
@@ -162,6 +168,11 @@ def cache_tensor(cache: str, age: int = 0) -> TensorName:
 def cache_rows_tensor(cache: str) -> TensorName:
     """The rows of a cached value that a step computes."""
     return TensorName(name=f"{cache}.rows", role=Role.CACHE, cache=cache, rows=True)
+
+
+def prologue_tensor(role: Role, number: int) -> TensorName:
+    """What a step reads in the place of computing it: ``prologue.0``, ``scheduled.0``."""
+    return TensorName(name=f"{role}.{number}", role=role)
 
 
 def group_tensor(role: Role, group: int) -> TensorName:
