@@ -100,6 +100,10 @@ def _wan(transformer: nn.Module, scheduler: Any) -> Any:
     return diffusers.WanPipeline(None, None, tiny_wan_autoencoder(), scheduler, transformer)
 
 
+def _wan_ti2v(transformer: nn.Module, scheduler: Any) -> Any:
+    return diffusers.WanPipeline(None, None, tiny_wan_autoencoder(), scheduler, transformer, expand_timesteps=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One family in one of its pipelines; every model has 24 tokens."""
@@ -316,6 +320,19 @@ CASES = {
         size={"height": 32, "width": 64, "num_frames": 9},
         arguments=_prompts(24),
         plan={"latent_size": (3, 4, 8)},
+    ),
+    "wan, a timestep per token": Case(
+        model="wan",
+        changes={"num_layers": 1},
+        keep=(8,),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        pipeline=_wan_ti2v,
+        size={"height": 32, "width": 64, "num_frames": 9},
+        arguments=_prompts(24),
+        plan={"latent_size": (3, 4, 8)},
+        slow=True,
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tc_deploy.errors import UsageError
 from tc_deploy.models.convention import Convention
 from tc_deploy.models.family import Block, Branch, Family, Rotary, SelfAttention
 from tc_deploy.models.geometry import Condition, Geometry, ModelOptions, latent_size, text_length, token_grid
@@ -18,11 +19,15 @@ from tc_deploy.types import Cleaning
 TEXT_TOKENS = 512
 LATENT_SIZE = (21, 60, 104)
 """81 frames of 480 x 832 pixels."""
+DENSE_CHANNELS = 48
+DENSE_LATENT_SIZE = (31, 44, 80)
+"""121 frames of 704 x 1280 pixels, for the autoencoder of Wan 2.2 TI2V-5B, whose latents have so many channels."""
 
 
 def _geometry(module: nn.Module, options: ModelOptions) -> Geometry:
     config: Any = module.config
-    size = latent_size(options, LATENT_SIZE, config.patch_size)
+    default = DENSE_LATENT_SIZE if config.in_channels == DENSE_CHANNELS else LATENT_SIZE
+    size = latent_size(options, default, config.patch_size)
     grid = token_grid(size, config.patch_size)
     text = text_length(options, TEXT_TOKENS)
     return Geometry(
@@ -43,11 +48,25 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
     channels, made = config.get("in_channels", 16), config.get("out_channels", 16)
     if made not in (None, channels):
         return f"{channels} channels in and {made} out (image to video)"
-    if pipeline.get("expand_timesteps"):
-        return "a timestep per token (expand_timesteps, as in Wan 2.2 TI2V)"
     if pipeline.get("boundary_ratio") is not None:
         return "two transformers that take turns (boundary_ratio, as in Wan 2.2 A14B)"
     return None
+
+
+def _received(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A timestep per sample, where the pipeline names one per token (``expand_timesteps``, Wan 2.2 TI2V): from text
+    alone all tokens of a sample are at the same.
+    """
+    timestep = arguments.get("timestep")
+    if not isinstance(timestep, Tensor) or timestep.ndim != 2:
+        return arguments
+    first = timestep[:, :1]
+    if not bool((timestep == first).all()):
+        raise UsageError(
+            "timestep: expected one step for all tokens, as in text to video, found several, as in image to video, which"
+            " engines do not do"
+        )
+    return {**arguments, "timestep": first.squeeze(1)}
 
 
 def _conditions(made: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:  # noqa: ARG001
@@ -90,5 +109,6 @@ FAMILY = Family(
     unscaled=by_moments,
     convention=Convention(pipelines=("WanPipeline",), scheduler_has=("set_begin_index", "sigmas")),
     check=_check,
+    received=_received,
     text=TEXT,
 )

@@ -336,6 +336,17 @@ CASES = {
         asked=lambda size: {"num_frames": 4 * size[0] - 3, "height": 8 * size[1], "width": 8 * size[2]},
         arguments=EMBEDDINGS,
     ),
+    # Wan 2.2 TI2V-5B's: it names a timestep for every token.
+    "wan, a timestep per token": Case(
+        model="wan",
+        pipeline=lambda transformer, scheduler: diffusers.WanPipeline(
+            None, None, tiny_wan_autoencoder(), scheduler, transformer, expand_timesteps=True
+        ),
+        schedulers={"flow-unipc": STATIC["flow-unipc"]},
+        sizes=((3, 4, 8), (2, 8, 4)),
+        asked=lambda size: {"num_frames": 4 * size[0] - 3, "height": 8 * size[1], "width": 8 * size[2]},
+        arguments=EMBEDDINGS,
+    ),
 }
 RUNS = [(case, name) for case in CASES for name in CASES[case].schedulers]
 

@@ -19,7 +19,7 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tc_deploy.errors import ModelError
+from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.models.families import FAMILIES
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.geometry import ModelOptions
@@ -186,7 +186,6 @@ def test_guidance_doubles_every_condition_and_the_forward_takes_it(name: str) ->
         ("wan", {"image_dim": 16}, {}, r"image embeddings \(image_dim 16, image to video\)"),
         ("wan", {"added_kv_proj_dim": 64}, {}, r"image embeddings \(added_kv_proj_dim 64"),
         ("wan", {"in_channels": 9}, {}, r"9 channels in and 4 out \(image to video\)"),
-        ("wan", {}, {"expand_timesteps": True}, "a timestep per token"),
         ("wan", {}, {"boundary_ratio": 0.875}, "two transformers that take turns"),
     ],
     ids=str,
@@ -203,7 +202,7 @@ def test_what_a_family_does_not_cover_is_refused_by_name(
 
 def test_a_pipeline_that_asks_for_nothing_unusual_loads(tmp_path: Path) -> None:
     zoo.save("wan", tmp_path / "transformer")
-    (tmp_path / "model_index.json").write_text(json.dumps({"expand_timesteps": False, "boundary_ratio": None}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"expand_timesteps": True, "boundary_ratio": None}))
     assert load_model(tmp_path, zoo.MODELS["wan"][2]).geometry.tokens == 24
 
 
@@ -335,3 +334,19 @@ def test_an_installed_package_makes_its_families_known(tmp_path: Path, monkeypat
     (metadata / "entry_points.txt").write_text("[tc_deploy.families]\nmine = my_models:MISSING\n")
     with pytest.raises(ModelError, match=r"entry point 'mine' of tc_deploy\.families: .*MISSING"):
         known_families()
+
+
+def test_a_timestep_per_token_is_one_where_all_are_alike() -> None:
+    """As WanPipeline calls Wan 2.2 TI2V (``expand_timesteps``), against the untouched class."""
+    model = zoo.model("wan")
+    received = model.family.received
+    latents, text = torch.randn(2, *model.geometry.latent_shape), torch.randn(2, 5, 24)
+    given = {"hidden_states": latents, "encoder_hidden_states": text}
+    per_token = {**given, "timestep": torch.full((2, model.geometry.tokens), 437.0)}
+    with torch.no_grad():
+        expected = model.module(**per_token, return_dict=False)[0]
+        found = model.module(**received(per_token), return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    per_token["timestep"][1, 3] = 0.0
+    with pytest.raises(UsageError, match="timestep: expected one step for all tokens"):
+        received(per_token)
