@@ -99,7 +99,7 @@ def shifted_autoencoder(channels: int, levels: int) -> diffusers.AutoencoderKL:
 WAN_MEANS, WAN_DEVIATIONS = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 3.0]
 
 
-def tiny_wan_autoencoder() -> diffusers.AutoencoderKLWan:
+def tiny_wan_autoencoder(**changes: Any) -> diffusers.AutoencoderKLWan:
     """Of video: one that halves the number of frames."""
     torch.manual_seed(5)
     return diffusers.AutoencoderKLWan(
@@ -110,6 +110,7 @@ def tiny_wan_autoencoder() -> diffusers.AutoencoderKLWan:
         temperal_downsample=[True],
         latents_mean=WAN_MEANS,
         latents_std=WAN_DEVIATIONS,
+        **changes,
     ).eval()
 
 

@@ -77,10 +77,20 @@ CASES = {
         batch_size=3,
     ),
     "wan": Case(model="wan", family=wan.FAMILY, autoencoder=tiny_wan_autoencoder, decode=_as_wan, shape=(3, 5, 8, 16)),
+    # As Wan 2.2 TI2V-5B's: residual ways around the blocks, and pixels packed two by two.
+    "wan 2.2": Case(
+        model="wan",
+        family=wan.FAMILY,
+        autoencoder=lambda: tiny_wan_autoencoder(is_residual=True, in_channels=12, out_channels=12, patch_size=2),
+        decode=_as_wan,
+        shape=(3, 5, 16, 32),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", pytest.param("wan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "wan 2.2"))]
+)
 def test_pictures_are_the_autoencoder_s(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     autoencoder = case.autoencoder()
