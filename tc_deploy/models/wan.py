@@ -63,7 +63,7 @@ def _received(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     first = timestep[:, :1]
     if not bool((timestep == first).all()):
         raise UsageError(
-            "timestep: expected one step for all tokens, as in text to video, found several, as in image to video, which"
+            "timestep: expected one for all tokens, as in text to video, found several, as in image to video, which"
             " engines do not do"
         )
     return {**arguments, "timestep": first.squeeze(1)}

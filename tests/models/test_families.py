@@ -348,5 +348,5 @@ def test_a_timestep_per_token_is_one_where_all_are_alike() -> None:
         found = model.module(**received(per_token), return_dict=False)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     per_token["timestep"][1, 3] = 0.0
-    with pytest.raises(UsageError, match="timestep: expected one step for all tokens"):
+    with pytest.raises(UsageError, match="timestep: expected one for all tokens"):
         received(per_token)
