@@ -54,8 +54,12 @@ def _check(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str | None
 
 
 def _received(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A timestep per sample, where the pipeline names one per token (``expand_timesteps``, Wan 2.2 TI2V): from text
-    alone all tokens of a sample are at the same.
+    """A timestep per sample, where the pipeline names one per token, as Wan 2.2 TI2V's does.
+
+    From text alone all tokens of a sample are at the same.
+
+    Raises:
+        UsageError: they are not.
     """
     timestep = arguments.get("timestep")
     if not isinstance(timestep, Tensor) or timestep.ndim != 2:
