@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
 import sys
 from types import TracebackType
@@ -56,6 +57,8 @@ _OF_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 _TELEMETRY = {"openvino": "openvino_telemetry"}
 """A library's optional part that reports its use over the network, from a forked child, when the library is imported:
 a machine that serves pictures does neither unasked. Whoever imports the library before us is not interfered with."""
+_REPORTS = {"ray": "RAY_USAGE_STATS_ENABLED"}
+"""The variable by which a library is told not to; a user's own word stays."""
 
 
 def requirements_of(extra: str) -> list[str]:
@@ -102,7 +105,10 @@ def imported(module: str, *, purpose: str = "") -> Any:
 
 def keep_silent(module: str) -> None:
     """Keep a library that is about to be imported from reporting its use over the network."""
-    telemetry = _TELEMETRY.get(module.partition(".")[0])
+    library = module.partition(".")[0]
+    if library in _REPORTS:
+        os.environ.setdefault(_REPORTS[library], "0")
+    telemetry = _TELEMETRY.get(library)
     if telemetry is not None:
         sys.modules.setdefault(telemetry, None)  # type: ignore[arg-type]  # None is Python's word for: not to be had
 
