@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -149,7 +150,8 @@ def test_commands_are_found() -> None:
 def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line as it stands there, in an empty folder, and the output that is shown below them."""
     section = README.read_text(encoding="utf-8").partition("## Text to image\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^ {4}((?:python|tc-deploy) .+)$", section, re.MULTILINE)
+    to_picture, _, from_server = section.partition("\nOr serve them")
+    lines = re.findall(r"^ {4}((?:python|tc-deploy) .+)$", to_picture, re.MULTILINE)
     assert [line.split()[1] for line in lines][-2:] == ["deploy", "generate"]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -172,6 +174,7 @@ def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path, monkeypatch
     assert [line.removeprefix("schedule").strip() for line in said if line.startswith("schedule")] == schedule
     with Image.open(tmp_path / "cat.png") as picture:
         assert picture.size == (128, 128)
+    check_server(from_server, tmp_path, environment)
     snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert snippet is not None
     monkeypatch.chdir(tmp_path)
@@ -180,6 +183,28 @@ def test_the_readme_s_way_from_a_folder_to_a_picture(tmp_path: Path, monkeypatch
     assert names["images"].shape == (2, 128, 128, 3)
     with Image.open(tmp_path / "cat.png") as picture:
         assert np.abs(np.asarray(picture, int) - names["images"][0]).max() <= 1
+
+
+def check_server(section: str, folder: Path, environment: dict[str, str]) -> None:
+    """The three lines that start a server and make a picture with curl and with OpenAI's client; on a free port."""
+    block = re.search(r"((?:^ {4}.+\n){3})", section, re.MULTILINE)
+    assert block is not None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = block[1].replace("localhost:8000", f"localhost:{port}").replace(" &\n", f" --port {port} &\n")
+    assert script.count(str(port)) == 2
+    shell = ["bash", "-euo", "pipefail", "-c", f"trap 'kill $!; wait $!' EXIT\n{script}"]
+    answer = subprocess.run(
+        shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    pictures = []
+    for name in ("curl.png", "openai.png"):
+        with Image.open(folder / name) as picture:
+            pictures.append(np.asarray(picture, int))
+    # Each has a seed of its own.
+    assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 2
+    assert np.abs(pictures[0] - pictures[1]).max() > 0
 
 
 def test_the_page_of_the_command_line_is_as_the_commands_are() -> None:

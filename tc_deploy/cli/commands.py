@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": CommandEntry("tc_deploy.cli.validate:command", "Compare built engines with PyTorch or each other."),
     "generate": CommandEntry("tc_deploy.cli.generate:command", "Make images with built engines."),
     "serve": CommandEntry("tc_deploy.cli.serve:command", "Serve built engines over HTTP, as OpenAI's images API."),
+    "export-triton": CommandEntry("tc_deploy.cli.export_triton:command", "Write a model repository for Triton."),
     "inspect": CommandEntry("tc_deploy.cli.inspect:command", "Show what a plan or a bundle holds."),
     "report": CommandEntry("tc_deploy.cli.report:command", "Draw a plan or a bundle as one HTML page."),
     "sign": CommandEntry("tc_deploy.cli.sign:sign", "Sign a bundle and the engines built in it."),

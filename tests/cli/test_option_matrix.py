@@ -44,6 +44,7 @@ WORDS: dict[str, list[str]] = {
     "doctor": [],
     "bench": ["OUT/no-bundle"],
     "serve": ["OUT/no-bundle"],
+    "export-triton": ["BUNDLE", "-o", "OUT/repository"],
 }
 
 TEXTS = ["", "caf\udce9", "a\0b", "x" * 300, "\x1b[31m", "%s{}", "--", "-1"]
