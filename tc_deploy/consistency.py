@@ -100,6 +100,29 @@ def read_documents(bundle: Path, *, graphs: bool = True) -> Documents:
     return Documents(manifest=manifest, plan=plan, step_tables=plan.step_tables(tables), runtime_tables=runtime_tables)
 
 
+def with_another_plan(
+    documents: Documents, plan: Plan, tables: StepTables, runtime_tables: Mapping[str, FloatArray], bundle: Path
+) -> Documents:
+    """A bundle's documents with those of another plan that needs the same graphs: its engines can run that too.
+
+    Args:
+        documents: the bundle's.
+        plan: the other plan.
+        tables: the other plan's.
+        runtime_tables: its solver's.
+        bundle: whose they are, for messages.
+
+    Raises:
+        BundleError: the plan needs other graphs, or its tables contradict it.
+    """
+    sigma = float(runtime_tables["init_noise_sigma"][0])
+    solver = documents.manifest.solver.model_copy(update={"init_noise_sigma": sigma})
+    changes = {"plan_sha256": content_sha256(plan), "solver": solver}
+    manifest = documents.manifest.model_copy(update=changes)
+    check_documents(manifest, plan, runtime_tables, bundle)
+    return Documents(manifest=manifest, plan=plan, step_tables=tables, runtime_tables=runtime_tables)
+
+
 def check_documents(manifest: Manifest, plan: Plan, runtime_tables: Mapping[str, NDArray[Any]], bundle: Path) -> None:
     """Check documents that are each sound by themselves against each other.
 

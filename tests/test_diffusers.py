@@ -166,7 +166,7 @@ def test_the_page_s_snippet_runs(folder: Path, bundle: Path, tmp_path: Path, mon
     settings = {**MIXED, "sampling": {"num_inference_steps": 50, "guidance_scale": 4.0}}
     settings["cache"] = MIXED["cache"] | {"keep_counts": ((0, 8), (8, 4))}
     plan = make_plan(folder, tmp_path / "plan", **settings)
-    export_bundle(plan, tmp_path / "engines" / "mine", ExportOptions(check=False, graphs_from=bundle))
+    export_bundle(plan, tmp_path / "engines" / "mine", ExportOptions(check=False, graphs_from=(bundle,)))
     build_target(tmp_path / "engines" / "mine", options={"threads": 1})
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -53,7 +53,7 @@ def test_the_plan_s_transformer_is_free_before_a_text_encoder_is_loaded(prompted
 
     count("before")
     transformers_before, autoencoders_before = alive["before"]
-    settings: dict[str, Any] = {"with_decoder": True, "with_text_encoder": True, "graphs_from": prompted.bundle}
+    settings: dict[str, Any] = {"with_decoder": True, "with_text_encoder": True, "graphs_from": (prompted.bundle,)}
     manifest = export_bundle(prompted.plan, tmp_path / "bundle", ExportOptions(**settings), progress=count)
     assert alive["comparing solver with the scheduler"] == (transformers_before + 1, autoencoders_before)
     assert alive["exporting decoder"] == (transformers_before, autoencoders_before)

@@ -113,7 +113,7 @@ def export_bundle(
         )
         sample_files = _write_samples(steps, made, folder)
         write_plan_files(plan, tables, folder, destination)
-        (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(_runtime_tables(steps.solver)))
+        (folder / RUNTIME_TABLES).write_bytes(safetensors.numpy.save(runtime_tables_of(steps.solver)))
         manifest = _manifest(plan, family, geometry, steps, made, sample_files, folder, destination, options)
         write_manifest(manifest, folder)
     return manifest
@@ -216,7 +216,8 @@ def _embedded_guidance(plan: Plan, family: Family, geometry: Geometry) -> float 
     return family.convention.embedded_guidance if chosen is None else chosen
 
 
-def _runtime_tables(solver: SolverTable) -> dict[str, FloatArray]:
+def runtime_tables_of(solver: SolverTable) -> dict[str, FloatArray]:
+    """A solver as the runtime reads it, by the tables' names."""
     return {
         "coefficients": solver.coefficients,
         "init_noise_sigma": np.array([solver.init_noise_sigma], np.float32),

@@ -31,9 +31,9 @@ class ExportOptions:
     """Names of blocks that stay in fp32 altogether, where ``precision`` is half."""
     check: bool = True
     """Compare every graph with PyTorch, under the same precision."""
-    graphs_from: Path | None = None
-    """A bundle of the same model and the same cache settings, whose full and cached graphs are taken as they are: of
-    two plans that differ in schedule or sampler, the second costs no export."""
+    graphs_from: tuple[Path, ...] = ()
+    """Bundles of the same model, whose full and cached graphs are taken where they are the very ones: of two plans that
+    differ in schedule or sampler, the second costs no export."""
     samples: bool = True
     """Also write what engines are validated by, unless ``graphs_from`` is given, ``check`` is off, or the graphs are in
     bf16."""
@@ -60,7 +60,7 @@ class ExportOptions:
             raise UsageError(f"static batch must be at least 1, found {self.batch_size}")
         if self.fp32_blocks and self.precision is Precision.FP32:
             raise UsageError("in fp32 every block is; --fp32-block goes with --precision fp16 or bf16")
-        if self.loras and self.graphs_from is not None:
+        if self.loras and self.graphs_from:
             raise UsageError("a LoRA changes the weights, so graphs cannot be taken from another bundle; export anew")
         if self.pipeline_path is not None and not (self.with_decoder or self.with_text_encoder):
             raise UsageError(
@@ -71,4 +71,4 @@ class ExportOptions:
     @property
     def wants_samples(self) -> bool:
         """Whether the graphs are to leave what engines are validated by."""
-        return self.samples and self.check and self.graphs_from is None and PRECISIONS[self.precision].leaves_samples
+        return self.samples and self.check and not self.graphs_from and PRECISIONS[self.precision].leaves_samples

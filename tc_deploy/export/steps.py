@@ -6,30 +6,30 @@ says of them. Never: writes a manifest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import onnx_ir as ir
 from torch import Tensor
 
 from tc_deploy.bundle import reading
-from tc_deploy.consistency import read_documents
-from tc_deploy.errors import ExportError, PlanError, UsageError
+from tc_deploy.errors import ExportError, PlanError
 from tc_deploy.export.check import check_graph, check_solver_graph, example_inputs, snr_to_fp32_db
 from tc_deploy.export.golden import samples_of
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
+from tc_deploy.export.taken import GraphKey, TakenGraph, key_of, taken_graphs
 from tc_deploy.export.weights import WeightsFile
 from tc_deploy.figures import other_timesteps
 from tc_deploy.golden import GoldenGraph, Trajectory
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
-    FP32_GRAPHS,
     MODEL_BATCH,
     ONNX_FOLDER,
     SOLVER,
@@ -101,20 +101,21 @@ def exported_steps(
         )
     batch = options.batch_size or EXAMPLE_BATCH
     step_tables = plan.step_tables(tables)
-    graphs: dict[int, ModelGraph] = {}
+    graphs = step_graphs(model, plan.cache, plan.phases_used(), one_graph=options.one_graph)
     onnx = folder / ONNX_FOLDER
-    if options.graphs_from is None:
-        progress("sampling with the plan in PyTorch, for inputs as they occur")
-        with (
-            half_products(model, options.precision, options.fp32_blocks, stored=False),
-            overflow_refused(model, options.precision, options.fp32_blocks),
-        ):
-            graphs = step_graphs(model, plan.cache, plan.phases_used(), one_graph=options.one_graph)
-            examples = example_inputs(model, plan, step_tables, sampling, batch, graphs[FULL].groups)
-        records = _exported(model, graphs, examples, onnx, options, progress)
-    else:
-        with reading(options.graphs_from, BUNDLE_FOLDER):
-            records = _taken_graphs(options.graphs_from, plan, onnx, options)
+    with contextlib.ExitStack() as held:
+        for bundle in options.graphs_from:
+            held.enter_context(reading(bundle, BUNDLE_FOLDER))
+        known = taken_graphs(options.graphs_from, model, plan, options)
+        examples: dict[int, dict[str, Tensor]] = {}
+        if any(key_of(graph, variant) not in known for variant, graph in graphs.items()):
+            progress("sampling with the plan in PyTorch, for inputs as they occur")
+            with (
+                half_products(model, options.precision, options.fp32_blocks, stored=False),
+                overflow_refused(model, options.precision, options.fp32_blocks),
+            ):
+                examples = example_inputs(model, plan, step_tables, sampling, batch, graphs[FULL].groups)
+        records = _exported(model, graphs, examples, known, onnx, options, progress)
     geometry = model.geometry
     onnx_model = solver_model(
         solver.history,
@@ -152,13 +153,18 @@ def _exported(
     model: DiffusionTransformer,
     graphs: Mapping[int, ModelGraph],
     examples: Mapping[int, Mapping[str, Tensor]],
+    known: Mapping[GraphKey, TakenGraph],
     onnx: Path,
     options: ExportOptions,
     progress: Callable[[str], None],
 ) -> dict[str, GraphRecord]:
-    """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them."""
+    """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them.
+
+    Those that are known are taken, with what was found when they were compared.
+    """
     dynamic = options.batch_size is None
     records: dict[str, GraphRecord] = {}
+    new: dict[int, ModelGraph] = {}
     samples: dict[int, Tensor] = {}
     variants_of: dict[ModelGraph, list[int]] = {}
     for variant, graph in graphs.items():
@@ -166,17 +172,28 @@ def _exported(
     with half_products(model, options.precision, options.fp32_blocks):
         with WeightsFile(onnx / WEIGHTS, dict(model.module.named_parameters())) as weights:
             for graph, variants in variants_of.items():
-                progress(f"exporting {graph.stem}")
-                # Where several variants share it, the first is the full one: many tokens, as the exporter wants them.
-                onnx_model = onnx_from_graph(
-                    graph, examples[variants[0]], dynamic_batch=dynamic, precision=options.precision
-                )
+                taken = {variant: known[key] for variant in variants if (key := key_of(graph, variant)) in known}
+                if len(taken) == len(variants):
+                    onnx_model = ir.load(taken[variants[0]].path)
+                else:
+                    progress(f"exporting {graph.stem}")
+                    taken = {}
+                    # Where several variants share it, the first is the full one: many tokens, as the exporter wants.
+                    onnx_model = onnx_from_graph(
+                        graph, examples[variants[0]], dynamic_batch=dynamic, precision=options.precision
+                    )
                 weights.pack(onnx_model)
                 record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx", (*graph.inputs, *graph.outputs))
                 for variant in variants:
-                    sizes = {group.axis: group.size(variant) for group in graph.groups}
-                    records[variant_name(variant)] = _sized(record, sizes)
-        for variant, graph in graphs.items() if options.check else ():
+                    sized = _sized(record, {group.axis: group.size(variant) for group in graph.groups})
+                    if variant in taken:
+                        before = taken[variant].record
+                        figures = before.model_dump(include={"max_abs_error", "snr_to_fp32_db"})
+                        sized = sized.model_copy(update=figures)
+                    else:
+                        new[variant] = graph
+                    records[variant_name(variant)] = sized
+        for variant, graph in new.items() if options.check else ():
             name = variant_name(variant)
             progress(f"comparing {name} with PyTorch")
             error, samples[variant] = check_graph(
@@ -203,25 +220,3 @@ def _sized(record: GraphRecord, sizes: Mapping[str, int]) -> GraphRecord:
         if unknown:
             raise ExportError(f"{record.file}: {tensor.name} has an axis of unknown size, {unknown.pop()}")
     return sized
-
-
-def _taken_graphs(bundle: Path, plan: Plan, onnx: Path, options: ExportOptions) -> dict[str, GraphRecord]:
-    """Copy the full and cached graphs and the weights of a bundle; returns how the manifest names them.
-
-    The weights of its decoder and text encoders come along, unread.
-    """
-    documents = read_documents(bundle)
-    manifest, other = documents.manifest, documents.plan
-    guided = plan.sampling.guidance_scale is not None
-    kind = (manifest.precision, set(manifest.fp32_blocks), manifest.one_graph)
-    fits = (other.model, other.cache, other.phases_used(), manifest.batch_size, manifest.guided, kind)
-    wanted = (options.precision, set(options.fp32_blocks), options.one_graph)
-    if fits != (plan.model, plan.cache, plan.phases_used(), options.batch_size, guided, wanted):
-        raise UsageError(
-            f"{bundle}: its graphs are of another model, other cache settings, another batch or precision, or one graph"
-            " where there should be several; export anew"
-        )
-    records = {name: record for name, record in manifest.graphs.items() if name not in (SOLVER, *FP32_GRAPHS)}
-    for name in (f"{ONNX_FOLDER}/{WEIGHTS}", *{record.file for record in records.values()}):
-        shutil.copyfile(bundle / name, onnx / Path(name).name)
-    return records

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import BoundGraph, Device, Graph
 from tc_deploy.bundle import MANIFEST
-from tc_deploy.consistency import read_documents
+from tc_deploy.consistency import Documents, read_documents
 from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import INDEX_ROLES, Manifest, Role, TensorName, read_manifest
@@ -81,7 +81,11 @@ def read_bundle(
     backend = _chosen_backend(path, backend)
     if require_signature is not None:
         check_signature(path, require_signature, [backend])
-    documents = read_documents(path, graphs=whole)
+    return bundle_of(path, backend, read_documents(path, graphs=whole))
+
+
+def bundle_of(path: Path, backend: str, documents: Documents) -> Bundle:
+    """A bundle whose documents are at hand."""
     plan, solver = documents.plan, documents.runtime_tables
     return Bundle(
         path=path,

@@ -22,11 +22,12 @@ from tc_deploy.backends.load import load_target
 from tc_deploy.backends.process import check_process
 from tc_deploy.bundle import reading
 from tc_deploy.conditions import Arrays, placeholder_conditions
+from tc_deploy.consistency import Documents
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import BUNDLE_FOLDER, DECODER, SOLVER, Role, variant_name
 from tc_deploy.remarks import warn_of_plan
 from tc_deploy.runtime.batches import Batches, Result, Step, first_samples
-from tc_deploy.runtime.binding import Binder, read_bundle
+from tc_deploy.runtime.binding import Binder, bundle_of, read_bundle
 from tc_deploy.runtime.bound import BoundProgram, Watch, bound_program
 from tc_deploy.runtime.buffers import role_buffer
 from tc_deploy.runtime.finite import is_finite, pixels_error
@@ -74,6 +75,7 @@ class Pipeline:
     ``watch`` sees every graph as it is bound; what it makes of them runs when a run is taken step by step. A call that
     neither looks at a step nor may cancel is one piece to the device, and nobody watches its graphs.
     ``engines`` are run in place of the target's: a device and the bundle's graphs on it.
+    ``documents`` stand in place of the bundle's own, and were checked: another plan's that needs the same graphs.
     Without ``check_finite`` whatever comes out is handed out, to those who look into it or only time it.
     """
 
@@ -86,10 +88,13 @@ class Pipeline:
         require_signature: Path | None = None,
         watch: Watch | None = None,
         engines: tuple[Device, Mapping[str, Graph]] | None = None,
+        documents: Documents | None = None,
         check_finite: bool = True,
     ) -> None:
         with reading(path, BUNDLE_FOLDER):
             bundle = read_bundle(path, backend, require_signature)
+            if documents is not None:
+                bundle = bundle_of(path, bundle.backend, documents)
             self.path = path
             self.backend, self.manifest, self.plan = bundle.backend, bundle.manifest, bundle.plan
             self.batch_size = checked_batch_size(self.manifest, batch_size)

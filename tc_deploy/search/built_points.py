@@ -1,14 +1,15 @@
-"""Plans to points: built as engines, run on seeds that the search did not see, timed in turn with the full run.
+"""Plans to points: run on engines, on seeds that the search did not see, and timed in turn with the full run.
 
-Everything that was made for a point is kept in the work folder, so that a search that was killed goes on where it
-stood.
+Plans that need the same graphs share engines, and differ in the tables that these run by; of two that need some graphs
+alike, these are exported once. Everything that was made for a point is kept in the work folder, so that a search that
+was killed goes on where it stood.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from tc_deploy.backends.base import Device, Graph
 from tc_deploy.backends.build import build_target
+from tc_deploy.backends.load import load_target
 from tc_deploy.bench.spread import ratio_of
-from tc_deploy.bundle import canonical_json, new_folder, remove_folder, remove_folders, sha256_of_bytes, write_state
+from tc_deploy.bundle import canonical_json, remove_folder, remove_folders, sha256_of_bytes, write_state
 from tc_deploy.conditions import Conditions, labelled_conditions
+from tc_deploy.consistency import Documents, read_documents, with_another_plan
 from tc_deploy.errors import BundleError
-from tc_deploy.export.bundle_export import export_bundle
+from tc_deploy.export.bundle_export import export_bundle, runtime_tables_of
 from tc_deploy.export.options import ExportOptions
-from tc_deploy.manifest import BUNDLE_FOLDER, TARGET_FOLDER, read_target
+from tc_deploy.manifest import BUNDLE_FOLDER, read_target
 from tc_deploy.models.family import DiffusionTransformer
+from tc_deploy.models.solver import SolverTable, read_solver
 from tc_deploy.plan import PLAN_FOLDER, Plan, plan_sha256, save_plan
+from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.planned.prompts import conditions_of, takes_prompts
 from tc_deploy.runtime.batches import Step
 from tc_deploy.runtime.pipeline import Pipeline
@@ -40,6 +46,10 @@ IMAGE_BATCH = 8
 
 DISTURBED = 0.1
 """A latency whose rounds are spread by more than this share is measured again."""
+TRIES = 3
+"""So often at most; the calmest counts."""
+TOGETHER = 6
+"""Points that are timed in the same rounds, so that the full run is not timed once for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +81,26 @@ class Latency:
     full_ms: float
     """The full run's median in these rounds."""
 
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether something else ran meanwhile."""
+        return self.iqr > DISTURBED * self.ratio
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loaded:
+    """A bundle whose engines are loaded, for any plan that needs the same graphs."""
+
+    path: Path
+    documents: Documents
+    engines: tuple[Device, Mapping[str, Graph]]
+
 
 class PointMaker:
     """Builds and runs points.
 
-    Every bundle holds the model's weights, so only the full run's stays on disk; any other is deleted when the next is
-    made. What was made with it stays.
+    Every bundle holds the model's weights, so on disk stay the full run's and those that are asked to; any other is
+    deleted when the next is made. What was made with it stays.
 
     Args:
         work: where bundles and results are kept.
@@ -89,47 +113,77 @@ class PointMaker:
     def __init__(self, work: Path, model_path: Path, backend: str, batch_size: int, full: PlannedPoint) -> None:
         self.work, self.model_path, self.backend, self.batch_size = work, model_path, backend, batch_size
         self.full = full
+        self.staying: Collection[str] = ()
+        """Keys of the graphs whose bundles stay, because later ones have some of them too."""
+        self._loaded: dict[str, _Loaded] = {}
+        self._solvers: dict[str, SolverTable] = {}
 
     def graphs_key(self, point: PlannedPoint) -> str:
-        """What a point's graphs depend on: two of the same key share all but the solver, and are best made in a row."""
+        """What a point's graphs depend on: points of the same key share engines, and are best made in a row."""
         plan = point.plan
         facts = {
             "model": plan.model.weights_sha256,
             "cache": plan.cache.model_dump(mode="json"),
             "phases": plan.phases_used(),
             "guided": plan.sampling.guidance_scale is not None,
+            "history": self._solver(plan).history,
         }
         return sha256_of_bytes(canonical_json(facts).encode())[:16]
 
-    def bundle(self, point: PlannedPoint) -> Path:
-        """Export and build a point's plan; graphs and engines that the last bundle or the full run's has are taken.
+    def _solver(self, plan: Plan) -> SolverTable:
+        """A plan's sampler as a table."""
+        key = canonical_json(plan.sampling.model_dump(mode="json"))
+        if key not in self._solvers:
+            sampling = sampling_from_plan(plan)
+            self._solvers[key] = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
+        return self._solvers[key]
+
+    def engines(self, point: PlannedPoint, progress: Callable[[str], None] = lambda message: None) -> _Loaded:
+        """Load a point's engines, which are exported and built where no point before it had the same.
 
         Args:
-            point: what to build.
-
-        Returns:
-            The bundle; it is there until the next one is made.
+            point: whose.
+            progress: told what is being done, where something is.
         """
-        graphs = self.work / "bundles" / self.graphs_key(point)
-        bundle = graphs / _plan_key(point)
-        if _is_built(bundle, self.backend):
-            return bundle
-        siblings = sorted(path for path in graphs.glob("*") if _is_built(path, self.backend))[:1]
-        self._discard(siblings)
-        folder = self.work / "plans" / bundle.name
-        save_plan(point.plan, point.tables, folder)
-        export_bundle(
-            folder,
-            bundle,
-            ExportOptions(model_path=self.model_path, graphs_from=siblings[0] if siblings else None, samples=False),
-        )
-        if siblings:
-            # A build takes from the target that it replaces what is of the same graphs.
-            with new_folder(bundle / self.backend, TARGET_FOLDER) as copy:
-                shutil.copytree(siblings[0] / self.backend, copy, dirs_exist_ok=True)
-        build_target(bundle, self.backend, self.build_options())
-        self._discard([bundle])
+        key, full = self.graphs_key(point), self.graphs_key(self.full)
+        if key not in self._loaded:
+            self._loaded = {other: loaded for other, loaded in self._loaded.items() if other == full}
+            bundle = self._bundle(point, key, progress)
+            documents = read_documents(bundle, graphs=False)
+            engines = load_target(bundle, documents.manifest, self.backend)
+            self._loaded[key] = _Loaded(path=bundle, documents=documents, engines=engines)
+        return self._loaded[key]
+
+    def _bundle(self, point: PlannedPoint, key: str, progress: Callable[[str], None]) -> Path:
+        """A bundle with a point's graphs; those that another bundle holds are taken."""
+        bundles = self.work / "bundles"
+        bundle = bundles / key
+        if not _is_built(bundle, self.backend):
+            built = sorted(path for path in bundles.glob("*") if path != bundle and _is_built(path, self.backend))
+            folder = self.work / "plans" / key
+            save_plan(point.plan, point.tables, folder)
+            options = ExportOptions(model_path=self.model_path, graphs_from=tuple(built), samples=False)
+            export_bundle(folder, bundle, options, progress)
+            build_target(bundle, self.backend, self.build_options(), lambda what, done, total: progress(what))
+        stay = {key, self.graphs_key(self.full), *self.staying}
+        for path in bundles.glob("*"):
+            if path.name not in stay:
+                remove_folder(path, BUNDLE_FOLDER)
         return bundle
+
+    def pipeline(self, point: PlannedPoint, batch_size: int) -> Pipeline:
+        """A point on its engines."""
+        loaded, plan = self.engines(point), point.plan
+        tables = plan.step_tables(point.tables)
+        runtime_tables = runtime_tables_of(self._solver(plan))
+        return Pipeline(
+            loaded.path,
+            self.backend,
+            batch_size=batch_size,
+            engines=loaded.engines,
+            documents=with_another_plan(loaded.documents, plan, tables, runtime_tables, loaded.path),
+            check_finite=False,
+        )
 
     def images(
         self,
@@ -154,10 +208,11 @@ class PointMaker:
         except (OSError, SafetensorError):
             pass
         trajectory = []
+        size, steps = min(IMAGE_BATCH, count), point.plan.schedule.steps
+        total = -(-count // size) * steps
+        self.engines(point, lambda _: progress(0, total))
         # A point that comes to nothing is left out of the search's result, which says so.
-        size = min(IMAGE_BATCH, count)
-        with Pipeline(self.bundle(point), self.backend, batch_size=size, check_finite=False) as pipeline:
-            total = -(-count // pipeline.batch_size) * pipeline.plan.schedule.steps
+        with self.pipeline(point, size) as pipeline:
 
             def on_step(start: int, step: Step) -> None:
                 if start == 0:
@@ -171,41 +226,58 @@ class PointMaker:
         write_state(path, safetensors.numpy.save(made))
         return Images(**made)
 
-    def latency(self, point: PlannedPoint, rounds: int) -> Latency:
-        """Time a point's run in turn with the full run.
+    def latencies(
+        self,
+        points: Sequence[PlannedPoint],
+        rounds: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, Latency]:
+        """Time points' runs in turn with the full run, some points in the same rounds.
 
         Args:
-            point: what to time.
+            points: what to time, of the same graphs.
             rounds: how often each runs.
+            progress: told how many runs are done, and of how many.
+
+        Returns:
+            By name.
         """
-        path = self.work / "latency" / f"{_plan_key(point)}-{rounds}.json"
-        try:
-            return Latency(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            pass
-        reference, bundle = self.bundle(self.full), self.bundle(point)
-        latency = self._timed(reference, bundle, rounds)
-        if latency.iqr > DISTURBED * latency.ratio:  # something else ran: the calmer of two counts
-            latency = min(latency, self._timed(reference, bundle, rounds), key=lambda found: found.iqr)
-        write_state(path, canonical_json(vars(latency)).encode())
-        return latency
+        found: dict[str, Latency] = {}
+        paths = {point.name: self.work / "latency" / f"{_plan_key(point)}-{rounds}.json" for point in points}
+        for name, path in paths.items():
+            with contextlib.suppress(OSError, ValueError):
+                found[name] = Latency(**json.loads(path.read_text(encoding="utf-8")))
+        missing = [point for point in points if point.name not in found]
+        for start in range(0, len(missing), TOGETHER):
+            timed = self._timed(missing[start : start + TOGETHER], rounds, progress)
+            for name, latency in timed.items():
+                write_state(paths[name], canonical_json(vars(latency)).encode())
+            found |= timed
+        return found
 
-    def _timed(self, reference: Path, bundle: Path, rounds: int) -> Latency:
-        full_ms, times_ms = times_in_turn(reference, bundle, self.backend, self.batch_size, rounds)
-        found = ratio_of(times_ms, full_ms)
-        return Latency(ratio=found["median"], iqr=found["iqr"], full_ms=float(np.median(full_ms)))
-
-    def _discard(self, needed: Sequence[Path]) -> None:
-        """Delete all bundles but the full run's and those that are needed."""
-        kept = {*needed, self.work / "bundles" / self.graphs_key(self.full) / _plan_key(self.full)}
-        for path in self.work.glob("bundles/*/*"):
-            if path not in kept:
-                remove_folder(path, BUNDLE_FOLDER)
+    def _timed(
+        self, points: Sequence[PlannedPoint], rounds: int, progress: Callable[[int, int], None]
+    ) -> dict[str, Latency]:
+        """Time some points in the same rounds, and those again that something else disturbed."""
+        best: dict[str, Latency] = {}
+        for _ in range(TRIES):
+            with contextlib.ExitStack() as stack:
+                reference = stack.enter_context(self.pipeline(self.full, self.batch_size))
+                others = {p.name: stack.enter_context(self.pipeline(p, self.batch_size)) for p in points}
+                full_ms, times_ms = times_in_turn(reference, others, rounds, progress)
+            for name, found_ms in times_ms.items():
+                ratio = ratio_of(found_ms, full_ms)
+                latency = Latency(ratio=ratio["median"], iqr=ratio["iqr"], full_ms=float(np.median(full_ms)))
+                best[name] = min(best.get(name, latency), latency, key=lambda found: found.iqr)
+            points = [point for point in points if best[point.name].is_disturbed]
+            if not points:
+                break
+        return best
 
     def discard_all(self) -> None:
         """Delete all bundles and plans."""
-        for graphs in self.work.glob("bundles/*"):
-            remove_folders(graphs, BUNDLE_FOLDER)
+        self._loaded = {}
+        remove_folders(self.work / "bundles", BUNDLE_FOLDER)
         remove_folders(self.work / "plans", PLAN_FOLDER)
 
     def build_options(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ In: plans, the full run first. Out: points, and samples of their pictures. Never
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from tc_deploy.types import FloatArray
 
 FIRST_SEED = 3_000_000
 SAMPLE_IMAGES = 8
+OURS = (Kind.FULL, Kind.TOKEN_CACHE)
+"""What is built however little time there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,25 +136,31 @@ class Confirmation:
     ) -> tuple[dict[str, Images], dict[str, Latency]]:
         """Pictures and, where they are measured, latencies by name: baselines last, as long as there is time.
 
-        Points whose graphs are alike come one after another.
+        Points that share engines come one after another.
         """
-        what = "building points and baselines, making pictures" + (", timing" if self.rounds else "")
+        what = "making pictures with plans and baselines" + (", timing them" if self.rounds else "")
         pictures: dict[str, Images] = {}
         latencies: dict[str, Latency] = {}
-        ours = (Kind.FULL, Kind.TOKEN_CACHE)
-        order = sorted(planned, key=lambda point: (point.kind not in ours, self.maker.graphs_key(point)))
-        for done, point in enumerate(order):
-            if point.kind not in ours and _is_over(deadline):
-                break
-            still_there = partial(self._still_there, what, done, len(planned))
-            still_there()
-            pictures[point.name] = self.maker.images(point, self.asked, FIRST_SEED, still_there)
+        keys = {point.name: self.maker.graphs_key(point) for point in planned}
+        self.maker.staying = {keys[point.name] for point in planned if point.kind in OURS}
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
+        order = sorted(planned, key=lambda point: (point.kind not in OURS, places[keys[point.name]]))
+        for _, alike in itertools.groupby(order, key=lambda point: (point.kind in OURS, keys[point.name])):
+            made = []
+            for point in alike:
+                if point.kind not in OURS and _is_over(deadline):
+                    break
+                said = partial(self._still_there, what, len(pictures), len(planned))
+                said()
+                pictures[point.name] = self.maker.images(point, self.asked, FIRST_SEED, said)
+                made.append(point)
             if self.rounds:
-                latencies[point.name] = self.maker.latency(point, self.rounds)
+                said = partial(self._still_there, what, len(pictures), len(planned))
+                latencies |= self.maker.latencies(made, self.rounds, said)
         self.report(what, len(planned), len(planned))
         return {point.name: pictures[point.name] for point in planned if point.name in pictures}, latencies
 
-    def _still_there(self, what: str, done: int, total: int, *of_a_point: int) -> None:  # noqa: ARG002
+    def _still_there(self, what: str, done: int, total: int, *of_a_point: object) -> None:  # noqa: ARG002
         """Say how far all is; told of every step of a point, so that nothing falls silent."""
         self.report(what, done, total)
 

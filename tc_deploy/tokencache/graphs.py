@@ -6,7 +6,7 @@ with fixed names. Never: exports, or writes a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,11 @@ class ModelGraph(NamedGraph):
     groups: tuple[TokenGroup, ...] = ()
     """Blocks whose number of tokens is open."""
 
+    @property
+    def identity(self) -> tuple[Hashable, ...]:
+        """Two graphs of one model that have the same compute the same."""
+        return (self.inputs, self.outputs, self.cache.reuse, self.cache.attention, self.groups)
+
     def is_shared(self, tensor: TensorName) -> bool:
         """Whether an input has no batch axis: the token index of a family whose samples share it."""
         return tensor.role is Role.TOKEN_INDEX and self.model.family.shares_index
@@ -128,6 +133,12 @@ class StepGraph(ModelGraph):
             *(cache_tensor(name, age) for age in range(depth) for name in self.cache_names),
         )
         self.outputs = (only_tensor(Role.SAMPLE),)
+
+    @property
+    def identity(self) -> tuple[Hashable, ...]:
+        """With the number of tokens of each block, where some are computed and others not."""
+        runs_some = self.variant != FULL and not self.cache.skips_model(self.variant)
+        return (*super().identity, self.cache.keep_counts[self.variant - 1] if runs_some else None)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step on tensors in the order of ``input_names``; returns them in the order of ``output_names``."""

@@ -366,7 +366,7 @@ def test_graphs_of_another_precision_are_not_taken(fp16: Made, tmp_path: Path) -
     with pytest.raises(
         UsageError, match="another batch or precision, or one graph where there should be several; export anew"
     ):
-        export_bundle(fp16.plan, tmp_path / "bundle", ExportOptions(graphs_from=fp16.bundle))
+        export_bundle(fp16.plan, tmp_path / "bundle", ExportOptions(graphs_from=(fp16.bundle,)))
     assert snapshot(tmp_path) == {}
 
 
