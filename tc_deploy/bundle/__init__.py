@@ -30,6 +30,7 @@ from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_
 from tc_deploy.bundle.paths import absolute_path, path_from_here, relative_path
 from tc_deploy.bundle.readers import reading
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
+from tc_deploy.bundle.toml_files import path_beside, read_toml
 
 __all__ = [
     "LARGEST_DOCUMENT_BYTES",
@@ -58,8 +59,10 @@ __all__ = [
     "kept_from_writers",
     "known_document",
     "new_folder",
+    "path_beside",
     "path_from_here",
     "read_document",
+    "read_toml",
     "reading",
     "relative_path",
     "remove_folder",

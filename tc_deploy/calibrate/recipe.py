@@ -25,9 +25,6 @@ Every key but ``model`` has a default; an unknown key is refused.
 from __future__ import annotations
 
 import json
-import math
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -35,8 +32,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tc_deploy.bounds import MAX_AXES, MAX_STEPS, Count, Guidance, Size, Step, Steps
-from tc_deploy.bundle import Document, first_problem, path_from_here
-from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
+from tc_deploy.bundle import Document, first_problem, path_beside, read_toml
+from tc_deploy.errors import UsageError
 from tc_deploy.plan import MAX_PROMPTS, RANDOM, VARIANT, Prompt, TextsRecord
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -50,9 +47,6 @@ LEAST_FIT_SAMPLES = 8
 USUAL_FIT_SAMPLES = 32
 MAX_LISTED = 100
 """Values in a list of a search: each is a plan that is built."""
-MAX_RECIPE_BYTES = 2**18
-_DEEP_KEY = re.compile(r"""(?:["'A-Za-z0-9_-]{1,64}\s{0,8}\.\s{0,8}){64}""")
-"""A dotted key of so many parts; what tomllib takes for one grows with the square of them."""
 
 _ROUND_ROBIN = ("schedule.phase_start", "schedule.cache_interval_early", "schedule.cache_interval_late")
 _PLACED = ("schedule.full_steps", "schedule.budget_minutes")
@@ -293,25 +287,14 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     """
     values: dict[str, Any] = {"model": str(path)}
     if path.suffix == ".toml":
-        try:
-            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_RECIPE_BYTES):
-                raise UsageError(f"{path}: not a TOML file of at most {MAX_RECIPE_BYTES} bytes")
-            text = path.read_text(encoding="utf-8")
-            if _DEEP_KEY.search(text):
-                raise UsageError(f"{path}: not a TOML file that can be a recipe: a key is nested too deeply")
-            values = tomllib.loads(text)
-            _check_values(values, str(path))
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such recipe") from None
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, TOML, and numbers of many digits
-            raise UsageError(f"{path}: not a TOML file: {first_line(error)}") from None
+        values = read_toml(path)
         if isinstance(values.get("model"), str):
-            values["model"] = _beside(path, values["model"])
+            values["model"] = path_beside(path, values["model"])
         if isinstance(values.get("conditions"), str) and values["conditions"] != RANDOM:
-            values["conditions"] = _beside(path, values["conditions"])
+            values["conditions"] = path_beside(path, values["conditions"])
         quality = values.get("quality")
         if isinstance(quality, dict) and isinstance(quality.get("classifier"), str):
-            quality["classifier"] = _beside(path, quality["classifier"])
+            quality["classifier"] = path_beside(path, quality["classifier"])
     for key, value in overrides.items():
         if value is not None:
             *tables, name = key.split(".")
@@ -339,49 +322,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"{which}: {reason}") from None
 
 
-def _check_values(value: Any, where: str) -> None:
-    """Check that a recipe holds what JSON can: a plan keeps it.
-
-    Raises:
-        UsageError: it holds a date, NaN, infinity or control characters; the message names the key.
-    """
-    match value:
-        case dict():
-            for key, inner in value.items():
-                _check_values(key, where)
-                _check_values(inner, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
-        case list():
-            for inner in value:
-                _check_values(inner, where)
-        case str() if UNPRINTABLE.search(value):
-            raise UsageError(f"{where}: expected text without control characters, found {printable(value)!r}")
-        case float() if not math.isfinite(value):
-            raise UsageError(f"{where}: must be a finite number, found {value}")
-        case str() | float() | bool() | int():
-            pass
-        case _:
-            raise UsageError(f"{where}: expected text, a number, a list or a table, found {value}")
-
-
 def _keys_of(tables: list[str]) -> list[str]:
     """The keys that a table of the recipe may have."""
     kind: Any = Recipe
     for table in tables:
         kind = kind.model_fields[table].annotation
     return list(kind.model_fields)
-
-
-def _beside(recipe: Path, text: str) -> str:
-    """A path that a recipe has relative to itself, as short as it can be said from here.
-
-    Raises:
-        UsageError: no file can have that name.
-    """
-    try:
-        place = (recipe.parent / text).resolve()
-        missing = not place.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links before Python 3.13
-        raise UsageError(f"{recipe}: {text!r} cannot be a path: {error}") from None
-    if text.startswith(".") and missing:
-        return str(place)  # Two names without the dot would read like a hub's id.
-    return path_from_here(place)

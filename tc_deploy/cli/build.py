@@ -11,6 +11,7 @@ from tc_deploy.backends import registry
 from tc_deploy.backends.compiled_at_load import MOST_THREADS, WEIGHTS_MODES
 from tc_deploy.backends.onnxruntime.providers import PROVIDERS
 from tc_deploy.backends.registry import BACKENDS, DEFAULT
+from tc_deploy.cli.config import config_option
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, PATH, json_option
 from tc_deploy.cli.progress import progress_bar
@@ -135,6 +136,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     default=None,
     help="tensorrt, tensorrt-rtx: capture runs once and replay them (the default), or not.",
 )
+@config_option
 @json_option
 def command(bundle: Path, backend: str, as_json: bool, **options: Any) -> None:
     """Build engines from BUNDLE (engines/NAME), into a folder there that is named after the engine kind."""

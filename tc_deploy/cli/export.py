@@ -10,6 +10,7 @@ import click
 
 from tc_deploy.backends.registry import BACKENDS
 from tc_deploy.bundle import MANIFEST, canonical_json
+from tc_deploy.cli.config import config_option
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import MODEL_PATH, MOST, NEW_PATH, PATH, json_option
 from tc_deploy.cli.progress import progress_bar
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     f" embeddings, or {RANDOM} draws.",
 )
 @option("--check/--no-check", advanced=True, default=True, show_default=True, help="Compare every graph with PyTorch.")
+@config_option
 @json_option
 def command(
     plan: Path,
