@@ -64,7 +64,7 @@ def onnx_from_graph(
     try:
         with _quiet(), torch.no_grad():
             traced = _traced(graph.eval(), arguments, (axes,) if any(axes) else None)
-            traced = folded_program(traced.run_decompositions({}), graph.folded_elements)
+            traced = folded_program(traced, graph.folded_elements)
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
