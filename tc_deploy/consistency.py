@@ -24,7 +24,11 @@ from tc_deploy.manifest import (
     DECODER,
     MODEL_BATCH,
     ONNX_FOLDER,
+    PROLOGUE,
+    PROLOGUE_GRAPHS,
+    RUN_BATCH,
     RUNTIME_TABLES,
+    SCHEDULE,
     SOLVER,
     TEXT_ENCODER,
     TOKENIZERS_FOLDER,
@@ -38,6 +42,7 @@ from tc_deploy.manifest import (
     condition_tensor,
     latents_tensor,
     only_tensor,
+    prologue_tensor,
     read_manifest,
     solver_inputs,
     solver_outputs,
@@ -164,7 +169,8 @@ def _rows(manifest: Manifest, axis: str) -> int | str:
 
 
 def _graph_names(manifest: Manifest, plan: Plan) -> list[str]:
-    names = [SOLVER, *(variant_name(variant) for variant in (FULL, *plan.phases_used()))]
+    names = [SOLVER, *(name for name in PROLOGUE_GRAPHS if name in manifest.graphs)]
+    names += [*(variant_name(variant) for variant in (FULL, *plan.phases_used()))]
     parts = {DECODER: manifest.decoder, TEXT_ENCODER: manifest.text}
     return sorted([*names, *(name for name, record in parts.items() if record is not None)])
 
@@ -223,6 +229,7 @@ def _check_model_graphs(manifest: Manifest, plan: Plan, where: str) -> None:
         _refuse(where, f"graphs.full: {Role.SAMPLE}", f"at least {manifest.latent_shape[0]} channels", channels)
     sample = _tensors((only_tensor(Role.SAMPLE), "float32", (rows, *channels, *manifest.latent_shape[1:])))
     caches = _caches(manifest, where)
+    made = _check_prologue(manifest, where)
     groups = token_groups(plan.cache, plan.phases_used(), plan.model.tokens) if manifest.one_graph else ()
     for variant in (FULL, *plan.phases_used()):
         what = f"graphs.{variant_name(variant)}"
@@ -231,6 +238,10 @@ def _check_model_graphs(manifest: Manifest, plan: Plan, where: str) -> None:
         skips = variant != FULL and plan.cache.skips_model(variant)
         open_groups = () if skips else groups
         expected = [] if skips else _given(manifest, rows)
+        if made and not skips:
+            # What of these a step still reads is its own affair, and so is which of the prologue's results.
+            optional = [tensor for tensor in expected if tensor[0].role is not Role.HIDDEN_STATES] + made
+            expected = [tensor for tensor in (*expected, *made) if tensor not in optional or tensor[0].name in inputs]
         if open_groups:
             expected += _group_tensors(open_groups, variant, inputs, rows)
         elif variant != FULL and (pruned := pruned_blocks(plan.keep_counts(variant), plan.model.tokens)):
@@ -270,6 +281,29 @@ def _given(manifest: Manifest, rows: int | str) -> list[_Tensor]:
         (only_tensor(Role.TIMESTEP), "float32", (rows,)),
         *((condition_tensor(item.name), item.dtype, (rows, *item.shape)) for item in manifest.conditions),
     ]
+
+
+def _check_prologue(manifest: Manifest, where: str) -> list[_Tensor]:
+    """Check the graphs that run before the first step; returns what a step may read of them."""
+    rows, run_rows = _rows(manifest, MODEL_BATCH), _rows(manifest, MODEL_BATCH if manifest.batch_size else RUN_BATCH)
+    made: list[_Tensor] = []
+    for name, role, batch in ((PROLOGUE, Role.PROLOGUE, rows), (SCHEDULE, Role.SCHEDULED, run_rows)):
+        if name not in manifest.graphs:
+            continue
+        graph = manifest.graphs[name]
+        inputs, outputs = _named(graph.inputs, where), _named(graph.outputs, where)
+        given = [each for each in _given(manifest, batch) if each[0].role is not Role.HIDDEN_STATES]
+        if name == PROLOGUE:
+            given = [each for each in given if each[0].role is not Role.TIMESTEP]
+        expected = _tensors(*(each for each in given if each[0].name in inputs))
+        _check_tensors(inputs, expected, where, f"graphs.{name}.inputs")
+        found = [
+            (prologue_tensor(role, number), dtype, (batch, *shape[1:]))
+            for number, (_, dtype, shape) in enumerate(outputs.values())
+        ]
+        _check_tensors(outputs, _tensors(*found), where, f"graphs.{name}.outputs")
+        made += [(tensor, dtype, (rows, *shape[1:])) for tensor, dtype, shape in found]
+    return made
 
 
 def _read_caches(

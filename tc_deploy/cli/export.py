@@ -57,6 +57,14 @@ if TYPE_CHECKING:
     " tokens in most blocks; it takes longer where few tokens are kept.",
 )
 @option(
+    "--prologue/--no-prologue",
+    advanced=True,
+    default=False,
+    show_default=True,
+    help="Compute what follows from the request and the timesteps alone, as adaLN's modulation, once before the first"
+    " step: its weights leave the steps' graphs.",
+)
+@option(
     "--with-decoder", is_flag=True, help="Also export the decoder of the pipeline's autoencoder: pictures, not latents."
 )
 @option("--with-text-encoder", is_flag=True, help="Also export the pipeline's text encoders: prompts, not embeddings.")
@@ -100,6 +108,7 @@ def command(
     precision: str,
     fp32_blocks: tuple[str, ...],
     one_graph: bool,
+    prologue: bool,
     with_decoder: bool,
     with_text_encoder: bool,
     pipeline: Path | None,
@@ -128,6 +137,7 @@ def command(
                 fp32_blocks=fp32_blocks,
                 check=check,
                 one_graph=one_graph,
+                prologue=prologue,
                 with_decoder=with_decoder,
                 with_text_encoder=with_text_encoder,
                 pipeline_path=pipeline,

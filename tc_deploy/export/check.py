@@ -118,9 +118,20 @@ def step_inputs(
 
 
 def check_graph(
-    graph: NamedGraph, example: Mapping[str, Tensor], path: Path, precision: Precision = Precision.FP32
+    graph: NamedGraph,
+    example: Mapping[str, Tensor],
+    path: Path,
+    precision: Precision = Precision.FP32,
+    reads: Sequence[str] | None = None,
 ) -> tuple[float, Tensor]:
     """Run an exported graph in an engine and in PyTorch, whose products are in ``precision`` now, on the same inputs.
+
+    Args:
+        graph: what it was exported from.
+        example: the inputs of both, by name.
+        path: the exported graph.
+        precision: what its products are in.
+        reads: its inputs, where they are not those of ``graph``.
 
     Returns:
         The largest absolute difference over all outputs, and the engine's ``sample``.
@@ -129,12 +140,22 @@ def check_graph(
         ExportError: an output departs by more than the tolerance, or is not finite; names the output.
         BackendError: the engine is not installed.
     """
-    feed = {name: example[name] for name in graph.input_names}
-    run = _RUNS[PRECISIONS[precision].checked_by]
-    found = dict(zip(graph.output_names, run(path, feed, graph.output_names), strict=True))
+    feed = {name: example[name] for name in reads or graph.input_names}
+    found = dict(zip(graph.output_names, run_in_engine(path, feed, graph.output_names, precision), strict=True))
     with torch.no_grad():
-        expected = dict(zip(graph.output_names, graph(*feed.values()), strict=True))
+        made = graph(*(example[name] for name in graph.input_names))
+    expected = dict(zip(graph.output_names, made, strict=True))
     return _worst_error(path, found, expected, precision), found[Role.SAMPLE]
+
+
+def run_in_engine(path: Path, feed: Mapping[str, Tensor], outputs: Sequence[str], precision: Precision) -> list[Tensor]:
+    """Run an exported graph in the engine that checks this precision; returns what it makes of the outputs named.
+
+    Raises:
+        ExportError: the engine refuses the graph.
+        BackendError: the engine is not installed.
+    """
+    return _RUNS[PRECISIONS[precision].checked_by](path, feed, outputs)
 
 
 def check_outputs(path: Path, feed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

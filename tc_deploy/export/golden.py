@@ -15,15 +15,18 @@ from torch import Tensor
 
 from tc_deploy.conditions import UNCONDITIONAL, is_unconditional
 from tc_deploy.export.check import step_inputs
+from tc_deploy.export.rows import PrologueRows
 from tc_deploy.golden import Feed, GoldenGraph, Trajectory, chosen_steps
 from tc_deploy.manifest import (
     MODEL_OUTPUT,
     NEXT_LATENTS,
+    PROLOGUE_GRAPHS,
     SOLVER,
     GraphRecord,
     Role,
     guided_output_tensor,
     latents_tensor,
+    names_of,
     variant_name,
 )
 from tc_deploy.models.family import DiffusionTransformer
@@ -45,8 +48,16 @@ LIMIT_BYTES = 128 * 2**20
 class _Run:
     """A sampling run under the plan that keeps what every step of the sampler read, and wanted steps of the model."""
 
-    def __init__(self, steps: TokenCachedSteps, wanted: Mapping[int, ModelGraph]) -> None:
-        self.steps, self.wanted = steps, wanted
+    def __init__(
+        self,
+        steps: TokenCachedSteps,
+        wanted: Mapping[int, ModelGraph],
+        records: Mapping[str, GraphRecord],
+        prologue: PrologueRows,
+    ) -> None:
+        self.steps, self.wanted, self.records, self.prologue = steps, wanted, records, prologue
+        self.rows: dict[int, tuple[Feed, Feed]] = {}
+        """Of the wanted steps, what the prologue reads and makes."""
         self.inputs: dict[int, Feed] = {}
         self.outputs: dict[int, Feed] = {}
         self.model_outputs: list[FloatArray] = []
@@ -65,7 +76,13 @@ class _Run:
                 # The rows that a cached step computes, which nobody reads, only a graph for all variants gives out.
                 feed = (example[name] for name in graph.input_names)
                 made = dict(zip(graph.output_names, graph(*feed), strict=True)) | made
-            self.inputs[step] = {name: _array(example[name]) for name in graph.input_names}
+            (rows,) = self.prologue.of([example])
+            self.rows[step] = (
+                {name: _array(example[name]) for name in self.steps.model.input_names if name in example},
+                {name: _array(array) for name, array in rows.items()},
+            )
+            record = self.records[variant_name(self.steps.schedule.variants[step])]
+            self.inputs[step] = {name: _array({**example, **rows}[name]) for name in names_of(record.inputs)}
             self.outputs[step] = {name: _array(made[name]) for name in graph.output_names}
         self.model_outputs.append(_array(output))
         return output
@@ -78,6 +95,7 @@ class _Run:
 def samples_of(
     graphs: Mapping[int, ModelGraph],
     records: Mapping[str, GraphRecord],
+    prologue: PrologueRows,
     plan: Plan,
     step_tables: StepTables,
     sampling: Sampling,
@@ -91,6 +109,7 @@ def samples_of(
     Args:
         graphs: of each variant, as it was exported.
         records: how the manifest names the graphs.
+        prologue: makes what the steps' graphs read in the place of computing it.
         plan: the plan.
         step_tables: its tables.
         sampling: its sampler.
@@ -118,7 +137,7 @@ def samples_of(
         rows = batch * (1 if sampling.guidance_scale is None else 2)
         chosen[variant] = chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES)
     wanted = {step: graphs[variant] for variant, steps_of in chosen.items() for step in steps_of}
-    run = _Run(TokenCachedSteps(model, plan.cache, schedule, step_tables), wanted)
+    run = _Run(TokenCachedSteps(model, plan.cache, schedule, step_tables), wanted, records, prologue)
     with half_products(model, precision, fp32_blocks, stored=False), overflow_refused(model, precision, fp32_blocks):
         denoise(model, sampling, noise, conditions, run.step, run.note)
     cached = exact = np.stack(run.latents)
@@ -132,6 +151,9 @@ def samples_of(
             inputs=tuple(run.inputs[step] for step in steps_of),
             outputs=tuple(run.outputs[step] for step in steps_of),
         )
+    for name in PROLOGUE_GRAPHS:
+        if name in records:
+            samples[name] = _prologue_samples(run, records[name], chosen[FULL])
     first = _array(noise) * np.float32(solver.init_noise_sigma)
     samples[SOLVER] = _solver_samples(run, records[SOLVER], solver, sampling, first)
     tables = {
@@ -151,6 +173,15 @@ def samples_of(
         variants=schedule.variants,
         tables=tables,
     )
+
+
+def _prologue_samples(run: _Run, record: GraphRecord, steps: tuple[int, ...]) -> GoldenGraph:
+    """What a graph of the prologue reads and makes for some steps, as the engine that checks exports makes it."""
+    inputs, outputs = (
+        tuple({name: run.rows[step][made][name] for name in names_of(tensors)} for step in steps)
+        for made, tensors in enumerate((record.inputs, record.outputs))
+    )
+    return GoldenGraph(steps=steps, inputs=inputs, outputs=outputs)
 
 
 def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]) -> Feed:

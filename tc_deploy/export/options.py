@@ -40,6 +40,8 @@ class ExportOptions:
     one_graph: bool = False
     """Make one graph of the variants that run the model, its token counts open, so that an engine holds the weights
     once; each variant is a profile of it."""
+    prologue: bool = False
+    """Let what follows from the request and the timesteps alone leave the steps' graphs; it runs once for a request."""
     with_decoder: bool = False
     """Also export the decoder of the pipeline's autoencoder."""
     with_text_encoder: bool = False
@@ -60,6 +62,8 @@ class ExportOptions:
             raise UsageError(f"static batch must be at least 1, found {self.batch_size}")
         if self.fp32_blocks and self.precision is Precision.FP32:
             raise UsageError("in fp32 every block is; --fp32-block goes with --precision fp16 or bf16")
+        if self.prologue and self.graphs_from:
+            raise UsageError("graphs of another bundle compute everything themselves; export anew to have a prologue")
         if self.loras and self.graphs_from:
             raise UsageError("a LoRA changes the weights, so graphs cannot be taken from another bundle; export anew")
         if self.pipeline_path is not None and not (self.with_decoder or self.with_text_encoder):

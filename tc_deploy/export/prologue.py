@@ -16,7 +16,16 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from tc_deploy.manifest import MODEL_BATCH, PROLOGUE, RUN_BATCH, SCHEDULE, Role, TensorName, prologue_tensor
+from tc_deploy.manifest import (
+    MODEL_BATCH,
+    PROLOGUE,
+    RUN_BATCH,
+    SCHEDULE,
+    Role,
+    TensorName,
+    model_inputs,
+    prologue_tensor,
+)
 
 _PRODUCTS = ("MatMul", "Gemm")
 """Operators whose weights are worth moving."""
@@ -79,6 +88,15 @@ class Prologue:
             ir.convenience.replace_all_uses_with(value, given)
         _drop_unread(model.graph)
         return tuple(roles[str(value.name)] for value in model.graph.inputs)
+
+    def tensors(self, name: str) -> tuple[TensorName, ...]:
+        """What the tensors of one of the graphs are for."""
+        role = next(role for role, graph in _GRAPHS.items() if graph == name)
+        part = self._parts[role]
+        return (
+            *model_inputs(part.input_names),
+            *(prologue_tensor(role, number) for number in range(len(part.outputs))),
+        )
 
     def models(self) -> dict[str, ir.Model]:
         """The graphs of what has left, by name; none where nothing has."""
@@ -167,6 +185,11 @@ class _Part:
         self._weights: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._names: set[str] = set()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What it reads."""
+        return tuple(str(value.name) for value in self._inputs)
 
     def take(self, value: ir.Value, role: Role, analysis: _Analysis) -> int:
         """Take what a value is made of, unless that was taken from another graph; returns which output it is."""

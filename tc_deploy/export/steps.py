@@ -22,6 +22,8 @@ from tc_deploy.export.check import check_graph, check_solver_graph, example_inpu
 from tc_deploy.export.golden import samples_of
 from tc_deploy.export.graphs import EXAMPLE_BATCH, onnx_from_graph
 from tc_deploy.export.options import ExportOptions
+from tc_deploy.export.prologue import Prologue
+from tc_deploy.export.rows import PrologueRows
 from tc_deploy.export.saving import saved_graph
 from tc_deploy.export.solver_graph import solver_model
 from tc_deploy.export.taken import GraphKey, TakenGraph, key_of, taken_graphs
@@ -32,9 +34,11 @@ from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     MODEL_BATCH,
     ONNX_FOLDER,
+    PROLOGUE_GRAPHS,
     SOLVER,
     WEIGHTS,
     GraphRecord,
+    names_of,
     solver_inputs,
     solver_outputs,
     variant_name,
@@ -115,7 +119,7 @@ def exported_steps(
                 overflow_refused(model, options.precision, options.fp32_blocks),
             ):
                 examples = example_inputs(model, plan, step_tables, sampling, batch, graphs[FULL].groups)
-        records = _exported(model, graphs, examples, known, onnx, options, progress)
+        records = _exported(model, graphs, examples, known, folder, options, plan.schedule.steps, progress)
     geometry = model.geometry
     onnx_model = solver_model(
         solver.history,
@@ -138,6 +142,7 @@ def exported_steps(
     made, trajectory = samples_of(
         graphs,
         records,
+        PrologueRows(folder, records, options.precision),
         plan,
         step_tables,
         sampling,
@@ -154,15 +159,17 @@ def _exported(
     graphs: Mapping[int, ModelGraph],
     examples: Mapping[int, Mapping[str, Tensor]],
     known: Mapping[GraphKey, TakenGraph],
-    onnx: Path,
+    folder: Path,
     options: ExportOptions,
+    steps: int,
     progress: Callable[[str], None],
 ) -> dict[str, GraphRecord]:
     """Write the full and cached graphs and their weights, and compare them; returns how the manifest names them.
 
     Those that are known are taken, with what was found when they were compared.
     """
-    dynamic = options.batch_size is None
+    dynamic, onnx = options.batch_size is None, folder / ONNX_FOLDER
+    prologue = Prologue(steps) if options.prologue else None
     records: dict[str, GraphRecord] = {}
     new: dict[int, ModelGraph] = {}
     samples: dict[int, Tensor] = {}
@@ -183,7 +190,8 @@ def _exported(
                         graph, examples[variants[0]], dynamic_batch=dynamic, precision=options.precision
                     )
                 weights.pack(onnx_model)
-                record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx", (*graph.inputs, *graph.outputs))
+                reads = graph.inputs if prologue is None else prologue.cut(onnx_model, graph.inputs)
+                record = saved_graph(onnx_model, onnx / f"{graph.stem}.onnx", (*reads, *graph.outputs))
                 for variant in variants:
                     sized = _sized(record, {group.axis: group.size(variant) for group in graph.groups})
                     if variant in taken:
@@ -193,19 +201,45 @@ def _exported(
                     else:
                         new[variant] = graph
                     records[variant_name(variant)] = sized
-        for variant, graph in new.items() if options.check else ():
+        if prologue is not None:
+            records |= _prologue_records(prologue, onnx)
+        checked = new if options.check else {}
+        rows = PrologueRows(folder, records, options.precision).of([examples[variant] for variant in checked])
+        for (variant, graph), own in zip(checked.items(), rows, strict=True):
             name = variant_name(variant)
             progress(f"comparing {name} with PyTorch")
             error, samples[variant] = check_graph(
-                graph, examples[variant], onnx / f"{graph.stem}.onnx", options.precision
+                graph,
+                {**examples[variant], **own},
+                onnx / f"{graph.stem}.onnx",
+                options.precision,
+                names_of(records[name].inputs),
             )
-            records[name] = records[name].model_copy(update={"max_abs_error": error})
+            # A prologue departs where the steps do that read it.
+            for checked_name in (name, *(each for each in PROLOGUE_GRAPHS if each in records)):
+                worst = max(error, records[checked_name].max_abs_error or 0.0)
+                records[checked_name] = records[checked_name].model_copy(update={"max_abs_error": worst})
     if options.precision is not Precision.FP32:
         for variant, sample in samples.items():
             name = variant_name(variant)
             snr_db = snr_to_fp32_db(graphs[variant], examples[variant], sample)
             records[name] = records[name].model_copy(update={"snr_to_fp32_db": snr_db})
     return records
+
+
+def _prologue_records(prologue: Prologue, onnx: Path) -> dict[str, GraphRecord]:
+    """Write what has left the steps' graphs; returns how the manifest names it.
+
+    Raises:
+        ExportError: nothing has.
+    """
+    models = prologue.models()
+    if not models:
+        raise ExportError(
+            "--prologue: no product of the steps' graphs follows from timestep and conditions alone, so there is"
+            " nothing to compute before the first step; export without it"
+        )
+    return {name: saved_graph(model, onnx / f"{name}.onnx", prologue.tensors(name)) for name, model in models.items()}
 
 
 def _sized(record: GraphRecord, sizes: Mapping[str, int]) -> GraphRecord:

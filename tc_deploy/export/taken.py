@@ -48,7 +48,8 @@ def taken_graphs(
         options: how.
 
     Raises:
-        UsageError: a bundle is of another model, batch or precision, has a LoRA, or one graph where several are wanted.
+        UsageError: a bundle is of another model, batch or precision, has a LoRA or a prologue, or one graph where
+            several are wanted.
     """
     found: dict[GraphKey, TakenGraph] = {}
     for bundle in bundles:
@@ -56,11 +57,12 @@ def taken_graphs(
         manifest, other = documents.manifest, documents.plan
         blocks = set(manifest.fp32_blocks)
         has = (other.model, manifest.loras, manifest.batch_size, manifest.precision, blocks, manifest.one_graph)
+        cut = manifest.has_prologue
         blocks = set(options.fp32_blocks)
-        if has != (plan.model, (), options.batch_size, options.precision, blocks, options.one_graph):
+        if cut or has != (plan.model, (), options.batch_size, options.precision, blocks, options.one_graph):
             raise UsageError(
                 f"{bundle}: its graphs are of another model, another batch or precision, or one graph where there"
-                " should be several; export anew"
+                " should be several, or they read a prologue of its own; export anew"
             )
         graphs = step_graphs(model, other.cache, other.phases_used(), one_graph=manifest.one_graph)
         for variant, graph in graphs.items():

@@ -16,7 +16,7 @@ from tc_deploy.bounds import MAX_AXES, Float32, Guidance, PositiveFloat32, Size,
 from tc_deploy.bundle import MANIFEST, Document, Files, read_document
 from tc_deploy.conditions import GUIDANCE
 from tc_deploy.errors import BundleError
-from tc_deploy.manifest.tensors import BATCH, MODEL_BATCH, ElementType, Role, TensorRecord
+from tc_deploy.manifest.tensors import BATCH, GIVEN_ROLES, MODEL_BATCH, RUN_BATCH, ElementType, Role, TensorRecord
 from tc_deploy.plan import PLAN, TABLES, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL
 from tc_deploy.types import Cleaning, GuidanceRule, Precision
@@ -35,6 +35,8 @@ DECODER = "decoder"
 """Graph that makes pictures of the last step's latents."""
 TEXT_ENCODER = "text-encoder"
 """Graph that makes conditions of token ids."""
+PROLOGUE_GRAPHS = (PROLOGUE, SCHEDULE)
+"""What runs before a request's first step, in this order."""
 FP32_GRAPHS = (DECODER, TEXT_ENCODER)
 """They compute in fp32, whatever the precision of the others: autoencoders and T5 overflow fp16."""
 TOKENIZERS_FOLDER = "tokenizers"
@@ -47,6 +49,11 @@ RUNTIME_TABLES = "runtime.safetensors"
 
 MODULE_END = "/"
 """In a graph's node names: before it stands the module that the node came from, behind it the value that it makes."""
+
+
+def model_axes(model_batch: int, steps: int) -> dict[str, int]:
+    """The sizes of the axes of the model's graphs, for so many rows of a batch in a run of so many steps."""
+    return {MODEL_BATCH: model_batch, RUN_BATCH: model_batch * steps}
 
 
 def variant_name(variant: int) -> str:
@@ -217,9 +224,25 @@ class Manifest(Document):
             by_file.setdefault(graph.file, {})[name] = graph
         return by_file
 
-    def batch_axes(self, batch_size: int) -> dict[str, int]:
-        """The sizes of the batch axes for so many samples."""
-        return {BATCH: batch_size, MODEL_BATCH: batch_size * (2 if self.guided else 1)}
+    def batch_axes(self, batch_size: int, steps: int = 1) -> dict[str, int]:
+        """The sizes of the batch axes for so many samples, in a run of so many steps."""
+        return model_axes(batch_size * (2 if self.guided else 1), steps) | {BATCH: batch_size}
+
+    @property
+    def has_prologue(self) -> bool:
+        """Whether steps read what is made before the first of them."""
+        return any(name in self.graphs for name in PROLOGUE_GRAPHS)
+
+    @property
+    def given(self) -> tuple[TensorRecord, ...]:
+        """What whoever drives the model gives: latents and conditions, each a row of the model's batch."""
+        found: dict[str, TensorRecord] = {}
+        for name in (variant_name(FULL), *PROLOGUE_GRAPHS):
+            for tensor in self.graphs[name].inputs if name in self.graphs else ():
+                if tensor.role in GIVEN_ROLES:
+                    shape = tuple(MODEL_BATCH if size == RUN_BATCH else size for size in tensor.shape)
+                    found.setdefault(tensor.name, tensor.model_copy(update={"shape": shape}))
+        return tuple(found.values())
 
     @property
     def one_graph(self) -> bool:

@@ -19,7 +19,7 @@ from tc_deploy.errors import Cancelled
 from tc_deploy.manifest import Role
 from tc_deploy.runtime.binding import Bundle
 from tc_deploy.runtime.bound import BoundProgram, BoundStep
-from tc_deploy.runtime.buffers import BufferKey, condition_buffer, role_buffer
+from tc_deploy.runtime.buffers import BufferKey, condition_arrays, role_buffer
 from tc_deploy.runtime.finite import first_bad_step, is_finite, latents_error
 from tc_deploy.runtime.request import Request, noise_of
 from tc_deploy.schedule import FULL
@@ -124,6 +124,8 @@ class Batches:
         """
         steps = program.steps
         self._write(request, part)
+        if program.prologue is not None:
+            program.prologue.run()
         count = request.count_in(part)
         for index, step in enumerate(steps):
             if should_cancel is not None and should_cancel():
@@ -158,7 +160,7 @@ class Batches:
         }
         for name, given in conditions.given.items():
             both = np.concatenate([given, conditions.unconditional[name]]) if self._manifest.guided else given
-            arrays[condition_buffer(name)] = both
+            arrays |= condition_arrays(self._buffers, name, both, self._bundle.plan.schedule.steps)
         if self._manifest.guided:
             arrays[role_buffer(Role.GUIDANCE_SCALE)] = np.full(self._batch_size, request.guidance_scale, np.float32)
         # The solver's history has weight 0 until it is filled, but 0 times what a failed request left may be NaN.

@@ -22,6 +22,7 @@ from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import INDEX_ROLES, Manifest, Role, TensorName, read_manifest
 from tc_deploy.plan import Plan
+from tc_deploy.runtime.buffers import Kind
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call
 from tc_deploy.schedule import FULL
@@ -128,10 +129,17 @@ class Binder:
         made = device.buffers([planned.spec() for planned in layout.buffers])
         self.buffers = {planned.key: buffer for planned, buffer in zip(layout.buffers, made, strict=True)}
         for planned in layout.buffers:
-            if planned.key.step is not None:
-                row = bundle.row(planned.tensor, planned.key.step)
-                values = np.broadcast_to(row, planned.shape).astype(planned.tensor.numpy_dtype)
-                self.buffers[planned.key].write(values)
+            key = planned.key
+            if key.kind is not Kind.TABLE:
+                continue
+            if key.step is None:
+                # Of what is run for all steps at once, a step's rows stand together.
+                values = np.repeat(bundle.step_tables[key.role], planned.shape[0] // bundle.plan.schedule.steps, axis=0)
+            else:
+                values = np.broadcast_to(bundle.row(planned.tensor, key.step), planned.shape)
+            self.buffers[key].write(values.astype(planned.tensor.numpy_dtype))
+        for part_key, part in layout.parts.items():
+            self.buffers[part_key] = self.buffers[part.whole].rows(part.start, part.stop)
 
     def bind(self, call: Call) -> BoundGraph:
         """Fix a call's buffers.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Capture, Device
 from tc_deploy.runtime.binding import Binder
-from tc_deploy.runtime.program import ProgramStep
+from tc_deploy.runtime.program import Call, ProgramStep
 
 Watch = Callable[[str, BoundGraph, Buffer], BoundGraph]
 """Given a graph's name, the graph as bound for one step and an output of it (to read it is to wait for the device):
@@ -33,14 +33,19 @@ class BoundStep:
 class BoundProgram:
     """A program, bound to an engine."""
 
+    prologue: Capture | None
+    """What runs before the first step, where there is something."""
     steps: tuple[BoundStep, ...]
     whole: Capture
-    """All steps, which nobody watches."""
+    """All of it, which nobody watches."""
 
 
-def bound_program(program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None) -> BoundProgram:
+def bound_program(
+    prologue: Sequence[Call], program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None
+) -> BoundProgram:
     """Bind a program's graphs, and capture every step, as a watch has made its graphs, and all steps."""
-    steps, calls = [], []
+    before = [binder.bind(call) for call in prologue]
+    steps, calls = [], list(before)
     for step in program:
         seen = []
         for call in (step.model, step.solver):
@@ -52,4 +57,6 @@ def bound_program(program: Sequence[ProgramStep], binder: Binder, device: Device
         latents = binder.buffers[step.latents]
         whole = device.capture(seen)
         steps.append(BoundStep(variant=step.variant, model=model, solver=solver, whole=whole, latents=latents))
-    return BoundProgram(steps=tuple(steps), whole=device.capture(calls))
+    return BoundProgram(
+        prologue=device.capture(before) if before else None, steps=tuple(steps), whole=device.capture(calls)
+    )

@@ -17,10 +17,10 @@ from tc_deploy.backends.arena import arena_offsets
 from tc_deploy.backends.base import BufferSpec
 from tc_deploy.conditions import whole_number
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import DECODER, TEXT_ENCODER, GraphRecord, Manifest, TensorRecord
+from tc_deploy.manifest import DECODER, RUN_BATCH, TEXT_ENCODER, GraphRecord, Manifest, TensorRecord
 from tc_deploy.plan import Plan
 from tc_deploy.runtime.buffers import BufferKey, Kind
-from tc_deploy.runtime.program import Call, ProgramStep, decoder_call, program_of, text_call
+from tc_deploy.runtime.program import Call, ProgramStep, decoder_call, program_of, prologue_calls, text_call
 from tc_deploy.schedule import full_schedule
 
 
@@ -47,10 +47,21 @@ class PlannedBuffer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows of a buffer that are bound as one."""
+
+    whole: BufferKey
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """All buffers of one owner, in the order of their offsets."""
 
     buffers: tuple[PlannedBuffer, ...]
+    parts: Mapping[BufferKey, Part]
+    """What is bound and is no buffer of its own."""
     size_bytes: int
 
 
@@ -60,24 +71,30 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
     Args:
         graphs: the bundle's.
         calls: of all programs that are to share the buffers.
-        axes: the size of each batch axis.
+        axes: the size of each batch axis; the rows of what is made for all steps at once are a whole run's.
 
     Returns:
         Each buffer once, in the order of first mention.
     """
     found: dict[BufferKey, tuple[TensorRecord, tuple[int, ...]]] = {}
+    parts: dict[BufferKey, Part] = {}
     for call in calls:
         record = graphs[call.graph]
         for keys, tensors in ((call.inputs, record.inputs), (call.outputs, record.outputs)):
             for tensor in tensors:
-                found.setdefault(keys[tensor.name], (tensor, tensor.shape_at(axes)))
+                key, shape = keys[tensor.name], tensor.shape_at(axes)
+                if key.whole is not None and key.step is not None:
+                    rows = shape[0]
+                    parts[key] = Part(whole=key.whole, start=key.step * rows, stop=(key.step + 1) * rows)
+                    key, shape = key.whole, (axes[RUN_BATCH], *shape[1:])
+                found.setdefault(key, (tensor, shape))
     sizes_bytes = [_itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
     offsets, size_bytes = arena_offsets(sizes_bytes)
     buffers = tuple(
         PlannedBuffer(key=key, tensor=tensor, shape=shape, offset_bytes=offset, size_bytes=buffer_bytes)
         for (key, (tensor, shape)), offset, buffer_bytes in zip(found.items(), offsets, sizes_bytes, strict=True)
     )
-    return Layout(buffers=buffers, size_bytes=size_bytes)
+    return Layout(buffers=buffers, parts=parts, size_bytes=size_bytes)
 
 
 def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep, ...], tuple[ProgramStep, ...]]:
@@ -90,12 +107,14 @@ def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep
 
 def pipeline_layout(manifest: Manifest, programs: Sequence[Sequence[ProgramStep]], batch_size: int) -> Layout:
     """The buffers of a pipeline, whose two programs share them."""
-    calls = [call for steps in programs for step in steps for call in (step.model, step.solver)]
+    steps = len(programs[0])
+    calls = [*prologue_calls(manifest.graphs, steps)]
+    calls += [call for program in programs for step in program for call in (step.model, step.solver)]
     if manifest.decoder is not None:
         calls.append(decoder_call(manifest.graphs[DECODER], programs[0]))
     if manifest.text is not None:
         calls.append(text_call(manifest.graphs[TEXT_ENCODER]))
-    return layout_of(manifest.graphs, calls, manifest.batch_axes(batch_size))
+    return layout_of(manifest.graphs, calls, manifest.batch_axes(batch_size, steps))
 
 
 def checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:

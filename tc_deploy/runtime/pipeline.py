@@ -33,7 +33,7 @@ from tc_deploy.runtime.buffers import role_buffer
 from tc_deploy.runtime.finite import is_finite, pixels_error
 from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
 from tc_deploy.runtime.pixels import images_from_pixels
-from tc_deploy.runtime.program import decoder_call
+from tc_deploy.runtime.program import decoder_call, prologue_calls
 from tc_deploy.runtime.request import Request, checked_request, checked_seed, noise_of
 from tc_deploy.runtime.text import PromptEncoder
 from tc_deploy.schedule import FULL
@@ -107,8 +107,9 @@ class Pipeline:
         binder = Binder(bundle, device, graphs, layout)
         self._buffers = binder.buffers
         self._batches = Batches(bundle, self._buffers, self.batch_size, check_finite=check_finite)
-        self._cached_program: BoundProgram | None = bound_program(planned, binder, device, watch)
-        self._full_program: BoundProgram | None = bound_program(full, binder, device, watch)
+        before = prologue_calls(self.manifest.graphs, len(planned))
+        self._cached_program: BoundProgram | None = bound_program(before, planned, binder, device, watch)
+        self._full_program: BoundProgram | None = bound_program(before, full, binder, device, watch)
         self._decoder: BoundGraph | None = None
         if self.manifest.decoder is not None:
             # The last step leaves its latents in the same place whichever steps are full.
@@ -140,6 +141,8 @@ class Pipeline:
             BackendError: an engine fails, or the device cannot capture the run.
         """
         with self._claimed():
+            if (before := self._opened(full=False).prologue) is not None:
+                before.run()
             for graph in self.variants().values():
                 graph.run()
             if self._encoder is not None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from tc_deploy.manifest import (
     DECODER,
     INDEX_ROLES,
+    PROLOGUE,
+    RUN_BATCH,
+    SCHEDULE,
     SOLVER,
     TABLE_ROLES,
     TEXT_ENCODER,
@@ -21,7 +24,14 @@ from tc_deploy.manifest import (
     TensorRecord,
     variant_name,
 )
-from tc_deploy.runtime.buffers import BufferKey, own_buffer, role_buffer, table_row
+from tc_deploy.runtime.buffers import (
+    BufferKey,
+    own_buffer,
+    role_buffer,
+    scheduled_buffer,
+    scheduled_row,
+    table_row,
+)
 from tc_deploy.schedule import FULL, Schedule
 
 EVERY_FULL_STEP = -1
@@ -86,6 +96,34 @@ def program_of(
     return tuple(steps)
 
 
+def prologue_calls(graphs: Mapping[str, GraphRecord], steps: int) -> tuple[Call, ...]:
+    """What runs before a request's first step: nothing where the steps' graphs compute everything themselves.
+
+    What follows from the timestep is made for all steps at once, in one call where the graph's batch is open. Where it
+    is fixed, it is that of a step, and there is a call for each.
+    """
+    calls = []
+    if PROLOGUE in graphs:
+        record = graphs[PROLOGUE]
+        inputs, outputs = ({one.name: own_buffer(one) for one in each} for each in (record.inputs, record.outputs))
+        calls.append(Call(graph=PROLOGUE, inputs=inputs, outputs=outputs))
+    if SCHEDULE in graphs:
+        record = graphs[SCHEDULE]
+        if any(RUN_BATCH in tensor.shape for tensor in record.outputs):
+            inputs, outputs = (
+                {one.name: scheduled_buffer(one) for one in each} for each in (record.inputs, record.outputs)
+            )
+            calls.append(Call(graph=SCHEDULE, inputs=inputs, outputs=outputs))
+            return tuple(calls)
+        for step in range(steps):
+            inputs = {
+                one.name: table_row(one, step) if one.role in TABLE_ROLES else own_buffer(one) for one in record.inputs
+            }
+            outputs = {one.name: scheduled_row(one, step) for one in record.outputs}
+            calls.append(Call(graph=SCHEDULE, inputs=inputs, outputs=outputs))
+    return tuple(calls)
+
+
 def decoder_call(graph: GraphRecord, steps: Sequence[ProgramStep]) -> Call:
     """The decoder's call after the last step, on the latents where that left them."""
     inputs = {tensor.name: steps[-1].latents for tensor in graph.inputs}
@@ -106,6 +144,8 @@ def _model_input(tensor: TensorRecord, step: int, variant: int, full_steps: int,
         # What tokens a full step computes is the same at each of them, and in the run in which all are full.
         grouped = variant == FULL and tensor.role in INDEX_ROLES
         return table_row(tensor, EVERY_FULL_STEP if grouped else step)
+    if tensor.role is Role.SCHEDULED:
+        return scheduled_row(tensor, step)
     if tensor.role is not Role.CACHE:
         return own_buffer(tensor)
     return _zeros(tensor) if variant == FULL else _cache_slot(tensor, full_steps, forecast_order)

@@ -17,12 +17,12 @@ from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.backends.load import load_target
 from tc_deploy.backends.process import check_process
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import FP32_GRAPHS, GIVEN_ROLES, MODEL_BATCH, SOLVER, Role, TensorRecord, variant_name
+from tc_deploy.manifest import FP32_GRAPHS, SOLVER, Role, TensorRecord, model_axes
 from tc_deploy.runtime.binding import Binder, Bundle
-from tc_deploy.runtime.buffers import own_buffer, role_buffer
+from tc_deploy.runtime.buffers import BufferKey, condition_arrays, own_buffer, role_buffer
 from tc_deploy.runtime.layout import layout_of
-from tc_deploy.runtime.program import program_of
-from tc_deploy.schedule import FULL, full_schedule
+from tc_deploy.runtime.program import program_of, prologue_calls
+from tc_deploy.schedule import full_schedule
 from tc_deploy.types import FloatArray
 
 
@@ -33,6 +33,23 @@ class _BoundCall:
     graph: BoundGraph
     reads: tuple[str, ...]
     """The inputs that it takes from the caller; none where it skips the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prologue:
+    """What is made before the first step."""
+
+    graph: BoundGraph
+    buffers: Mapping[BufferKey, Buffer]
+    """Of conditions."""
+    conditions: tuple[str, ...]
+    steps: int
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        for name in self.conditions:
+            for key, array in condition_arrays(self.buffers, name, inputs[name], self.steps).items():
+                self.buffers[key].write(array)
+        self.graph.run()
 
 
 class Engines:
@@ -57,8 +74,7 @@ class Engines:
     @property
     def inputs(self) -> tuple[TensorRecord, ...]:
         """What the caller gives at every step; the batch is the first axis of each."""
-        graph = self.bundle.manifest.graphs[variant_name(FULL)]
-        return tuple(tensor for tensor in graph.inputs if tensor.role in GIVEN_ROLES)
+        return self.bundle.manifest.given
 
     @property
     def static_batch(self) -> int | None:
@@ -86,7 +102,9 @@ class Engines:
         plan, manifest = self.bundle.plan, self.bundle.manifest
         schedule = full_schedule(plan.schedule.steps) if full else plan.run_schedule()
         program = program_of(manifest.graphs, schedule, plan.cache.forecast_order, manifest.solver.history)
-        layout = layout_of(manifest.graphs, [step.model for step in program], {MODEL_BATCH: model_batch})
+        before = prologue_calls(manifest.graphs, plan.schedule.steps)
+        called = [*before, *(step.model for step in program)]
+        layout = layout_of(manifest.graphs, called, model_axes(model_batch, plan.schedule.steps))
         binder = Binder(self.bundle, self._device, self._graphs, layout)
         keys = {tensor.name: own_buffer(tensor) for tensor in self.inputs}
         calls = [
@@ -96,15 +114,24 @@ class Engines:
             )
             for step in program
         ]
-        given = {name: binder.buffers[key] for name, key in keys.items()}
-        return Stepper(calls, given, binder.buffers[role_buffer(Role.SAMPLE)])
+        given = {name: binder.buffers[key] for name, key in keys.items() if key in binder.buffers}
+        prologue = _Prologue(
+            graph=self._device.capture([binder.bind(call) for call in before]),
+            buffers={key: buffer for key, buffer in binder.buffers.items() if key.role is Role.CONDITION},
+            conditions=tuple(tensor.name for tensor in self.inputs if tensor.role is Role.CONDITION),
+            steps=plan.schedule.steps,
+        )
+        output = binder.buffers[role_buffer(Role.SAMPLE)]
+        return Stepper(calls, given, output, prologue if before else None)
 
 
 class Stepper:
     """One trajectory: its position and its caches. Made by :meth:`Engines.stepper`."""
 
-    def __init__(self, calls: list[_BoundCall], given: Mapping[str, Buffer], output: Buffer) -> None:
-        self._calls, self._given, self._output = calls, given, output
+    def __init__(
+        self, calls: list[_BoundCall], given: Mapping[str, Buffer], output: Buffer, prologue: _Prologue | None
+    ) -> None:
+        self._calls, self._given, self._output, self._prologue = calls, given, output, prologue
         self.position = 0
         """The step that comes next; T after the last."""
 
@@ -116,7 +143,8 @@ class Stepper:
         """Run the next step.
 
         Args:
-            inputs: an array of the buffer's own dtype and shape for each of :attr:`Engines.inputs`.
+            inputs: an array of the buffer's own dtype and shape for each of :attr:`Engines.inputs`. Conditions are
+                those of the first step: what was made of these serves all.
 
         Returns:
             (model batch, ...) the model's output, the caller's own.
@@ -128,6 +156,8 @@ class Stepper:
         if self.position == len(self._calls):
             raise UsageError(f"all {len(self._calls)} steps of the plan have run; start again")
         check_process()
+        if self._prologue is not None and self.position == 0:
+            self._prologue.run(inputs)
         call = self._calls[self.position]
         for name in call.reads:
             self._given[name].write(inputs[name])
