@@ -88,6 +88,8 @@ TABLE_ROLES: Final = (
 """What a step takes from a table."""
 GIVEN_ROLES: Final = (Role.HIDDEN_STATES, Role.CONDITION)
 """What the model's graph takes of whoever drives it."""
+PROLOGUE_ROLES: Final = (Role.PROLOGUE, Role.SCHEDULED)
+"""What it takes of what is made before the first one."""
 INDEX_ROLES: Final = (Role.TOKEN_INDEX, Role.COMPUTED)
 """Which tokens a step computes."""
 

@@ -21,8 +21,10 @@ from tc_deploy.manifest import (
     BATCH,
     GIVEN_ROLES,
     MODEL_BATCH,
+    PROLOGUE_ROLES,
     SOLVER,
     Role,
+    TensorName,
     TensorRecord,
     variant_name,
 )
@@ -53,6 +55,7 @@ class SlotBuffers:
     ) -> None:
         self._device, self._graphs, self._count = device, graphs, count
         self.halves = 2 if bundle.manifest.guided else 1
+        self.steps = bundle.plan.schedule.steps
         self.ages = bundle.plan.cache.forecast_order + 1
         self._models = [variant_name(variant) for variant in variants]
         self.records = {name: bundle.manifest.graphs[name] for name in (*self._models, SOLVER)}
@@ -86,6 +89,23 @@ class SlotBuffers:
         rows = self._rows_of[name]
         return self.rows(name, number * rows, (number + 1) * rows)
 
+    def for_step(self, tensor: TensorName, number: int, step: int) -> Buffer:
+        """What a slot has for a tensor of the model at a step."""
+        name = slot_name(tensor.name)
+        if not _is_scheduled(tensor):
+            return self.of_slot(name, number)
+        first = number * self._rows_of[name] + step * self.halves
+        return self.rows(name, first, first + self.halves)
+
+    def rows_of_slot(self, name: str, number: int, start: int, stop: int) -> Buffer:
+        """Some rows of a slot's part of a buffer."""
+        first = number * self._rows_of[name]
+        return self._rows(name, first + start, first + stop)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a buffer of that name."""
+        return name in self._buffers
+
     def _rows(self, name: str, start: int, stop: int) -> Buffer:
         return self._buffers[name].rows(start, stop)
 
@@ -100,6 +120,8 @@ class SlotBuffers:
         for graph in self._models:
             record = self.records[graph]
             for tensor in record.inputs:
+                if tensor.role in PROLOGUE_ROLES:
+                    yield slot_name(tensor.name), tensor, self.halves * (self.steps if _is_scheduled(tensor) else 1)
                 name = gathered_name(tensor) if _reads_slots(graph, tensor) else _of_call(graph, tensor)
                 yield name, tensor, None if is_shared(tensor) else self.halves
                 if tensor.role in GIVEN_ROLES:
@@ -142,6 +164,11 @@ class SlotBuffers:
         return self._device.capture([self._graphs[SOLVER].bind(inputs, outputs)])
 
 
+def _is_scheduled(tensor: TensorName) -> bool:
+    """Whether a slot keeps a tensor for every step."""
+    return tensor.role is Role.SCHEDULED
+
+
 def slot_name(what: str, position: int | None = None) -> str:
     """The buffer of all slots that holds something; of what is kept of several steps, the one for a place."""
     return f"slot.{what}" + ("" if position is None else f"@{position}")
@@ -172,5 +199,5 @@ def _of_call(graph: str, tensor: TensorRecord) -> str:
 
     Where one graph holds all variants, the full one is given caches to read too: zeros, which nobody writes.
     """
-    shared = tensor.role in (Role.SAMPLE, *GIVEN_ROLES)
+    shared = tensor.role in (Role.SAMPLE, *GIVEN_ROLES, *PROLOGUE_ROLES)
     return model_name(tensor.name) if shared else call_name(graph, tensor.name)

@@ -26,6 +26,7 @@ from tc_deploy.manifest import (
     INDEX_ROLES,
     MODEL_OUTPUT,
     NEXT_LATENTS,
+    PROLOGUE_ROLES,
     SOLVER,
     TABLE_ROLES,
     Role,
@@ -38,6 +39,7 @@ from tc_deploy.runtime.binding import Bundle
 from tc_deploy.runtime.course import Course, Place, Tick, courses_of, is_shared
 from tc_deploy.runtime.program import EVERY_FULL_STEP
 from tc_deploy.runtime.slot_buffers import SlotBuffers, call_name, gathered_name, model_name, slot_name
+from tc_deploy.runtime.slot_prologue import SlotPrologue
 from tc_deploy.schedule import FULL
 from tc_deploy.types import FloatArray
 
@@ -91,6 +93,7 @@ class Slots:
         self.courses = courses_of(bundle)
         variants = sorted({variant for course in self.courses.values() for variant in course.variants})
         self._buffers = SlotBuffers(bundle, device, graphs, variants, count)
+        self._prologue = SlotPrologue(bundle, device, graphs) if bundle.manifest.has_prologue else None
         self._history = self._solver_record.history
         self._samples: dict[int, Sample] = {}
         self._table_row = cache(self._row_of_table)
@@ -113,9 +116,17 @@ class Slots:
             buffers.of_slot(slot_name(Role.GUIDED_OUTPUT, age), number).write(np.zeros_like(start))
         scaled = start * self._bundle.first_scale
         buffers.of_slot(slot_name(Role.HIDDEN_STATES), number).write(np.concatenate([scaled] * halves))
-        for name, value in sample.given.items():
-            both = [value, sample.unconditional[name]] if halves == 2 else [value]
-            buffers.of_slot(slot_name(name), number).write(np.stack(both))
+        both = {
+            name: np.stack([value, sample.unconditional[name]] if halves == 2 else [value])
+            for name, value in sample.given.items()
+        }
+        for name, rows in both.items():
+            if slot_name(name) in buffers:
+                buffers.of_slot(slot_name(name), number).write(rows)
+        if self._prologue is not None:
+            self._prologue.run(
+                both, lambda name, start, stop: buffers.rows_of_slot(slot_name(name), number, start, stop)
+            )
 
     def run(self, tick: Tick) -> None:
         """Take a step with some slots, and the steps after it that skip the model.
@@ -205,14 +216,16 @@ class Slots:
                 if first is not None or variant == FULL:
                     continue
                 kept, name = slot_name(str(tensor.cache), tensor.age), gathered_name(tensor)
-            elif tensor.role in GIVEN_ROLES:
-                kept, name = slot_name(name), model_name(name)
+                given = {place: buffers.of_slot(kept, place.slot) for place in places}
+            elif tensor.role in (*GIVEN_ROLES, *PROLOGUE_ROLES):
+                name = model_name(name)
+                given = {place: buffers.for_step(tensor, place.slot, place.step) for place in places}
             else:
-                kept = None
-            if kept is not None:
-                for place in places:
+                given = {}
+            if given:
+                for place, kept_rows in given.items():
                     row = rows_of[place.slot] * halves
-                    buffers.rows(name, row, row + halves).copy(buffers.of_slot(kept, place.slot))
+                    buffers.rows(name, row, row + halves).copy(kept_rows)
                 continue
             table = call_name(graph, name)
             if is_shared(tensor):

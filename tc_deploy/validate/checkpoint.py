@@ -53,6 +53,7 @@ class Checkpoint:
     Raises:
         ModelError: the checkpoint cannot be loaded.
         PlanError: it is another than the plan was made for.
+        UsageError: the bundle's graphs are not the checkpoint's: LoRAs are part of them, or a prologue is not.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class Checkpoint:
         self.precision, self.fp32_blocks = precision, fp32_blocks
         self.plan: Plan
         self.plan, tables = load_plan(bundle)
+        if read_manifest(bundle).has_prologue:
+            raise UsageError(
+                f"{bundle}: a prologue makes part of what its steps read, so they are not the checkpoint's graphs;"
+                " validate it against what its export recorded, or export with --no-prologue"
+            )
         if loras := read_manifest(bundle).loras:
             raise UsageError(
                 f"{bundle}: {loras[0].file} is part of its weights, so it is not the checkpoint's graphs; validate it"

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tc_deploy.backends.base import BoundGraph, Buffer, Device, Graph
 from tc_deploy.golden import Feed, Trajectory
+from tc_deploy.manifest import PROLOGUE_GRAPHS
 from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.types import FloatArray
 
@@ -47,6 +49,9 @@ class Recorder:
     whole_steps: Container[int] = ()
     small: Container[str] = ()
     calls: list[CallNote] = field(default_factory=list)
+    """Of the steps, two of each: the model's and the solver's."""
+    made_before: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    """What the calls before the first step have made, by tensor name."""
 
     def wrapped(self, engines: Engines) -> Engines:
         """The same engines, watched."""
@@ -55,7 +60,11 @@ class Recorder:
 
     def run(self, name: str, bound: BoundGraph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run a graph and note what it read and made."""
-        # Two calls make a step: the model's and the solver's.
+        if name in PROLOGUE_GRAPHS:
+            bound.run()
+            for tensor, buffer in outputs.items():
+                self.made_before.setdefault(tensor, []).append(buffer.read())
+            return
         whole = len(self.calls) // 2 in self.whole_steps
         arrays: Feed = {}
         read = {}

@@ -31,6 +31,7 @@ from tc_deploy.libraries import load_failure
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     FP32_GRAPHS,
+    PROLOGUE_ROLES,
     SOLVER,
     TABLE_ROLES,
     Manifest,
@@ -152,7 +153,7 @@ class _Validation:
         self.progress("sampling with the engines")
         recorder = Recorder(small=_small(self.manifest))
         (latents,) = self._run(recorder.wrapped(self.engines))
-        faults = wiring_faults(recorder.calls, self.manifest.graphs, self.saved, self.plan)
+        faults = wiring_faults(recorder.calls, recorder.made_before, self.manifest.graphs, self.saved, self.plan)
         drift = drift_of(self._runs(latents, trajectory), pixels=self.manifest.pixels)
         found = excesses(drift, self.backend, self.manifest.precision, self.precision)
         blamed = self._blame(variants, found)
@@ -356,9 +357,9 @@ def _in_order(manifest: Manifest) -> list[str]:
 
 
 def _small(manifest: Manifest) -> set[str]:
-    """The inputs that are kept as arrays at every step: rows of tables, and conditions."""
+    """The inputs that are kept as arrays at every step: rows of tables, conditions and what is made of them."""
     tensors = (tensor for graph in manifest.graphs.values() for tensor in graph.inputs)
-    return {tensor.name for tensor in tensors if tensor.role in (*TABLE_ROLES, Role.CONDITION)}
+    return {tensor.name for tensor in tensors if tensor.role in (*TABLE_ROLES, *PROLOGUE_ROLES, Role.CONDITION)}
 
 
 def _why_missing(backend: str) -> str | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tc_deploy.golden import Trajectory
 from tc_deploy.groups import planned_group_inputs
-from tc_deploy.manifest import INDEX_ROLES, TABLE_ROLES, GraphRecord, Role, TensorName, variant_name
+from tc_deploy.manifest import INDEX_ROLES, PROLOGUE_ROLES, TABLE_ROLES, GraphRecord, Role, TensorName, variant_name
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import token_index_name
@@ -27,12 +27,17 @@ SCHEDULE = "schedule"
 
 
 def wiring_faults(
-    calls: Sequence[CallNote], graphs: Mapping[str, GraphRecord], trajectory: Trajectory, plan: Plan
+    calls: Sequence[CallNote],
+    made_before: Mapping[str, Sequence[NDArray[Any]]],
+    graphs: Mapping[str, GraphRecord],
+    trajectory: Trajectory,
+    plan: Plan,
 ) -> tuple[WiringFault, ...]:
     """Compare a run with the saved one's schedule and tables.
 
     Args:
         calls: the model's and the solver's of every step, in turn.
+        made_before: what the calls before these have made, by tensor name.
         graphs: the bundle's, by name.
         trajectory: the saved run.
         plan: says which blocks' tokens stand together, where one graph holds all variants.
@@ -41,7 +46,8 @@ def wiring_faults(
         The first fault of every tensor, in the order of the steps.
     """
     found: dict[_What, WiringFault] = {}
-    for what, fault in _all_faults(calls, graphs, trajectory, plan):
+    rows = {name: np.concatenate(made) for name, made in made_before.items()}
+    for what, fault in _all_faults(calls, rows, graphs, trajectory, plan):
         found.setdefault(what, fault)
     return tuple(found.values())
 
@@ -51,11 +57,15 @@ _What: TypeAlias = tuple[Role | str, str | None]
 
 
 def _what(tensor: TensorName) -> _What:
-    return tensor.role, tensor.name if tensor.role is Role.CONDITION else tensor.cache
+    return tensor.role, tensor.name if tensor.role in (Role.CONDITION, *PROLOGUE_ROLES) else tensor.cache
 
 
 def _all_faults(
-    calls: Sequence[CallNote], graphs: Mapping[str, GraphRecord], trajectory: Trajectory, plan: Plan
+    calls: Sequence[CallNote],
+    rows: Mapping[str, NDArray[Any]],
+    graphs: Mapping[str, GraphRecord],
+    trajectory: Trajectory,
+    plan: Plan,
 ) -> Iterator[tuple[_What, WiringFault]]:
     steps = list(zip(calls[0::2], calls[1::2], strict=True))
     made = _Made(steps, graphs)
@@ -66,7 +76,10 @@ def _all_faults(
             yield (SCHEDULE, None), WiringFault(step=step, graph=model.graph, tensor=SCHEDULE, text=text)
         for call in (model, solver):
             for tensor in graphs[call.graph].inputs:
-                fault = _fault(call, tensor, step, made, trajectory, plan)
+                if tensor.role in PROLOGUE_ROLES:
+                    fault = _prologue_fault(call, tensor, step, rows, len(steps))
+                else:
+                    fault = _fault(call, tensor, step, made, trajectory, plan)
                 if fault is not None:
                     yield _what(tensor), fault
 
@@ -160,6 +173,19 @@ def _expected_row(
     if tensor.group is None:
         return name, row
     return tensor.name, planned_group_inputs(plan, variant, row)[tensor.name]
+
+
+def _prologue_fault(
+    call: CallNote, tensor: TensorName, step: int, rows: Mapping[str, NDArray[Any]], steps: int
+) -> WiringFault | None:
+    """Compare what a step read of what was made before the first one: the same at each, or its own rows of all."""
+    made = rows.get(tensor.name)
+    if made is not None and tensor.role is Role.SCHEDULED:
+        made = np.split(made, steps)[step]
+    if made is not None and np.array_equal(call.arrays[tensor.name], made):
+        return None
+    text = f"{tensor.name} is not what was made for this step before the first"
+    return WiringFault(step=step, graph=call.graph, tensor=tensor.name, text=text)
 
 
 def _condition_fault(call: CallNote, name: str, step: int, expected: NDArray[Any] | None) -> WiringFault | None:

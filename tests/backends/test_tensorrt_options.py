@@ -15,10 +15,13 @@ from tc_deploy.errors import UsageError
 from tc_deploy.manifest import (
     BATCH,
     MODEL_BATCH,
+    RUN_BATCH,
     Manifest,
     SolverRecord,
 )
 from tc_deploy.types import Precision
+
+STEPS = 5
 
 
 def manifest(*, guided: bool = True, batch_size: int | None = None, precision: Precision = Precision.FP32) -> Manifest:
@@ -29,15 +32,17 @@ def manifest(*, guided: bool = True, batch_size: int | None = None, precision: P
 
 def test_a_sample_is_two_rows_with_guidance_and_one_without() -> None:
     profile = TensorRtOptions(batch_profile=(1, 2, 8))
-    assert batch_axes(profile, manifest()) == {BATCH: (1, 2, 8), MODEL_BATCH: (2, 4, 16)}
-    assert batch_axes(profile, manifest(guided=False)) == {BATCH: (1, 2, 8), MODEL_BATCH: (1, 2, 8)}
-    assert batch_axes(TensorRtOptions(), manifest())[BATCH] == (1, 1, 8)
+    guided = {BATCH: (1, 2, 8), MODEL_BATCH: (2, 4, 16), RUN_BATCH: (2 * STEPS, 4 * STEPS, 16 * STEPS)}
+    assert batch_axes(profile, manifest(), STEPS) == guided
+    alone = {BATCH: (1, 2, 8), MODEL_BATCH: (1, 2, 8), RUN_BATCH: (STEPS, 2 * STEPS, 8 * STEPS)}
+    assert batch_axes(profile, manifest(guided=False), STEPS) == alone
+    assert batch_axes(TensorRtOptions(), manifest(), STEPS)[BATCH] == (1, 1, 8)
 
 
 def test_a_bundle_of_a_fixed_batch_has_no_profile() -> None:
-    assert batch_axes(TensorRtOptions(), manifest(batch_size=3)) == {}
+    assert batch_axes(TensorRtOptions(), manifest(batch_size=3), STEPS) == {}
     with pytest.raises(UsageError, match="exported for a batch of exactly 3; leave --batch-profile out"):
-        batch_axes(TensorRtOptions(batch_profile=(1, 2, 3)), manifest(batch_size=3))
+        batch_axes(TensorRtOptions(batch_profile=(1, 2, 3)), manifest(batch_size=3), STEPS)
 
 
 @pytest.mark.parametrize(

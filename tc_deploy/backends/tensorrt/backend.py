@@ -43,6 +43,7 @@ from tc_deploy.manifest import (
     TensorRecord,
     read_engine_record,
 )
+from tc_deploy.plan import load_plan
 
 TIMING_CACHE = "timing.cache"
 LARGE_WEIGHTS_MIB = 256
@@ -82,7 +83,7 @@ class TensorRt:
         chosen = self._options(options)
         capabilities = self._capability_names(chosen)
         check_turing(self.name, chosen, manifest)
-        axes = batch_axes(chosen, manifest)
+        axes = batch_axes(chosen, manifest, load_plan(bundle)[0].schedule.steps)
         if axes:
             # The default, written out, is the same profile: an engine that has it is not built again.
             chosen = chosen.model_copy(update={"batch_profile": axes[BATCH]})

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from tc_deploy.bundle import Document, first_problem
 from tc_deploy.errors import UsageError
-from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, Manifest
+from tc_deploy.manifest import BATCH, FP32_GRAPHS, MODEL_BATCH, RUN_BATCH, Manifest
 from tc_deploy.types import Precision
 
 DEFAULT_BATCH_PROFILE = (1, 1, 8)
@@ -126,8 +126,13 @@ def check_turing(backend: str, options: TensorRtOptions, manifest: Manifest) -> 
         )
 
 
-def batch_axes(options: TensorRtOptions, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+def batch_axes(options: TensorRtOptions, manifest: Manifest, steps: int) -> dict[str, tuple[int, int, int]]:
     """The least, best and largest size of the open batch axes; empty where a bundle has none.
+
+    Args:
+        options: which batches are wanted.
+        manifest: the bundle's.
+        steps: of a run; what is computed for all of them at once has as many times the rows.
 
     Raises:
         UsageError: a profile is given for a bundle of a fixed batch.
@@ -138,6 +143,6 @@ def batch_axes(options: TensorRtOptions, manifest: Manifest) -> dict[str, tuple[
                 f"this bundle was exported for a batch of exactly {manifest.batch_size}; leave --batch-profile out"
             )
         return {}
-    rows = 2 if manifest.guided else 1
     least, best, largest = options.batch_profile or DEFAULT_BATCH_PROFILE
-    return {BATCH: (least, best, largest), MODEL_BATCH: (rows * least, rows * best, rows * largest)}
+    sizes = [manifest.batch_axes(samples, steps) for samples in (least, best, largest)]
+    return {axis: (sizes[0][axis], sizes[1][axis], sizes[2][axis]) for axis in (BATCH, MODEL_BATCH, RUN_BATCH)}

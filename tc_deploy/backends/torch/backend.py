@@ -36,12 +36,17 @@ class Torch(CompiledAtLoad):
     def build(
         self, bundle: Path, manifest: Manifest, folder: Path, options: Mapping[str, Any], progress: Progress
     ) -> None:
-        """Run every graph once; a decoder and text encoders, whose checkpoint no plan names, are refused."""
+        """Run every graph once; what no plan names a checkpoint of is refused: decoder, text encoders, a prologue."""
         kept = [name for name in FP32_GRAPHS if name in manifest.graphs]
         if kept:
             raise BackendError(
                 f"{bundle}: torch runs the steps' graphs only, and this bundle has a {kept[0]}; build it with another"
                 " backend, or export without --with-decoder and --with-text-encoder"
+            )
+        if manifest.has_prologue:
+            raise BackendError(
+                f"{bundle}: torch makes its steps of the checkpoint, where nothing is computed before the first one,"
+                " and this bundle has a prologue; build it with another backend, or export with --no-prologue"
             )
         super().build(bundle, manifest, folder, options, progress)
 
