@@ -8,6 +8,7 @@ there. Never: loads an engine or a model.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,24 @@ from tc_deploy.golden import sampled_on_in_words
 from tc_deploy.manifest import (
     BUNDLE_FOLDER,
     ENGINE_SUFFIX,
+    MODEL_BATCH,
+    PROLOGUE_GRAPHS,
+    PROLOGUE_ROLES,
     SOLVER,
     Manifest,
+    Role,
     TargetManifest,
     check_is_whole,
     read_engine_record,
     read_target,
+    variant_name,
 )
+from tc_deploy.onnx_files import weights_of
 from tc_deploy.plan import PLAN, PLAN_FOLDER, Plan, load_plan
 from tc_deploy.remarks import remark_on, saves_steps
 from tc_deploy.runtime.buffers import Kind
-from tc_deploy.runtime.layout import checked_batch_size, pipeline_layout, pipeline_programs
-from tc_deploy.schedule import PHASES
+from tc_deploy.runtime.layout import checked_batch_size, itemsize, pipeline_layout, pipeline_programs
+from tc_deploy.schedule import FULL, PHASES
 from tc_deploy.tolerances import LARGEST_PSNR_DB
 
 
@@ -162,6 +169,40 @@ def _memory(manifest: Manifest, plan: Plan, batch_size: int | None) -> dict[str,
     }
 
 
+def _prologue(manifest: Manifest, plan: Plan, path: Path) -> dict[str, Any] | None:
+    """What has left the steps' graphs, and what they read instead; None where nothing has."""
+    if not manifest.has_prologue:
+        return None
+    full = variant_name(FULL)
+    weights = {
+        name: weights_of(path / graph.file)
+        for name, graph in manifest.graphs.items()
+        if name in (*PROLOGUE_GRAPHS, full)
+    }
+    left: dict[int, tuple[int, int]] = {}
+    for name in PROLOGUE_GRAPHS:
+        left |= weights.get(name, {})
+    moved = {place: sizes for place, sizes in left.items() if place not in weights[full]}
+    moved_bytes, parameters = (sum(sizes[which] for sizes in moved.values()) for which in (0, 1))
+    full_bytes = sum(size_bytes for size_bytes, _ in weights[full].values())
+    axes = manifest.batch_axes(1)
+    row_bytes = {
+        role: sum(
+            itemsize(tensor) * math.prod((axes[MODEL_BATCH], *tensor.shape_at(axes)[1:]))
+            for tensor in manifest.graphs[full].inputs
+            if tensor.role is role
+        )
+        for role in PROLOGUE_ROLES
+    }
+    return {
+        "parameters": parameters,
+        "weights_bytes": moved_bytes,
+        "share_of_weights": round(moved_bytes / (moved_bytes + full_bytes), 4),
+        "bytes_per_step": sum(row_bytes.values()),
+        "table_bytes": row_bytes[Role.PROLOGUE] + plan.schedule.steps * row_bytes[Role.SCHEDULED],
+    }
+
+
 def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
     documents = read_documents(path)
     manifest, plan = documents.manifest, documents.plan
@@ -206,6 +247,7 @@ def _bundle(path: Path, batch_size: int | None) -> dict[str, Any]:
             }
             for name, graph in manifest.graphs.items()
         },
+        "prologue": _prologue(manifest, plan, path),
         "files": {name: record.model_dump() for name, record in manifest.files.items()},
         "targets": targets,
         "memory": _memory(manifest, plan, batch_size),

@@ -8,6 +8,7 @@ can stand is visited. Never: reads a weight.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ _HOLDS: Final = {
     "Sparse": {1: "Tensor", 2: "Tensor"},
 }
 """The messages that can hold a tensor, by the field in which they stand."""
-_MODEL_GRAPH, _GRAPH_INPUT, _GRAPH_OUTPUT, _NODE_DOMAIN, _TENSOR_EXTERNAL = 7, 11, 12, 7, 13
+_MODEL_GRAPH, _GRAPH_TENSOR, _GRAPH_INPUT, _GRAPH_OUTPUT, _NODE_DOMAIN, _TENSOR_EXTERNAL = 7, 5, 11, 12, 7, 13
 _OWN_DOMAINS: Final = (b"", b"ai.onnx")
 _TYPES: Final = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
@@ -52,6 +53,24 @@ def check_graph_file(path: Path, graphs: Sequence[GraphRecord]) -> None:
                 _check_signature(what, found, said)
     except (OSError, ValueError, IndexError) as error:
         raise BundleError(f"{path}: {error}; do not use it, export again") from None
+
+
+def weights_of(path: Path) -> dict[int, tuple[int, int]]:
+    """The weights that a graph reads from the bundle's file: by where each begins, its bytes and its numbers.
+
+    Args:
+        path: a graph's file that has been checked.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for graph in _messages(data, 0, len(data), _MODEL_GRAPH):
+            for start, end in _messages(data, *graph, _GRAPH_TENSOR):
+                fields = list(_fields(data, start, end))
+                entries = dict(_entry(data, field[2], field[3]) for field in fields if field[0] == _TENSOR_EXTERNAL)
+                if entries:
+                    numbers = math.prod(value for number, value, begin, _ in fields if number == 1 and not begin)
+                    found[int(entries.get(b"offset", b"0"))] = (int(entries[b"length"]), numbers)
+    return found
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

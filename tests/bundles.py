@@ -203,6 +203,17 @@ def mixed(kept: Keep, tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder:
 
 
 @pytest.fixture(scope="session")
+def prologue(kept: Keep, tmp_path_factory: pytest.TempPathFactory, tiny_dit_folder: Path) -> Made:
+    """The same plan as ``mixed``, and its graphs with a prologue."""
+
+    def make(folder: Path) -> None:
+        plan = make_plan(tiny_dit_folder, folder / "plan", **MIXED)
+        export_bundle(plan, folder / "bundle", ExportOptions(prologue=True))
+
+    return _built(copied(kept("prologue", make), tiny_dit_folder, tmp_path_factory.mktemp("prologue")))
+
+
+@pytest.fixture(scope="session")
 def multistep(kept: Keep, tmp_path_factory: pytest.TempPathFactory, save_dit: SaveDit) -> Made:
     """One block, DPM-Solver++ of second order (the solver looks one step back), guided, reuse without forecast."""
 

@@ -52,6 +52,13 @@ def _show_bundle(facts: dict[str, Any]) -> None:
         if graph["snr_to_fp32_db"] is not None:
             error += f", {graph['snr_to_fp32_db']:.1f} dB above its error to fp32"
         _line(name, f"{inputs}, {outputs}, {_size(size)}, {error}")
+    if (moved := facts["prologue"]) is not None:
+        _line(
+            "prologue",
+            f"{moved['parameters']:,} parameters, {_size(moved['weights_bytes'])}, have left the steps' graphs,"
+            f" {moved['share_of_weights']:.1%} of the full step's; a step reads {_size(moved['bytes_per_step'])} for"
+            f" them, and a run holds {_size(moved['table_bytes'])}, for each picture",
+        )
     text = facts["text"] or {"components": [], "tokenizers": []}
     for part in ([facts["decoder"]] if facts["decoder"] else []) + text["components"]:
         _line("part", f"{part['name']}, {part['model_class']}, sha256 {part['weights_sha256'][:16]}")

@@ -88,7 +88,7 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
                     parts[key] = Part(whole=key.whole, start=key.step * rows, stop=(key.step + 1) * rows)
                     key, shape = key.whole, (axes[RUN_BATCH], *shape[1:])
                 found.setdefault(key, (tensor, shape))
-    sizes_bytes = [_itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
+    sizes_bytes = [itemsize(tensor) * math.prod(shape) for tensor, shape in found.values()]
     offsets, size_bytes = arena_offsets(sizes_bytes)
     buffers = tuple(
         PlannedBuffer(key=key, tensor=tensor, shape=shape, offset_bytes=offset, size_bytes=buffer_bytes)
@@ -139,6 +139,7 @@ def checked_batch_size(manifest: Manifest, batch_size: int | None) -> int:
     return manifest.batch_size
 
 
-def _itemsize(tensor: TensorRecord) -> int:
+def itemsize(tensor: TensorRecord) -> int:
+    """Bytes of one number of a tensor."""
     # numpy knows bfloat16 only where ml_dtypes is installed, and its size is no secret.
     return 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
