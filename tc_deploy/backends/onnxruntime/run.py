@@ -88,8 +88,8 @@ class OrtGpuBuffer:
             BackendError: always.
         """
         raise BackendError(
-            "ONNX Runtime shows no rows of a tensor on a GPU, so it does not serve by steps there; build for"
-            " --backend tensorrt or tensorrt-rtx, or for --provider cpu"
+            "ONNX Runtime shows no rows of a tensor on a GPU, so it neither serves by steps nor runs a prologue there;"
+            " build for --backend tensorrt or tensorrt-rtx, or for --provider cpu"
         )
 
     def copy(self, source: Buffer) -> None:
