@@ -50,9 +50,9 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.onnx_files import check_graph_file
-from tc_deploy.plan import Plan, content_sha256, load_plan
+from tc_deploy.plan import TABLES, Plan, content_sha256, load_plan
 from tc_deploy.schedule import FULL
-from tc_deploy.tables import StepTables, pruned_blocks
+from tc_deploy.tables import SOLVER_COEFFICIENTS, StepTables, pruned_blocks, reads_before_start
 from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.types import FloatArray
 
@@ -102,7 +102,11 @@ def read_documents(bundle: Path, *, graphs: bool = True) -> Documents:
     check_documents(manifest, plan, runtime_tables, bundle)
     for file, held in manifest.graphs_by_file().items() if graphs else ():
         check_graph_file(bundle / file, list(held.values()))
-    return Documents(manifest=manifest, plan=plan, step_tables=plan.step_tables(tables), runtime_tables=runtime_tables)
+    step_tables = plan.step_tables(tables)
+    fitted = step_tables.solver_coefficients
+    if fitted is not None and fitted.shape != (expected := runtime_tables["coefficients"].shape):
+        _refuse(str(bundle / TABLES), SOLVER_COEFFICIENTS, f"{expected}, as {RUNTIME_TABLES} has its own", fitted.shape)
+    return Documents(manifest=manifest, plan=plan, step_tables=step_tables, runtime_tables=runtime_tables)
 
 
 def with_another_plan(
@@ -206,9 +210,8 @@ def _check_runtime_tables(manifest: Manifest, plan: Plan, tables: Mapping[str, N
     sigma = np.float32(manifest.solver.init_noise_sigma)
     if tables["init_noise_sigma"][0] != sigma:
         _refuse(where, "init_noise_sigma", f"{sigma}, as the manifest has it", tables["init_noise_sigma"][0])
-    # What lies before step 0 is nothing, and what an earlier request left there is not to be read.
-    ages = np.arange(terms) > np.arange(steps)[:, None]
-    if tables["coefficients"][np.concatenate([ages, ages], axis=1)].any():
+    # What an earlier request left there is not to be read.
+    if reads_before_start(tables["coefficients"]):
         raise BundleError(f"{where}: coefficients: a step reads from before step 0; export again")
 
 

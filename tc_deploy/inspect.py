@@ -46,11 +46,21 @@ def measurement_of(plan: Plan) -> str | None:
     found = plan.measured
     if found is None:
         return None
-    words = f"{decibels(found.psnr_db)} to the full run in PyTorch, on {counted(len(found.seeds), 'unseen seed')}"
+    exact, seeds = found.converged, f"in PyTorch, on {counted(len(found.seeds), 'unseen seed')}"
+    words = f"{decibels(found.psnr_db)} to the full run"
+    if exact is None:
+        words += f" {seeds}"
+    else:
+        words = (
+            f"{decibels(exact.psnr_db)} to the converged run of {exact.steps} steps {seeds}, where the full run has"
+            f" {decibels(exact.full_psnr_db)}; {words}"
+        )
     if not saves_steps(plan):
         return words
     cost = f"{counted(found.fewer_steps, 'full step')}, its cost of {plan.cost_in_full_steps():.1f} rounded up"
-    return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
+    if exact is None:
+        return f"{words}; {cost}: {decibels(found.fewer_steps_psnr_db)}"
+    return f"{words}; {cost}: {decibels(exact.fewer_steps_psnr_db)} to the converged run"
 
 
 def decibels(psnr_db: float) -> str:
@@ -116,6 +126,9 @@ def _plan(plan: Plan, folder: Path) -> dict[str, Any]:
         "attention": plan.cache.attention.value,
         "forecast_order": plan.cache.forecast_order,
         "forecast_fitted_on": None if plan.forecast is None else plan.forecast.samples,
+        "fit_target": None if plan.forecast is None else plan.forecast.target,
+        "fit_target_in_words": None if plan.forecast is None else plan.forecast.target_in_words,
+        "solver_fitted": plan.solver_fitted,
         "keep_counts": {f"phase {phase}": list(plan.keep_counts(phase)) for phase in PHASES},
         "cost_in_full_steps": round(plan.cost_in_full_steps(), 3),
         "cost_ratio": round(plan.cost_ratio(), 4),

@@ -28,9 +28,8 @@ def remark_on(plan: Plan) -> str | None:
         return verdict
     if found is None:
         return None
-    margin_db = found.psnr_db - found.fewer_steps_psnr_db
-    if margin_db < CLOSE_DB:
-        return f"hardly different from running fewer steps at equal cost ({margin_db:+.1f} dB), which is simpler"
+    if found.margin_db < CLOSE_DB:
+        return f"hardly different from running fewer steps at equal cost ({found.margin_db:+.1f} dB), which is simpler"
     return None
 
 
@@ -42,7 +41,7 @@ def saves_steps(plan: Plan) -> bool:
 def verdict_against(plan: Plan) -> str | None:
     """Why a plan should not be used at all; None where it may be."""
     found = plan.measured
-    if found is None or not saves_steps(plan) or found.psnr_db - found.fewer_steps_psnr_db > -CLOSE_DB:
+    if found is None or not saves_steps(plan) or found.margin_db > -CLOSE_DB:
         return None
     return "running fewer steps is better than this plan at equal cost; do not use it"
 

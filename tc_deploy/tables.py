@@ -27,6 +27,9 @@ Row s is how cached step s combines what the last full steps cached; column 0 be
 is 1, 0, 0, which nothing reads, and a column whose full step has not run yet is 0. A plan without the table forecasts
 by polynomials.
 """
+SOLVER_COEFFICIENTS: Final = "solver_coefficients"
+"""Name of the table of a fitted solver, ``(T, 2(h + 1))`` float32, as :class:`tc_deploy.models.solver.SolverTable` has
+its own. A plan without the table is solved as its scheduler does; and so is a run with every step full."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +40,8 @@ class StepTables:
     """``(T, r + 1)``, see :data:`FORECAST_WEIGHTS`."""
     token_index: Mapping[int, IntArray] = field(default_factory=dict)
     """Per phase that prunes a block, ``(cached steps of the phase, sum of M over pruned blocks)``."""
+    solver_coefficients: FloatArray | None = None
+    """``(T, 2(h + 1))``, see :data:`SOLVER_COEFFICIENTS`; None: the scheduler's own."""
 
     @classmethod
     def polynomial(
@@ -110,13 +115,15 @@ def check_tables(
         PlanError: a table is missing, unknown, or not what its name stands for.
     """
     names = {name(phase) for phase in PHASES for name in (token_index_name, importance_name)}
-    unknown = sorted(tables.keys() - names - {FORECAST_WEIGHTS})
+    unknown = sorted(tables.keys() - names - {FORECAST_WEIGHTS, SOLVER_COEFFICIENTS})
     if unknown:
         raise PlanError(f"{where}: table {unknown[0]} is unknown; calibrate again")
     if FORECAST_WEIGHTS in tables:
         _check_forecast_weights(
             tables[FORECAST_WEIGHTS], schedule, forecast_order, f"{where}: table {FORECAST_WEIGHTS}"
         )
+    if SOLVER_COEFFICIENTS in tables:
+        _check_solver_coefficients(tables[SOLVER_COEFFICIENTS], schedule.steps, f"{where}: table {SOLVER_COEFFICIENTS}")
     for phase in PHASES:
         counts, name = keep_counts[phase - 1], importance_name(phase)
         wrong = what_is_wrong(tables.get(name), np.float32, (len(counts), tokens))
@@ -144,6 +151,22 @@ def _check_forecast_weights(table: NDArray[Any], schedule: Schedule, order: int,
         raise PlanError(
             f"{what}: step {step}: expected {expected}{more}, found {table[step].tolist()}; calibrate again"
         )
+
+
+def reads_before_start(coefficients: NDArray[Any]) -> bool:
+    """Whether a solver's table (T, 2(h + 1)) reads from before step 0, where there is nothing."""
+    steps, terms = len(coefficients), coefficients.shape[1] // 2
+    before = np.arange(terms) > np.arange(steps)[:, None]
+    return bool(coefficients[np.concatenate([before, before], axis=1)].any())
+
+
+def _check_solver_coefficients(table: NDArray[Any], steps: int, what: str) -> None:
+    terms = max(1, table.shape[-1] // 2) if table.ndim else 1
+    wrong = what_is_wrong(table, np.float32, (steps, 2 * terms))
+    if wrong is None and reads_before_start(table):
+        wrong = "a step reads from before step 0"
+    if wrong is not None:
+        raise PlanError(f"{what}: {wrong}; calibrate again")
 
 
 def _check_token_index(

@@ -66,6 +66,15 @@ class Skip(StrEnum):
     """It runs embeddings, adaLN and head; what the blocks add is forecast, as ``Reuse`` says."""
 
 
+class FitTarget(StrEnum):
+    """What a fitted plan's run is to end at."""
+
+    FULL = "full"
+    """The model's own run of the plan's steps."""
+    CONVERGED = "converged"
+    """The model's own run of many more steps, which that one only comes near to."""
+
+
 class Cleaning(StrEnum):
     """What a pipeline does to a prompt before it is cut into tokens."""
 

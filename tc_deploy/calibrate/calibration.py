@@ -57,7 +57,14 @@ from tc_deploy.plan import (
 )
 from tc_deploy.planned.prompts import takes_prompts
 from tc_deploy.schedule import PHASES, Schedule
-from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, importance_name, tables_record, token_index_name
+from tc_deploy.tables import (
+    FORECAST_WEIGHTS,
+    SOLVER_COEFFICIENTS,
+    StepTables,
+    importance_name,
+    tables_record,
+    token_index_name,
+)
 from tc_deploy.tokencache.cost import count_flops
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.tokencache.selection import phase_keep_counts, spread_importance, token_index_from_importance
@@ -84,7 +91,7 @@ def calibrate(
     Raises:
         UsageError: there is no such device, the model needs prompts and the recipe names none that fit, the recipe does
             not fit the model (keep counts, or any where its blocks are unknown) or itself (phase start), or forecasts
-            are to be fitted and there is nothing to fit, or too few samples.
+            are to be fitted and there is nothing to fit, too few samples, or no run of so many steps to fit towards.
         ModelError: the checkpoint or its scheduler cannot be loaded.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
         KeyboardInterrupt: it was interrupted; says where its state is.
@@ -153,7 +160,7 @@ def _calibrated(
         ) from None
     model.family.convention.check_noise(pipeline_of(folder).entries, sampling.scheduler, unit=solver.unit_noise)
     folder_of = partial(state.open, state_key(recipe, model, sampling))
-    fits = Fits(model, sampling, recipe.fit_seeds, folder_of, report)
+    fits = Fits(model, sampling, recipe.fit_seeds, folder_of, report, recipe.forecast.target)
     if schedule is None:
         schedule = fits.place(recipe.schedule, recipe.cache.forecast_order).schedule
     importance, manual = importance_of(recipe, model, sampling, schedule, folder_of, report)
@@ -163,7 +170,7 @@ def _calibrated(
         schedule, cache.forecast_order, token_index_from_importance(importance, keep_counts, schedule)
     )
     if recipe.fit_seeds:
-        step_tables = dataclasses.replace(step_tables, forecast_weights=fits.weights(schedule, cache))
+        step_tables = dataclasses.replace(fits.tables(schedule, cache), token_index=step_tables.token_index)
     origin = OriginRecord(
         method="manual" if manual else "predictor", seed=recipe.seed, settings=_settings(recipe, manual=manual)
     )
@@ -176,9 +183,10 @@ def _calibrated(
         importance=None if manual else importance,
         origin=origin,
         fit_seeds=recipe.fit_seeds,
+        converged=fits.converged,
     )
     if recipe.measure.samples:
-        report("measuring against the full run", 0, 1)
+        report(f"measuring against the {recipe.forecast.target} run", 0, 1)
         measured = measure(
             model,
             sampling,
@@ -188,6 +196,7 @@ def _calibrated(
             plan.cost_in_full_steps(),
             recipe.measure.samples,
             content_sha256(plan),
+            fits.converged,
         )
         plan = plan.model_copy(update={"measured": measured})
     return plan, tables
@@ -203,6 +212,7 @@ def assemble_plan(
     importance: FloatArray | None,
     origin: OriginRecord,
     fit_seeds: range = range(0),
+    converged: Sampling | None = None,
 ) -> tuple[Plan, dict[str, FloatArray | IntArray]]:
     """Put a plan together; it is not measured.
 
@@ -215,6 +225,7 @@ def assemble_plan(
         importance: (T, L, N) scores that chose them, whose means the plan keeps; None where nothing scored them.
         origin: how the plan came to be, but for what the samples were conditioned on.
         fit_seeds: of the samples that the weights were fitted on; none: the weights are the polynomials'.
+        converged: the sampler of the converged run that they were fitted towards; None: towards the full run.
 
     Returns:
         The plan and its tables.
@@ -227,6 +238,8 @@ def assemble_plan(
     }
     if fit_seeds:
         tables[FORECAST_WEIGHTS] = step_tables.forecast_weights
+    if step_tables.solver_coefficients is not None:
+        tables[SOLVER_COEFFICIENTS] = step_tables.solver_coefficients
     if importance is not None:
         for phase in step_tables.token_index:
             tables[importance_name(phase)] = importance[list(schedule.cached_steps(phase))].mean(0)
@@ -250,6 +263,8 @@ def assemble_plan(
             fitted_for=fitted_for_sha256(model.record(), sampling_record, stored, cache),
             first_seed=fit_seeds.start,
             samples=len(fit_seeds),
+            converged_steps=None if converged is None else converged.steps,
+            solver_fitted=SOLVER_COEFFICIENTS in tables,
         )
     plan = Plan(
         kind="plan",

@@ -1,7 +1,8 @@
 """Fits and placements of one model and sampler, kept in a folder: what was done before is not done again.
 
-In: seeds, and schedules or numbers of full steps. Out: forecast weights, and placed schedules. The model's own runs,
-which all of them are made from, are sampled once. An interrupted one goes on where it stood. Never: judges a plan.
+In: seeds, and schedules or numbers of full steps. Out: forecast weights, where it is fitted the solver's table, and
+placed schedules. The model's own runs, which all of them are made from, are sampled once. An interrupted one goes on
+where it stood. Never: judges a plan.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import safetensors.numpy
 import torch
 
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
+from tc_deploy.calibrate.converged import converged_runs, converged_sampling
 from tc_deploy.calibrate.fitting import Fitter, OwnRuns, check_fit, own_runs
 from tc_deploy.calibrate.placing import Placed, Placement
 from tc_deploy.calibrate.recipe import ScheduleRecipe
@@ -26,10 +28,10 @@ from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import Schedule
-from tc_deploy.tables import FORECAST_WEIGHTS
+from tc_deploy.tables import FORECAST_WEIGHTS, SOLVER_COEFFICIENTS, StepTables
 from tc_deploy.tensors import read_tensors, what_is_wrong
 from tc_deploy.tokencache.sampler import Sampling
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FitTarget, FloatArray
 
 JUDGES = 2
 """While full steps are placed, every second sample is not fitted on, and judges."""
@@ -45,6 +47,10 @@ class Fits:
         seeds: of the samples to fit on.
         folder: gives the folder where what is done is kept.
         report: told what is being done, how far it is, and of how much.
+        target: what plans are fitted towards; the solver too, where that is the converged run.
+
+    Raises:
+        UsageError: the sampler cannot have the converged run's steps.
     """
 
     def __init__(
@@ -54,9 +60,12 @@ class Fits:
         seeds: range,
         folder: Callable[[], Path],
         report: Callable[[str, int, int], None],
+        target: FitTarget = FitTarget.FULL,
     ) -> None:
         self.model, self.sampling, self.seeds, self.report = model, sampling, seeds, report
-        self._folder = folder
+        self.target, self._folder = target, folder
+        self.converged = converged_sampling(model, sampling) if target is FitTarget.CONVERGED else None
+        """The sampler of the converged run, where that is the target."""
         self.solver = read_solver(sampling.scheduler, sampling.steps, sampling.set_timesteps_kwargs)
 
     @cached_property
@@ -66,35 +75,48 @@ class Fits:
 
     @cached_property
     def own(self) -> OwnRuns:
-        """The model's own runs."""
+        """The model's own runs, of the target."""
         path, steps = self._path("own"), self.sampling.steps
         shape = (steps + 1, len(self.seeds), *self.model.geometry.latent_shape)
         latents = _kept(path, LATENTS, shape)
         if latents is not None:
             _, conditions = draw_batch(self.model, self.sampling, self.seeds)
             return OwnRuns(conditions=conditions, latents=torch.from_numpy(latents))
-        what = "sampling the model's own runs"
-        own = own_runs(self.model, self.sampling, self.seeds, lambda done, total: self.report(what, done, total))
+        if self.converged is None:
+            what = "sampling the model's own runs"
+            own = own_runs(self.model, self.sampling, self.seeds, lambda done, total: self.report(what, done, total))
+        else:
+            what = f"sampling the model's own runs of {self.converged.steps} steps"
+            own = converged_runs(
+                self.model,
+                self.sampling,
+                self.solver,
+                self.converged,
+                self.seeds,
+                lambda done, total: self.report(what, done, total),
+            )
         write_state(path, safetensors.numpy.save({LATENTS: np.ascontiguousarray(own.latents.numpy())}))
         return own
 
-    def weights(self, schedule: Schedule, cache: CacheRecord) -> FloatArray:
-        """The forecast weights of a schedule, (T, r + 1).
+    def tables(self, schedule: Schedule, cache: CacheRecord) -> StepTables:
+        """The tables of a schedule, whose cached steps compute no token.
 
         Raises:
             UsageError: there is nothing to fit, or there are too few samples.
             NotFiniteError: a run comes to values that are not finite.
         """
-        check_fit(cache, schedule, len(self.seeds))
+        check_fit(cache, schedule, len(self.seeds), self.target)
         order = cache.forecast_order
         path = self._path("fit", variants=schedule.variants, order=order)
+        fitter = self._fitter(self.own, order)
         weights = _kept(path, FORECAST_WEIGHTS, (schedule.steps, order + 1))
-        if weights is None:
-            fitter = Fitter(self.model, self.sampling, self.solver, order, self.own)
+        coefficients = _kept(path, SOLVER_COEFFICIENTS, fitter.solver.coefficients.shape)
+        if weights is None or coefficients is None:
             what = "fitting the forecasts"
-            weights = fitter(schedule, on_step=lambda step: self.report(what, step + 1, schedule.steps)).weights
-            write_state(path, safetensors.numpy.save({FORECAST_WEIGHTS: weights}))
-        return weights
+            run = fitter(schedule, on_step=lambda step: self.report(what, step + 1, schedule.steps))
+            weights, coefficients = run.weights, run.coefficients
+            write_state(path, safetensors.numpy.save({FORECAST_WEIGHTS: weights, SOLVER_COEFFICIENTS: coefficients}))
+        return StepTables(forecast_weights=weights, solver_coefficients=coefficients if fitter.fits_solver else None)
 
     def place(self, asked: ScheduleRecipe, order: int) -> Placed:
         """Place full steps, of a run whose other steps skip the model.
@@ -111,7 +133,7 @@ class Fits:
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         own = self.own
         few = own.first(max(2 * JUDGES, len(self.seeds) // 2))
-        fitters = [Fitter(self.model, self.sampling, self.solver, order, runs, JUDGES) for runs in (own, few)]
+        fitters = [self._fitter(runs, order, JUDGES) for runs in (own, few)]
         what = f"placing {full_steps} full steps"
         placement = Placement(
             *fitters,
@@ -123,9 +145,14 @@ class Fits:
         )
         return placement(full_steps)
 
+    def _fitter(self, own: OwnRuns, order: int, judges: int = 0) -> Fitter:
+        fits_solver = self.target is FitTarget.CONVERGED
+        return Fitter(self.model, self.sampling, self.solver, order, own, judges, fits_solver=fits_solver)
+
     def _path(self, kind: str, **of: Any) -> Path:
         """The file of one kind that belongs to what it depends on, beside what the folder does."""
-        key = sha256_of_bytes(canonical_json(of | {"samples": len(self.seeds)}).encode())[:16]
+        of |= {"samples": len(self.seeds), "target": self.target}
+        key = sha256_of_bytes(canonical_json(of).encode())[:16]
         return self.folder / f"{kind}-{key}"
 
 

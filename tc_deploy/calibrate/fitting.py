@@ -6,6 +6,9 @@ noise, and before each cached step the weights are chosen with which its next la
 the run goes on with them, so later steps mend what earlier ones left. A schedule that begins as another one did goes
 on from there, so that of many alike (:mod:`tc_deploy.calibrate.placing`) none costs a whole run.
 
+Towards a converged run (:mod:`tc_deploy.calibrate.converged`) the solver is fitted too, at full steps as well: what it
+takes of the latents, of this step's output and of the last one's.
+
 The idea of weights that are fitted, step by step, on a few trajectories is L2P's (arXiv 2604.26365); that they are
 fitted on the plan's own states, towards the next latents, is this project's. Never: sees a seed that a plan is judged
 on.
@@ -23,7 +26,7 @@ from torch import Tensor
 from tc_deploy.calibrate.recipe import LEAST_FIT_SAMPLES
 from tc_deploy.errors import UsageError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.solver import SolverTable
+from tc_deploy.models.solver import DoubleArray, SolverTable
 from tc_deploy.plan import CacheRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.schedule import FULL, PHASES, Schedule
@@ -36,11 +39,13 @@ from tc_deploy.tokencache.sampler import (
     finite_steps,
     model_batch,
 )
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FitTarget, FloatArray
 
 RIDGE = 1e-5
 """Towards the polynomial, of the normal equations' mean diagonal: neighbouring outputs are alike, and the equations
 nearly singular."""
+FITTED_HISTORY = 1
+"""A fitted solver looks back so far, at least: on the digits the last output is worth 1.8 dB, those before nothing."""
 BATCH = 16
 """Samples that run together."""
 
@@ -51,7 +56,7 @@ def can_be_fitted(cache: CacheRecord, schedule: Schedule) -> bool:
     return bool(phases) and cache.forecast_order > 0 and all(map(cache.skips_model, phases))
 
 
-def check_fit(cache: CacheRecord, schedule: Schedule, samples: int) -> None:
+def check_fit(cache: CacheRecord, schedule: Schedule, samples: int, target: FitTarget = FitTarget.FULL) -> None:
     """Check that weights can be fitted.
 
     Raises:
@@ -63,9 +68,10 @@ def check_fit(cache: CacheRecord, schedule: Schedule, samples: int) -> None:
             " extrapolates; keep no tokens, with skip = model and forecast_order 1 or 2, or leave it out"
         )
     if samples < LEAST_FIT_SAMPLES:
+        weights = cache.forecast_order + 1 + (target is FitTarget.CONVERGED)
         raise UsageError(
-            f"to fit forecasts: expected at least {LEAST_FIT_SAMPLES} samples to fit {cache.forecast_order + 1} weights"
-            f" a step, found {samples}; 32 are usual"
+            f"to fit forecasts: expected at least {LEAST_FIT_SAMPLES} samples to fit {weights} weights a step, found"
+            f" {samples}; 32 are usual"
         )
 
 
@@ -75,7 +81,8 @@ class OwnRuns:
 
     Args:
         conditions: by name, (B, ...).
-        latents: (T + 1, B, ...), from the noise on that the solver starts from.
+        latents: (T + 1, B, ...), from the noise on that the solver starts from; of a run of more steps those at the
+            plan's.
     """
 
     conditions: Mapping[str, Tensor]
@@ -140,6 +147,8 @@ class FittedRun:
     schedule: Schedule
     weights: FloatArray
     """(T, r + 1)"""
+    coefficients: FloatArray
+    """(T, 2(h + 1)), of the solver."""
     latents: Tensor
     """Where it ends, (B, ...)."""
     states: Mapping[int, _State]
@@ -162,6 +171,7 @@ class Fitter:
         order: r, the forecast order.
         own: the model's own runs.
         judges: every so many-th sample is not fitted on, so that others may be judged by it; 0: all are.
+        fits_solver: fit the solver too.
     """
 
     def __init__(
@@ -172,14 +182,16 @@ class Fitter:
         order: int,
         own: OwnRuns,
         judges: int = 0,
+        *,
+        fits_solver: bool = False,
     ) -> None:
-        self.model, self.sampling, self.solver, self.order, self.own = model, sampling, solver, order, own
+        self.model, self.sampling, self.order, self.own, self.fits_solver = model, sampling, order, own, fits_solver
+        self.solver = solver.with_history(max(solver.history, FITTED_HISTORY)) if fits_solver else solver
         samples = np.arange(own.latents.shape[1])
         judged = samples % judges == judges - 1 if judges else np.zeros(len(samples), bool)
         self.learn, self.judge = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (~judged, judged))
         self.calls = 0
         """Steps of the model so far, each of all samples."""
-        self._coefficients = torch.from_numpy(solver.coefficients.astype(np.float32))
 
     @torch.no_grad()
     def __call__(
@@ -195,25 +207,28 @@ class Fitter:
         Raises:
             NotFiniteError: it comes to values that are not finite; names the step.
         """
-        usual = schedule.polynomial_weights(self.order).astype(np.float64)
-        weights, states = usual.copy(), dict[int, _State]()
+        weights, coefficients = schedule.polynomial_weights(self.order), self.solver.coefficients.copy()
+        states: dict[int, _State] = {}
         last = None if like is None else like.common(schedule)
         if like is None or last is None:
             first, state = 0, _State(latents=(self.own.latents[0],), outputs=(), cached=())
         else:
             first, state = last + 1, like.states[last]
-            weights[:first] = like.weights[:first]
+            weights[:first], coefficients[:first] = like.weights[:first], like.coefficients[:first]
             states = {step: kept for step, kept in like.states.items() if step <= last}
         check = finite_steps(f"{self.model.source}: the plan's run", self.solver.steps, PLAN_REMEDY)
         for step in range(first, schedule.steps):
-            cached = state.cached
-            if schedule.variants[step] == FULL:
+            is_full, cached = schedule.variants[step] == FULL, state.cached
+            if is_full:
                 output = self._output(step, state.latents[0])
+                check(step, {}, output)
                 cached = (output, *cached)[: self.order + 1]
+                if self.fits_solver:
+                    self._fit_solver(step, state, output, coefficients[step])
             else:
-                weights[step] = self._fitted(step, state, usual[step])
-                output = _sum(torch.from_numpy(weights[step].astype(np.float32)), cached)
-            following = self._following(step, state, output)
+                self._fit_forecast(step, state, weights[step], coefficients[step])
+                output = _sum(weights[step], cached)
+            following = self._following(state, output, coefficients[step])
             check(step, {}, following)
             history = self.solver.history
             state = _State(
@@ -221,10 +236,12 @@ class Fitter:
                 outputs=(output, *state.outputs)[: history + 1],
                 cached=cached,
             )
-            if schedule.variants[step] == FULL:
+            if is_full:
                 states[step] = state
             on_step(step)
-        return FittedRun(schedule=schedule, weights=weights.astype(np.float32), latents=state.latents[0], states=states)
+        return FittedRun(
+            schedule=schedule, weights=weights, coefficients=coefficients, latents=state.latents[0], states=states
+        )
 
     def _output(self, step: int, latents: Tensor) -> Tensor:
         """The model's guided output at a step, (B, ...)."""
@@ -241,24 +258,38 @@ class Fitter:
             parts.append(self.sampling.guided(output[:, : rows.shape[1]]).cpu())
         return torch.cat(parts)
 
-    def _following(self, step: int, state: _State, output: Tensor) -> Tensor:
-        """The latents after a step."""
-        of_latents, of_outputs = self._coefficients[step].chunk(2)
+    def _following(self, state: _State, output: Tensor, coefficients: FloatArray) -> Tensor:
+        """The latents after a step, by its row of the solver's table."""
+        of_latents, of_outputs = np.split(coefficients, 2)
         return _sum(of_latents, state.latents) + _sum(of_outputs, (output, *state.outputs))
 
-    def _fitted(self, step: int, state: _State, usual: FloatArray) -> FloatArray:
-        """The weights with which the next latents lie nearest to the model's own, (r + 1,)."""
-        of_output = float(self._coefficients[step].chunk(2)[1][0])
-        forecast = _sum(torch.from_numpy(usual.astype(np.float32)), state.cached)
-        missing = _rows(self.own.latents[step + 1] - self._following(step, state, forecast), self.learn)
-        # What one unit of each weight adds to the next latents.
-        columns = np.stack([of_output * _rows(output, self.learn) for output in state.cached], axis=1)
+    def _fit_forecast(self, step: int, state: _State, weights: FloatArray, coefficients: FloatArray) -> None:
+        """Change a cached step's weights, and what a fitted solver takes of the latents."""
+        following = self._following(state, _sum(weights, state.cached), coefficients)
+        of_output = coefficients[self.solver.history + 1]
+        of_latents = coefficients[:1] if self.fits_solver else coefficients[:0]
+        change = self._change(step, following, of_output, [*state.latents[: len(of_latents)], *state.cached])
+        of_latents += of_output * change[: len(of_latents)]
+        weights[: len(state.cached)] += change[len(of_latents) :]
+
+    def _fit_solver(self, step: int, state: _State, output: Tensor, coefficients: FloatArray) -> None:
+        """Change what the solver takes of the latents and of the outputs at a full step."""
+        following = self._following(state, output, coefficients)
+        of_outputs = coefficients[self.solver.history + 1 :]
+        outputs, of_output = (output, *state.outputs)[: len(of_outputs)], float(of_outputs[0])
+        change = of_output * self._change(step, following, of_output, [state.latents[0], *outputs])
+        coefficients[0] += change[0]
+        of_outputs[: len(outputs)] += change[1:]
+
+    def _change(self, step: int, following: Tensor, of_output: float, values: Sequence[Tensor]) -> DoubleArray:
+        """How much more of each value, times what the solver takes of an output, lies nearest to what is wanted."""
+        missing = _rows(self.own.latents[step + 1] - following, self.learn)
+        columns = np.stack([of_output * _rows(value, self.learn) for value in values], axis=1)
         gram = columns.T @ columns
         ridge = RIDGE * gram.diagonal().mean() * np.eye(len(gram))
-        # Not solve: where all outputs are zero, so are the equations.
-        change = np.linalg.lstsq(gram + ridge, columns.T @ missing, rcond=None)[0]
-        fitted: FloatArray = usual + np.pad(change, (0, len(usual) - len(change)))
-        return fitted
+        # Not solve: where all values are zero, so are the equations.
+        change: DoubleArray = np.linalg.lstsq(gram + ridge, columns.T @ missing, rcond=None)[0]
+        return change
 
 
 def fit_forecast(
@@ -293,12 +324,12 @@ def fit_forecast(
     return Fitter(model, sampling, solver, cache.forecast_order, own)(schedule).weights
 
 
-def _sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+def _sum(weights: FloatArray, values: Sequence[Tensor]) -> Tensor:
     """Of as many as there are."""
     terms = [weight * value for weight, value in zip(weights.tolist(), values, strict=False)]
     return torch.stack(terms).sum(0) if terms else torch.zeros(())
 
 
-def _rows(values: Tensor, samples: Tensor) -> FloatArray:
-    array: FloatArray = values[samples].double().numpy().ravel()
+def _rows(values: Tensor, samples: Tensor) -> DoubleArray:
+    array: DoubleArray = values[samples].double().numpy().ravel()
     return array

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.plan import CacheRecord, MeasuredRecord
+from tc_deploy.plan import CacheRecord, ConvergedRecord, MeasuredRecord
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.schedule import Schedule
@@ -32,6 +32,7 @@ def measure(
     cost_in_full_steps: float,
     samples: int,
     plan_sha256: str,
+    converged: Sampling | None = None,
 ) -> MeasuredRecord:
     """Run the plan, the full run and the full run with fewer steps from the same noise.
 
@@ -44,6 +45,7 @@ def measure(
         cost_in_full_steps: the plan's cost; fewer steps get it rounded up.
         samples: how many pictures to compare.
         plan_sha256: :func:`tc_deploy.plan.content_sha256` of the plan.
+        converged: the sampler with many more steps, whose run is one more reference; None: it is not run.
 
     Raises:
         NotFiniteError: a run comes to values that are not finite; names whose, and the step.
@@ -52,7 +54,8 @@ def measure(
     fewer_steps = min(max(1, math.ceil(cost_in_full_steps)), sampling.steps)
     fewer = with_steps(model, sampling, fewer_steps)
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + samples))
-    full, planned, shortened = [], [], []
+    full, planned, shortened, exact = [], [], [], []
+    solved = sampling.under(tables)
     for start in range(0, samples, BATCH):
         noise, conditions = draw_batch(model, sampling, seeds[start : start + BATCH])
 
@@ -65,15 +68,28 @@ def measure(
             return denoise(model, sampling, noise, conditions, function, check)  # noqa: B023 - called in this turn only
 
         full.append(run(sampling, None))
-        planned.append(run(sampling, TokenCachedSteps(model, cache, schedule, tables)))
+        planned.append(run(solved, TokenCachedSteps(model, cache, schedule, tables)))
         shortened.append(run(fewer, None))
-    reference, found, pixels = torch.cat(full), torch.cat(planned), model.geometry.pixels
+        if converged is not None:
+            exact.append(run(converged, None))
+
+    def psnr_db(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+        return round(image_psnr_db(torch.cat(found), torch.cat(reference), pixels=model.geometry.pixels), 2)
+
     return MeasuredRecord(
         plan_sha256=plan_sha256,
         seeds=seeds,
-        psnr_db=round(image_psnr_db(found, reference, pixels=pixels), 2),
+        psnr_db=psnr_db(planned, full),
         fewer_steps=fewer_steps,
-        fewer_steps_psnr_db=round(image_psnr_db(torch.cat(shortened), reference, pixels=pixels), 2),
+        fewer_steps_psnr_db=psnr_db(shortened, full),
+        converged=None
+        if converged is None
+        else ConvergedRecord(
+            steps=converged.steps,
+            psnr_db=psnr_db(planned, exact),
+            full_psnr_db=psnr_db(full, exact),
+            fewer_steps_psnr_db=psnr_db(shortened, exact),
+        ),
     )
 
 

@@ -35,7 +35,7 @@ from tc_deploy.bounds import MAX_AXES, MAX_STEPS, Count, Guidance, Size, Step, S
 from tc_deploy.bundle import Document, first_problem, path_beside, read_toml
 from tc_deploy.errors import UsageError
 from tc_deploy.plan import MAX_PROMPTS, RANDOM, VARIANT, Prompt, TextsRecord
-from tc_deploy.types import Attention, Reuse, Skip
+from tc_deploy.types import Attention, FitTarget, Reuse, Skip
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 500_000
@@ -129,7 +129,10 @@ class ForecastRecipe(Document):
 
     fit_samples: Annotated[int, Field(ge=0, le=100_000)] | None = None
     """Sampling runs of the model itself that the weights are fitted on; 0 takes polynomials. None: 0, or
-    ``USUAL_FIT_SAMPLES`` where full steps are placed."""
+    ``USUAL_FIT_SAMPLES`` where full steps are placed or the target is the converged run."""
+    target: FitTarget = FitTarget.FULL
+    """What the run is to end at: the model's own of as many steps, or of many more; towards that the solver's own
+    coefficients are fitted too."""
 
     @model_validator(mode="after")
     def _check_enough(self) -> Self:
@@ -137,6 +140,10 @@ class ForecastRecipe(Document):
             raise ValueError(
                 f"fit_samples must be 0, which takes polynomials, or at least {LEAST_FIT_SAMPLES}, found"
                 f" {self.fit_samples}; 32 are usual"
+            )
+        if self.target is FitTarget.CONVERGED and self.fit_samples == 0:
+            raise ValueError(
+                "target = converged is for what is fitted, and fit_samples = 0 fits nothing; leave one out"
             )
         return self
 
@@ -270,7 +277,8 @@ class Recipe(Document):
         """The seeds of the samples that forecasts are fitted on; none: they are polynomials."""
         samples = self.forecast.fit_samples
         if samples is None:
-            samples = 0 if self.schedule.full_steps is None else USUAL_FIT_SAMPLES
+            fits = self.schedule.full_steps is not None or self.forecast.target is FitTarget.CONVERGED
+            samples = USUAL_FIT_SAMPLES if fits else 0
         return range(self.seed, self.seed + samples)
 
 

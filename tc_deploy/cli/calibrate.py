@@ -18,7 +18,7 @@ from tc_deploy.cli.options import (
     recipe_overrides,
 )
 from tc_deploy.cli.progress import progress_bar
-from tc_deploy.types import Skip
+from tc_deploy.types import FitTarget, Skip
 
 
 def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str, str] | None) -> Any:  # noqa: ARG001
@@ -71,6 +71,12 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     advanced=True,
     type=int,
     help="Fit forecasts of skipped models on so many samples, 8 or more; 0: polynomials.",
+)
+@option(
+    "--target",
+    "forecast__target",
+    type=click.Choice([target.value for target in FitTarget]),
+    help="Fit towards the full run, or a run of four times the steps (the solver too; not for diffusers pipelines).",
 )
 @option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0: not.")
 @json_option

@@ -135,7 +135,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
     click.echo(f" + {plan['steps_cached']} cached steps")
     _line("cache", f"reuse {plan['reuse']}, attention {plan['attention']}, forecast order {plan['forecast_order']}")
     if plan["forecast_fitted_on"] is not None:
-        _line("", f"forecast weights fitted on {plan['forecast_fitted_on']} samples, for this sampler and guidance")
+        _line("", f"forecast weights fitted on {plan['forecast_fitted_on']} samples, for this sampler and guidance,")
+        _line("", plan["fit_target_in_words"])
     for phase, counts in plan["keep_counts"].items():
         _line(phase, f"tokens kept per block: {' '.join(map(str, counts))} (of {model['tokens']})")
     _line("cost", f"{plan['cost_in_full_steps']:.1f} full steps of {plan['steps']}", nl=False)

@@ -78,7 +78,7 @@ class EngineTransformer(nn.Module):
         BackendError: the engine is not installed or refuses the graphs.
         ModelError: diffusers has no such model or scheduler any more, or an installed family cannot be imported.
         UsageError: the bundle has several targets and none is named, its class is unknown or not diffusers', or its
-            plan begins a run as it goes on.
+            plan begins a run as it goes on or has a fitted solver.
     """
 
     def __init__(
@@ -96,6 +96,11 @@ class EngineTransformer(nn.Module):
 
     def _open(self, bundle: Bundle, *, full: bool) -> None:
         path = bundle.path
+        if bundle.plan.solver_fitted:
+            raise UsageError(
+                f"{path}: the plan's solver is fitted, and a pipeline's scheduler is its own; run the bundle with"
+                " tc_deploy.load, or calibrate with --target full"
+            )
         warn_of_plan(bundle.plan, path)
         self.path, self._backend, self._plan = path, bundle.backend, bundle.plan
         family = family_of_class(bundle.plan.model.model_class, bundle.plan.model.pipeline)

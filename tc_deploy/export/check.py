@@ -74,7 +74,7 @@ def example_inputs(
         return steps(step, inputs)
 
     with contextlib.suppress(_Enough):
-        denoise(model, sampling, noise, conditions, step_function)
+        denoise(model, sampling.under(step_tables), noise, conditions, step_function)
     return examples
 
 

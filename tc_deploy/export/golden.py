@@ -113,7 +113,7 @@ def samples_of(
         plan: the plan.
         step_tables: its tables.
         sampling: its sampler.
-        solver: the sampler as a table.
+        solver: the plan's, as a table.
         batch: samples in a batch.
         precision: what the graphs' products are in.
         fp32_blocks: names of blocks that stay in fp32.
@@ -138,12 +138,13 @@ def samples_of(
         chosen[variant] = chosen_steps(steps, rows * _bytes_per_row(records[variant_name(variant)]), LIMIT_BYTES)
     wanted = {step: graphs[variant] for variant, steps_of in chosen.items() for step in steps_of}
     run = _Run(TokenCachedSteps(model, plan.cache, schedule, step_tables), wanted, records, prologue)
+    solved = sampling.under(step_tables)
     with half_products(model, precision, fp32_blocks, stored=False), overflow_refused(model, precision, fp32_blocks):
-        denoise(model, sampling, noise, conditions, run.step, run.note)
+        denoise(model, solved, noise, conditions, run.step, run.note)
     cached = exact = np.stack(run.latents)
     if precision is not Precision.FP32:
         steps_of_plan = TokenCachedSteps(model, plan.cache, schedule, step_tables)
-        exact = latents_of(model, sampling, noise, conditions, steps_of_plan)
+        exact = latents_of(model, solved, noise, conditions, steps_of_plan)
     samples = {}
     for variant, steps_of in chosen.items():
         samples[variant_name(variant)] = GoldenGraph(
@@ -192,7 +193,7 @@ def _unconditional(model: DiffusionTransformer, conditions: Mapping[str, Tensor]
 def _solver_samples(
     run: _Run, record: GraphRecord, solver: SolverTable, sampling: Sampling, first: FloatArray
 ) -> GoldenGraph:
-    """What the solver's graph reads and writes at an early, a middle and a late step, as diffusers' scheduler does."""
+    """What the solver's graph reads and writes at an early, a middle and a late step, as PyTorch computes it."""
     batch, channels = first.shape[:2]
     latents = [first, *run.latents]
     guided = [_guided(output, sampling.guidance_scale)[:, :channels] for output in run.model_outputs]

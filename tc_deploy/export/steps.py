@@ -51,6 +51,7 @@ from tc_deploy.planned.prompts import prompts_of_plan, sampled_on
 from tc_deploy.schedule import FULL
 from tc_deploy.tokencache.graphs import ModelGraph, step_graphs
 from tc_deploy.tokencache.precision import half_products, overflow_refused
+from tc_deploy.tokencache.sampler import planned_solver
 from tc_deploy.types import FloatArray, IntArray, Precision
 
 
@@ -60,6 +61,7 @@ class ExportedSteps:
 
     records: dict[str, GraphRecord]
     solver: SolverTable
+    """The scheduler's own."""
     samples: dict[str, GoldenGraph]
     """By graph; empty where none are wanted."""
     trajectory: Trajectory | None
@@ -87,7 +89,8 @@ def exported_steps(
         progress: told what is being done.
 
     Raises:
-        PlanError: the installed diffusers' scheduler gives other timesteps than the plan has.
+        PlanError: the installed diffusers' scheduler gives other timesteps than the plan has, or looks further back
+            than its fitted solver.
         ExportError: a graph or the scheduler cannot be exported, a graph departs from PyTorch, or a product overflows.
         UsageError: the conditions do not fit the model, or the bundle to take graphs from holds others.
     """
@@ -105,6 +108,9 @@ def exported_steps(
         )
     batch = options.batch_size or EXAMPLE_BATCH
     step_tables = plan.step_tables(tables)
+    planned = planned_solver(solver, step_tables, plan.sampling.scheduler_class)
+    # One graph for both: what the plan looks back for, a run with every step full has no use for.
+    solver = solver.with_history(planned.history)
     graphs = step_graphs(model, plan.cache, plan.phases_used(), one_graph=options.one_graph)
     onnx = folder / ONNX_FOLDER
     with contextlib.ExitStack() as held:
@@ -146,7 +152,7 @@ def exported_steps(
         plan,
         step_tables,
         sampling,
-        solver,
+        planned,
         options.batch_size or 1,
         options.precision,
         options.fp32_blocks,

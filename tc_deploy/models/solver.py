@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ class SolverTable:
     def unit_noise(self) -> bool:
         """Whether a run starts from noise as it is drawn, and the model sees the latents as they are."""
         return self.init_noise_sigma == 1 and bool((self.input_scale == 1).all())
+
+    def with_history(self, history: int) -> SolverTable:
+        """The same run as a table that looks further back, to no effect."""
+        terms = self.coefficients.reshape(self.steps, 2, -1)
+        padded = np.pad(terms, ((0, 0), (0, 0), (0, history - self.history)))
+        return dataclasses.replace(self, history=history, coefficients=padded.reshape(self.steps, -1))
 
 
 def read_solver(scheduler: Any, steps: int, set_timesteps_kwargs: Mapping[str, Any] | None = None) -> SolverTable:

@@ -32,7 +32,7 @@ from tc_deploy.plan.records import (
     SamplingRecord,
 )
 from tc_deploy.schedule import PHASES, Schedule
-from tc_deploy.tables import FORECAST_WEIGHTS, StepTables, check_tables, token_index_name
+from tc_deploy.tables import FORECAST_WEIGHTS, SOLVER_COEFFICIENTS, StepTables, check_tables, token_index_name
 from tc_deploy.types import FloatArray, IntArray
 
 FORMAT_VERSION: Final = 3
@@ -76,7 +76,7 @@ class Plan(Document):
             PlanError: as for :meth:`run_schedule`.
         """
         schedule, names = self.run_schedule(), {phase: token_index_name(phase) for phase in self.phases_used()}
-        weights = tables.get(FORECAST_WEIGHTS)
+        weights, solver = tables.get(FORECAST_WEIGHTS), tables.get(SOLVER_COEFFICIENTS)
         return StepTables(
             forecast_weights=(
                 schedule.polynomial_weights(self.cache.forecast_order)
@@ -84,7 +84,13 @@ class Plan(Document):
                 else weights.astype(np.float32)
             ),
             token_index={phase: tables[name].astype(np.int32) for phase, name in names.items() if name in tables},
+            solver_coefficients=None if solver is None else solver.astype(np.float32),
         )
+
+    @property
+    def solver_fitted(self) -> bool:
+        """Whether its run has a solver's table of its own, and is not solved as the scheduler does."""
+        return self.forecast is not None and self.forecast.solver_fitted
 
     def phases_used(self) -> tuple[int, ...]:
         """The phases that have a cached step, so the cached variants that exist."""
@@ -135,6 +141,18 @@ def _check_forecast(plan: Plan, tables: Mapping[str, FloatArray | IntArray], whe
     if (fit is None) != (FORECAST_WEIGHTS not in tables):
         said, found = ("nothing", "a table") if fit is None else ("a fit", "no table")
         raise PlanError(f"{where}: it says {said} under forecast, and has {found} {FORECAST_WEIGHTS}; calibrate again")
+    if plan.solver_fitted != (SOLVER_COEFFICIENTS in tables):
+        said, found = ("a fitted solver", "no table") if plan.solver_fitted else ("no fitted solver", "a table")
+        raise PlanError(
+            f"{where}: it says {said} under forecast, and has {found} {SOLVER_COEFFICIENTS}; calibrate again"
+        )
+    measured = plan.measured
+    towards = None if fit is None else fit.converged_steps
+    judged = None if measured is None or measured.converged is None else measured.converged.steps
+    if measured is not None and judged != towards:
+        names = ("the full run" if steps is None else f"a run of {steps} steps" for steps in (towards, judged))
+        fitted, other = names
+        raise PlanError(f"{where}: it was fitted towards {fitted}, and measured by {other}; calibrate again")
     if fit is None:
         return
     if fit.fitted_for != fitted_for_sha256(plan.model, plan.sampling, plan.schedule, plan.cache):

@@ -28,7 +28,7 @@ from tc_deploy.bundle import (
     sha256_of_bytes,
 )
 from tc_deploy.schedule import PHASES, Schedule, schedule_from_line, tprr
-from tc_deploy.types import Attention, GuidanceRule, Reuse, Skip
+from tc_deploy.types import Attention, FitTarget, GuidanceRule, Reuse, Skip
 
 VARIANT: Final = r"^[A-Za-z0-9_-]+$"
 """What the name of a copy of the weights looks like: it becomes a part of file names."""
@@ -192,6 +192,17 @@ class CostRecord(Document):
         return sum(flops[variant] for variant in schedule.variants) / self.full_flops
 
 
+class ConvergedRecord(Document):
+    """PSNR to the converged run: the model's own run of many more steps."""
+
+    steps: Steps
+    """Of the converged run."""
+    psnr_db: float
+    full_psnr_db: float
+    """The model's own full run's."""
+    fewer_steps_psnr_db: float
+
+
 class MeasuredRecord(Document):
     """What calibration measured in PyTorch on seeds that training did not see."""
 
@@ -204,6 +215,20 @@ class MeasuredRecord(Document):
     fewer_steps: Steps
     """The step count at which running every step in full costs what the plan costs, rounded up."""
     fewer_steps_psnr_db: float
+    converged: ConvergedRecord | None = None
+    """The same to the converged run, where the plan was fitted towards that."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the converged run out of a plan that has nothing to do with it."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "converged" or value is not None}
+
+    @property
+    def margin_db(self) -> float:
+        """How much nearer the plan is than fewer steps, to what it was fitted towards."""
+        found = self.converged or self
+        return found.psnr_db - found.fewer_steps_psnr_db
 
 
 class PromptsRecord(Document):
@@ -236,6 +261,28 @@ class ForecastRecord(Document):
     first_seed: Count
     samples: PositiveCount
     """One for each seed from the first on."""
+    converged_steps: Steps | None = None
+    """Steps of the converged run that the fit is towards; None: it is towards the full run."""
+    solver_fitted: bool = False
+    """Whether the plan has a solver's table of its own (:data:`tc_deploy.tables.SOLVER_COEFFICIENTS`)."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only a fit towards the converged run has, so that others have the bytes of old."""
+        fields: dict[str, Any] = handler(self)
+        own = ("converged_steps", "solver_fitted")
+        return {name: value for name, value in fields.items() if name not in own or value not in (None, False)}
+
+    @property
+    def target(self) -> FitTarget:
+        """What the plan's run is to end at."""
+        return FitTarget.FULL if self.converged_steps is None else FitTarget.CONVERGED
+
+    @property
+    def target_in_words(self) -> str:
+        """The same, and whether the solver is fitted too."""
+        steps, solver = self.converged_steps, ", with a solver of its own" if self.solver_fitted else ""
+        return ("towards the full run" if steps is None else f"towards a converged run of {steps} steps") + solver
 
 
 class OriginRecord(Document):

@@ -53,7 +53,8 @@ def _plan_facts(plan: Plan) -> list[Fact]:
         Fact(term="settings of that", text=_on_one_line(plan.origin.settings), is_code=True),
     ]
     if (fit := plan.forecast) is not None:
-        text = f"fitted on {fit.samples} seeds, {fit.first_seed} to {fit.first_seed + fit.samples - 1}, in PyTorch"
+        text = f"fitted on {fit.samples} seeds, {fit.first_seed} to {fit.first_seed + fit.samples - 1}, in PyTorch,"
+        text += f" {fit.target_in_words}"
         facts.append(Fact(term="forecast weights", text=text))
     seeds = () if plan.measured is None else plan.measured.seeds
     if seeds:
@@ -116,7 +117,9 @@ def toml_from_plan(plan: Plan) -> str:
         "sampling": {"num_inference_steps": plan.schedule.steps, **guidance},
         "schedule": plan.schedule.model_dump(exclude={"steps"}),
         "cache": cache.model_dump(mode="json", exclude={"keep_counts"}),
-        "forecast": {"fit_samples": 0 if plan.forecast is None else plan.forecast.samples},
+        "forecast": {"fit_samples": 0}
+        if plan.forecast is None
+        else {"fit_samples": plan.forecast.samples, "target": plan.forecast.target.value},
         "measure": {"samples": 0 if plan.measured is None else len(plan.measured.seeds)},
     }
     if sampling.set_timesteps_kwargs:

@@ -85,10 +85,11 @@ def _by_calibration(plan: Plan) -> tuple[Standing, str, list[str]]:
         return Standing.BEHIND, "This plan saves nothing: run every step in full instead.", []
     if found is None:
         return Standing.UNKNOWN, "The quality of this plan was not measured.", []
-    margin_db = found.psnr_db - found.fewer_steps_psnr_db
+    margin_db, exact = found.margin_db, found.converged
+    target = "full" if exact is None else "converged"
     standing = _standing(margin_db)
     headline = {
-        Standing.AHEAD: f"{decibels(margin_db)} closer to the full run than fewer steps at the same cost.",
+        Standing.AHEAD: f"{decibels(margin_db)} closer to the {target} run than fewer steps at the same cost.",
         Standing.EVEN: f"Hardly different from fewer steps at the same cost ({decibels(margin_db, '+')}).",
         Standing.BEHIND: f"Fewer steps are {decibels(-margin_db)} better at the same cost: do not use this plan.",
     }[standing]
@@ -97,6 +98,12 @@ def _by_calibration(plan: Plan) -> tuple[Standing, str, list[str]]:
         f" run; {found.fewer_steps} full steps, which is its cost rounded up, have"
         f" {decibels(found.fewer_steps_psnr_db)}."
     )
+    if exact is not None:
+        quality += (
+            f" It was fitted towards the converged run of {exact.steps} steps: to that its pictures have"
+            f" {decibels(exact.psnr_db)}, the full run's {decibels(exact.full_psnr_db)}, and those of"
+            f" {found.fewer_steps} full steps {decibels(exact.fewer_steps_psnr_db)}."
+        )
     source = (
         "This is calibration's measurement in PyTorch: latency was not measured, and the only baseline is fewer steps"
         " of the same solver."

@@ -22,13 +22,13 @@ from tc_deploy.errors import BundleError, UsageError
 from tc_deploy.groups import planned_group_inputs
 from tc_deploy.manifest import INDEX_ROLES, Manifest, Role, TensorName, read_manifest
 from tc_deploy.plan import Plan
-from tc_deploy.runtime.buffers import Kind
+from tc_deploy.runtime.buffers import OWN, Kind
 from tc_deploy.runtime.layout import Layout
 from tc_deploy.runtime.program import EVERY_FULL_STEP, Call
 from tc_deploy.schedule import FULL
 from tc_deploy.signing import check_signature
 from tc_deploy.tables import index_row
-from tc_deploy.types import IntArray
+from tc_deploy.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,11 +44,15 @@ class Bundle:
     """Per phase, the plan's."""
     step_tables: Mapping[Role, NDArray[Any]]
     """By role of the input, (T, ...): what every step of a kind takes, whatever its phase."""
+    own_coefficients: FloatArray
+    """(T, 2(h + 1)) of the scheduler's own solver, which the plan's may not be."""
     first_scale: np.float32
     """What the first step's input is scaled by."""
 
-    def row(self, tensor: TensorName, step: int) -> NDArray[Any]:
+    def row(self, tensor: TensorName, step: int, *, own_solver: bool = False) -> NDArray[Any]:
         """One step's row of the table that an input is read from, without the batch axis."""
+        if own_solver and tensor.role is Role.COEFFICIENTS:
+            return np.asarray(self.own_coefficients[step])
         if tensor.role not in INDEX_ROLES:
             return np.asarray(self.step_tables[tensor.role][step])
         schedule = self.plan.run_schedule()
@@ -88,6 +92,7 @@ def read_bundle(
 def bundle_of(path: Path, backend: str, documents: Documents) -> Bundle:
     """A bundle whose documents are at hand."""
     plan, solver = documents.plan, documents.runtime_tables
+    fitted = documents.step_tables.solver_coefficients
     return Bundle(
         path=path,
         backend=backend,
@@ -96,11 +101,12 @@ def bundle_of(path: Path, backend: str, documents: Documents) -> Bundle:
         token_index=documents.step_tables.token_index,
         step_tables={
             Role.TIMESTEP: solver["timesteps"],
-            Role.COEFFICIENTS: solver["coefficients"],
+            Role.COEFFICIENTS: solver["coefficients"] if fitted is None else fitted,
             # The solver prepares the next step's input; after the last step nobody reads it.
             Role.INPUT_SCALE: np.append(solver["input_scale"][1:], np.float32(1)),
             Role.FORECAST_WEIGHTS: documents.step_tables.forecast_weights,
         },
+        own_coefficients=solver["coefficients"],
         first_scale=solver["input_scale"][0],
     )
 
@@ -136,7 +142,9 @@ class Binder:
                 # Of what is run for all steps at once, a step's rows stand together.
                 values = np.repeat(bundle.step_tables[key.role], planned.shape[0] // bundle.plan.schedule.steps, axis=0)
             else:
-                values = np.broadcast_to(bundle.row(planned.tensor, key.step), planned.shape)
+                values = np.broadcast_to(
+                    bundle.row(planned.tensor, key.step, own_solver=key.place == OWN), planned.shape
+                )
             self.buffers[key].write(values.astype(planned.tensor.numpy_dtype))
         for part_key, part in layout.parts.items():
             self.buffers[part_key] = self.buffers[part.whole].rows(part.start, part.stop)

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from tc_deploy.manifest import SCHEDULE, TABLE_ROLES, Role, TensorName
 
+OWN = "own"
+"""The place of a row of the scheduler's own solver, beside that of the plan's."""
+
 
 class Kind(enum.StrEnum):
     """What a buffer is for."""
@@ -114,6 +117,6 @@ def scheduled_row(tensor: TensorName, step: int) -> BufferKey:
     return BufferKey(role=tensor.role, tensor=tensor.name, place=SCHEDULE, step=step)
 
 
-def table_row(tensor: TensorName, step: int) -> BufferKey:
+def table_row(tensor: TensorName, step: int, place: str | None = None) -> BufferKey:
     """The constant buffer with a table's row for a step."""
-    return BufferKey(role=tensor.role, tensor=tensor.name, step=step)
+    return BufferKey(role=tensor.role, tensor=tensor.name, place=place, step=step)

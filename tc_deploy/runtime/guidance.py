@@ -32,5 +32,6 @@ def remarks_on_guidance(manifest: Manifest, plan: Plan, asked: Mapping[str, Any]
     for name, (words, usual) in planned.items():
         given = asked.get(name)
         if usual is not None and isinstance(given, int | float) and given != usual:
-            fitted = "" if plan.forecast is None else "; nor are its forecast weights fitted for that"
+            what = "forecast weights and its solver" if plan.solver_fitted else "forecast weights"
+            fitted = "" if plan.forecast is None else f"; nor are its {what} fitted for that"
             yield f"the plan was calibrated at {words} {usual:g}, and is not measured at {given:g}{fitted}"

@@ -98,11 +98,11 @@ def layout_of(graphs: Mapping[str, GraphRecord], calls: Iterable[Call], axes: Ma
 
 
 def pipeline_programs(manifest: Manifest, plan: Plan) -> tuple[tuple[ProgramStep, ...], tuple[ProgramStep, ...]]:
-    """What a pipeline can run: the plan, and every step in full."""
-    schedules = (plan.run_schedule(), full_schedule(plan.schedule.steps))
-    order, history = plan.cache.forecast_order, manifest.solver.history
-    planned, full = (program_of(manifest.graphs, schedule, order, history) for schedule in schedules)
-    return planned, full
+    """What a pipeline can run: the plan, and every step in full, which is solved as the scheduler does."""
+    graphs, order, history = manifest.graphs, plan.cache.forecast_order, manifest.solver.history
+    planned = program_of(graphs, plan.run_schedule(), order, history)
+    full = full_schedule(plan.schedule.steps)
+    return planned, program_of(graphs, full, order, history, own_solver=plan.solver_fitted)
 
 
 def pipeline_layout(manifest: Manifest, programs: Sequence[Sequence[ProgramStep]], batch_size: int) -> Layout:

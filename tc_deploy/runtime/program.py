@@ -25,6 +25,7 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.runtime.buffers import (
+    OWN,
     BufferKey,
     own_buffer,
     role_buffer,
@@ -59,7 +60,12 @@ class ProgramStep:
 
 
 def program_of(
-    graphs: Mapping[str, GraphRecord], schedule: Schedule, forecast_order: int, solver_history: int
+    graphs: Mapping[str, GraphRecord],
+    schedule: Schedule,
+    forecast_order: int,
+    solver_history: int,
+    *,
+    own_solver: bool = False,
 ) -> tuple[ProgramStep, ...]:
     """Lay out a sampling run.
 
@@ -73,6 +79,7 @@ def program_of(
         schedule: which variant each step runs.
         forecast_order: r; a cached step reads the caches of the last r + 1 full steps.
         solver_history: h; the solver reads h earlier latents and guided outputs.
+        own_solver: solve as the scheduler does, where the plan's solver is another.
 
     Returns:
         One entry per step.
@@ -90,7 +97,10 @@ def program_of(
         latents = role_buffer(Role.LATENTS, (step + 1) % (solver_history + 2))
         steps.append(
             ProgramStep(
-                variant=variant, model=model, solver=_solver_call(graphs[SOLVER], step, solver_history), latents=latents
+                variant=variant,
+                model=model,
+                solver=_solver_call(graphs[SOLVER], step, solver_history, OWN if own_solver else None),
+                latents=latents,
             )
         )
     return tuple(steps)
@@ -159,9 +169,11 @@ def _model_output(tensor: TensorRecord, variant: int, full_steps: int, forecast_
     return BufferKey(role=tensor.role, tensor=tensor.name, place=variant_name(variant))
 
 
-def _solver_call(graph: GraphRecord, step: int, history: int) -> Call:
+def _solver_call(graph: GraphRecord, step: int, history: int, whose: str | None) -> Call:
     def read(tensor: TensorRecord) -> BufferKey:
         match tensor.role:
+            case Role.COEFFICIENTS:
+                return table_row(tensor, step, whose)
             case role if role in TABLE_ROLES:
                 return table_row(tensor, step)
             case Role.LATENTS:

@@ -36,7 +36,7 @@ from tc_deploy.manifest import (
     variant_name,
 )
 from tc_deploy.runtime.binding import Bundle
-from tc_deploy.runtime.course import Course, Place, Tick, courses_of, is_shared
+from tc_deploy.runtime.course import HD, Course, Place, Tick, courses_of, is_shared
 from tc_deploy.runtime.program import EVERY_FULL_STEP
 from tc_deploy.runtime.slot_buffers import SlotBuffers, call_name, gathered_name, model_name, slot_name
 from tc_deploy.runtime.slot_prologue import SlotPrologue
@@ -300,7 +300,7 @@ class Slots:
         """What a step of a course takes of an input's table, in the type of the buffer that it goes to."""
         variants, ages = self.courses[course].variants, self._buffers.ages
         grouped = variants[step] == FULL and tensor.role in INDEX_ROLES
-        row = self._bundle.row(tensor, EVERY_FULL_STEP if grouped else step)
+        row = self._bundle.row(tensor, EVERY_FULL_STEP if grouped else step, own_solver=course == HD)
         if tensor.role is Role.FORECAST_WEIGHTS and variants[step] != FULL:
             # The cache of the f-th full step lies in place f mod (r + 1).
             latest = variants[:step].count(FULL) - 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tc_deploy.calibrate.calibration import assemble_plan
+from tc_deploy.calibrate.converged import CONVERGED
 from tc_deploy.calibrate.measure import own_arguments, with_steps
 from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
@@ -33,8 +34,6 @@ BETTER_SOLVERS = {"DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPC
 BETTER_SOLVER_STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
 INTERVALS = (2, 3, 4, 5, 6, 8)
 TAYLOR_ORDERS = (1, 2)
-CONVERGED = 4
-"""The converged run has so many times the steps."""
 
 
 class Baselines:

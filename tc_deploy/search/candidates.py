@@ -69,7 +69,7 @@ class Candidates:
             minutes = None if end is None else max(0.0, end - time.monotonic()) / (len(numbers) - done) / 60
             asked = ScheduleRecipe(full_steps=number, budget_minutes=minutes)
             schedule = self.fits.place(asked, cache.forecast_order).schedule
-            tables = StepTables(forecast_weights=self.fits.weights(schedule, cache))
+            tables = self.fits.tables(schedule, cache)
             yield self._point(schedule, cache, tables, self.fits.seeds, None)
 
     def with_tokens(self, importance: FloatArray) -> Iterator[PlannedPoint]:

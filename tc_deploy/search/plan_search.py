@@ -34,7 +34,7 @@ from tc_deploy.calibrate.asked import CPU, Report, check_device, model_from_reci
 from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.recipe import USUAL_FIT_SAMPLES, Recipe
 from tc_deploy.calibrate.whole import recipe_for
-from tc_deploy.errors import PlanError
+from tc_deploy.errors import PlanError, UsageError
 from tc_deploy.hardware import hardware_line
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.plan import PLAN_FOLDER, plan_sha256
@@ -52,7 +52,7 @@ from tc_deploy.search.record import (
 )
 from tc_deploy.search.remarks import remarks_of
 from tc_deploy.tokencache.sampler import Sampling, device_of
-from tc_deploy.types import FloatArray
+from tc_deploy.types import FitTarget, FloatArray
 
 MIN_STEPS = 2
 """A full and a cached one."""
@@ -88,12 +88,18 @@ def search_plan(
         PlanError: there are too few steps.
         ExportError: the scheduler's steps are not a deterministic linear update, or a graph cannot be exported.
         BackendError: the engine is not installed, refuses a graph, or makes pictures that are not finite.
-        UsageError: no point fulfils the wish; names the fastest. What was built and timed stays in the work folder, so
-            that the same search with another wish is quick.
+        UsageError: the recipe fits towards another run than the full one; or no point fulfils the wish: names the
+            fastest. What was built and timed stays in the work folder, so that the same search with another wish is
+            quick.
         StorageError: the destination cannot be written, is not ours to replace, or another process is writing it.
     """
     check_wish(wish, "flops" if from_flops else "measured")
     check_device(device)
+    if recipe.forecast.target is not FitTarget.FULL:
+        raise UsageError(
+            f"forecast.target = {recipe.forecast.target.value}: a search compares with the full run, and fits towards"
+            " that; leave it out, or make one plan with tc-deploy calibrate"
+        )
     registry.backend(backend).version()
     judge = None if recipe.quality.classifier is None else Classifier(Path(recipe.quality.classifier))
     if recipe.sampling.num_inference_steps < MIN_STEPS:

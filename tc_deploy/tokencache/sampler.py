@@ -5,6 +5,7 @@ The sampler itself is diffusers' scheduler, untouched. Nothing here is fast; the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tc_deploy.conditions import UNCONDITIONAL, Conditions
-from tc_deploy.errors import NotFiniteError
+from tc_deploy.errors import NotFiniteError, PlanError
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.models.solver import started_scheduler
+from tc_deploy.models.solver import SolverTable, read_solver, started_scheduler
+from tc_deploy.models.table_scheduler import TableScheduler
 from tc_deploy.plan import CacheRecord, PromptsRecord, TextsRecord
 from tc_deploy.schedule import FULL, Schedule
-from tc_deploy.tables import StepTables, index_row
+from tc_deploy.tables import SOLVER_COEFFICIENTS, StepTables, index_row
 from tc_deploy.tokencache.forward import run_cached, run_full
 from tc_deploy.tokencache.guidance import guided_output
 from tc_deploy.types import GuidanceRule
@@ -54,10 +56,25 @@ class Sampling:
     """How the two outputs are combined."""
     embedded_guidance: float | None = None
     """Strength that a model whose guidance is distilled is told; None leaves it to the prompts, or to the draw."""
+    solver: SolverTable | None = None
+    """A table in the place of the scheduler's own updates; None: those."""
 
     def fresh_scheduler(self) -> Any:
         """A scheduler of one's own, its timesteps set; schedulers carry state from step to step."""
+        if self.solver is not None:
+            return TableScheduler(self.solver)
         return started_scheduler(self.scheduler, self.steps, self.set_timesteps_kwargs)
+
+    def under(self, tables: StepTables) -> Sampling:
+        """The sampler of a plan's run, by the plan's tables: the same where its solver was not fitted.
+
+        Raises:
+            PlanError: the fitted table is not for this scheduler.
+            ExportError: the scheduler's steps are not a deterministic linear update.
+        """
+        own = read_solver(self.scheduler, self.steps, self.set_timesteps_kwargs)
+        solver = planned_solver(own, tables, type(self.scheduler).__name__)
+        return self if solver is own else dataclasses.replace(self, solver=solver)
 
     def guided(self, output: Tensor) -> Tensor:
         """What the scheduler is given of a model's output: both halves mixed, (2B, ...) to (B, ...), where guided."""
@@ -65,6 +82,29 @@ class Sampling:
             return output
         conditional, unconditional = output.chunk(2)
         return guided_output(conditional, unconditional, self.guidance_scale, self.guidance_rule)
+
+
+def planned_solver(own: SolverTable, tables: StepTables, name: str) -> SolverTable:
+    """The solver of a plan's run: the scheduler's own table, or with fitted coefficients in the place of its.
+
+    Args:
+        own: the scheduler's.
+        tables: the plan's.
+        name: the scheduler's, for the message.
+
+    Raises:
+        PlanError: the fitted table is not for this scheduler.
+    """
+    fitted = tables.solver_coefficients
+    if fitted is None:
+        return own
+    history = fitted.shape[1] // 2 - 1
+    if len(fitted) != own.steps or history < own.history:
+        raise PlanError(
+            f"the plan's table {SOLVER_COEFFICIENTS} is for another solver: expected {own.steps} steps and at least"
+            f" {2 * (own.history + 1)} columns for {name}, found {fitted.shape}; calibrate again"
+        )
+    return dataclasses.replace(own, history=history, coefficients=fitted)
 
 
 class TokenCachedSteps:

@@ -128,11 +128,11 @@ class Checkpoint:
         """The saved run made again, under the bundle's plan as it is now."""
         noise = torch.from_numpy(saved.noise)
         conditions = tensors_of(Conditions(count=len(noise), given=saved.conditions, unconditional=saved.unconditional))
-        runs = {}
+        runs, solved = {}, self._sampling.under(self._step_tables)
         for precision in dict.fromkeys((Precision.FP32, self.precision)):
             steps = TokenCachedSteps(self.model, self.plan.cache, self.plan.run_schedule(), self._step_tables)
             with half_products(self.model, precision, self.fp32_blocks, stored=False):
-                runs[precision] = latents_of(self.model, self._sampling, noise, conditions, steps)
+                runs[precision] = latents_of(self.model, solved, noise, conditions, steps)
         full = full_latents(self.model, self.plan, self._sampling, noise, conditions)
         return replace(saved, exact=runs[Precision.FP32], cached=runs[self.precision], full=full)
 

@@ -23,7 +23,6 @@ from tc_deploy.plan import CacheRecord, load_plan
 from tc_deploy.planned.prompts import draw_batch
 from tc_deploy.quality.metrics import image_psnr_db
 from tc_deploy.schedule import tprr
-from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
 from tc_deploy.types import Attention, Reuse, Skip
 
@@ -103,7 +102,7 @@ def test_on_unseen_seeds_it_lies_nearer_than_a_round_robin_of_as_many_full_steps
                 sampling,
                 noise,
                 conditions,
-                TokenCachedSteps(tiny_dit, CACHE, each, StepTables(forecast_weights=fits.weights(each, CACHE))),
+                TokenCachedSteps(tiny_dit, CACHE, each, fits.tables(each, CACHE)),
             ),
             own,
             pixels=False,
