@@ -27,7 +27,7 @@ from tc_deploy.bundle.folders import (
 )
 from tc_deploy.bundle.kinds import Earlier, FolderKind, NotOursError, file_names, foreign_names, known_document
 from tc_deploy.bundle.outputs import FileKind, check_output, write_bytes, write_output
-from tc_deploy.bundle.paths import absolute_path, path_from_here, relative_path
+from tc_deploy.bundle.paths import absolute_path, path_from_here, real_path, relative_path
 from tc_deploy.bundle.readers import reading
 from tc_deploy.bundle.state import clear_state, state_folder, write_state
 from tc_deploy.bundle.toml_files import path_beside, read_toml
@@ -64,6 +64,7 @@ __all__ = [
     "read_document",
     "read_toml",
     "reading",
+    "real_path",
     "relative_path",
     "remove_folder",
     "remove_folders",

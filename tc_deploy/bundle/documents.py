@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, TypeAlias, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
+from tc_deploy.bundle.paths import real_path
 from tc_deploy.errors import UNPRINTABLE, BundleError, printable
 
 MANIFEST = "manifest.json"
@@ -103,7 +104,7 @@ def check_files(folder: Path, records: dict[str, FileRecord]) -> None:
 
 
 def _check_file(folder: Path, path: Path, name: str, record: FileRecord) -> None:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not real_path(path).is_relative_to(real_path(folder)):
         raise BundleError(f"{folder}: the file {name!r} lies outside the folder; do not use it, make the folder again")
     if not path.is_file():
         raise BundleError(f"{folder}: {name} is missing; make the folder again")

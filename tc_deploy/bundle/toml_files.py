@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tc_deploy.bundle.paths import path_from_here
+from tc_deploy.bundle.paths import path_from_here, real_path
 from tc_deploy.errors import UNPRINTABLE, UsageError, first_line, printable
 
 MAX_TOML_BYTES = 2**18
@@ -71,9 +71,9 @@ def path_beside(file: Path, text: str) -> str:
         UsageError: no file can have that name.
     """
     try:
-        place = (file.parent / text).resolve()
+        place = real_path(file.parent / text)
         missing = not place.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links before Python 3.13
+    except (OSError, ValueError) as error:  # too long, or a zero byte
         raise UsageError(f"{file}: {text!r} cannot be a path: {error}") from None
     if text.startswith(".") and missing:
         return str(place)  # Two names without the dot would read like a hub's id.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tc_deploy.bundle import check_output, reading, write_output
+from tc_deploy.bundle import check_output, reading, real_path, write_output
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import NEW_PATH, PATH, force_option
 from tc_deploy.cli.serve import MOST_QUEUE, MOST_SLOTS
@@ -36,7 +36,7 @@ def command(
     """
     from tc_deploy.scale.triton_repository import TRITON_FILE, TritonSettings, triton_files
 
-    name = bundle.resolve().name if name is None else name
+    name = real_path(bundle).name if name is None else name
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise UsageError(f"--name must be letters, digits, dots, - and _, found {name!r}; name the model with --name")
     with reading(bundle, BUNDLE_FOLDER):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tc_deploy.bundle import real_path
 from tc_deploy.cli.help import GroupedCommand, option
 from tc_deploy.cli.options import PATH, Number
 from tc_deploy.errors import UsageError
@@ -93,7 +94,7 @@ def command(
     """
     by_name: dict[str, Path] = {}
     for path in bundles:
-        name = path.resolve().name
+        name = real_path(path).name
         if name in by_name:
             raise UsageError(f"{path}: {by_name[name]} has the name {name} too; rename one of the folders")
         by_name[name] = path

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tc_deploy.bundle import real_path
 from tc_deploy.errors import ModelError
 from tc_deploy.models.convention import Convention
 from tc_deploy.models.geometry import Geometry, ModelOptions
@@ -226,7 +227,7 @@ class DiffusionTransformer:
         """How a plan names this model."""
         return ModelRecord(
             # A hub's id is no folder.
-            source=Path(self.source).resolve().as_posix() if Path(self.source).exists() else self.source,
+            source=real_path(Path(self.source)).as_posix() if Path(self.source).exists() else self.source,
             model_class=self.family.model_class,
             config=dict(self.config),
             weights_sha256=self.weights_sha256,

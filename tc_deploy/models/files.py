@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from tc_deploy.bundle import sha256_of_file
+from tc_deploy.bundle import real_path, sha256_of_file
 from tc_deploy.errors import ModelError, first_line
 
 AGAIN = "download or save the checkpoint again"
@@ -187,7 +187,7 @@ def under_usual_names(folder: Path, files: tuple[Path, ...], weights: str) -> It
     with tempfile.TemporaryDirectory(prefix="tc-deploy-model-") as name:
         staged = Path(name)
         for file in (folder / "config.json", *files):
-            (staged / file.name).symlink_to(file.resolve())
+            (staged / file.name).symlink_to(real_path(file))
         weight_map: dict[str, str] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:

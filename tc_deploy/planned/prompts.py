@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tc_deploy.bundle import sha256_of_file
+from tc_deploy.bundle import real_path, sha256_of_file
 from tc_deploy.conditions import GUIDANCE, UNCONDITIONAL, Conditions, checked_conditions, read_conditions
 from tc_deploy.errors import ModelError, UsageError
 from tc_deploy.models.components import PipelineFolder
@@ -84,7 +84,7 @@ def prompts_for(
     else:
         path, where = Path(conditions), conditions
         given, unconditional = read_conditions(path)
-        record = PromptsRecord(file=path.resolve().as_posix(), sha256=sha256_of_file(path), prompts=1)
+        record = PromptsRecord(file=real_path(path).as_posix(), sha256=sha256_of_file(path), prompts=1)
     if model.geometry.embeds_guidance:
         default = model.family.convention.embedded_guidance
         for half in (given, unconditional):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tc_deploy.bundle import MANIFEST, check_files, reading, sha256_of_file
+from tc_deploy.bundle import MANIFEST, check_files, reading, real_path, sha256_of_file
 from tc_deploy.consistency import read_documents
 from tc_deploy.errors import BundleError
 from tc_deploy.manifest import BUNDLE_FOLDER, Manifest, TargetManifest, check_is_whole, read_target
@@ -130,7 +130,7 @@ def _source(path: Path, validation: Path | None) -> Source:
     if search is not None and search.model.weights_sha256 != plan.model.weights_sha256:
         raise BundleError(f"{path / SEARCH}: the search is of another model than {PLAN}; make the folder again")
     return Source(
-        name=path.resolve().name,
+        name=real_path(path).name,
         plan=plan,
         tables=tables,
         manifest=manifest,

@@ -18,7 +18,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from tc_deploy import __version__
-from tc_deploy.bundle import first_problem, locks, sha256_of_bytes, write_bytes
+from tc_deploy.bundle import first_problem, locks, real_path, sha256_of_bytes, write_bytes
 from tc_deploy.bundle.apart import check_apart
 from tc_deploy.bundle.kinds import MADE_BY
 from tc_deploy.bundle.storage import storage_errors
@@ -187,7 +187,7 @@ def results_in(folder: Path, bundle_id: str, *, reads: Sequence[Path]) -> Iterat
     """
     path = folder / RESULTS
     with storage_errors(folder):
-        check_apart(folder, folder.resolve(), reads)
+        check_apart(folder, real_path(folder), reads)
         if folder.exists() and not path.exists() and any(folder.iterdir()):
             raise StorageError(f"{folder} holds something else than {RESULTS} and its pictures; choose another -o")
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from tc_deploy import __version__
 from tc_deploy.backends import registry
 from tc_deploy.backends.base import loaded_graphs
 from tc_deploy.backends.load import load_target
-from tc_deploy.bundle import MANIFEST, reading, sha256_of_file
+from tc_deploy.bundle import MANIFEST, reading, real_path, sha256_of_file
 from tc_deploy.errors import BackendError, TcDeployError
 from tc_deploy.golden import Feed, GoldenGraph, Trajectory, read_golden, sampled_on_in_words
 from tc_deploy.hardware import hardware_line
@@ -168,7 +168,7 @@ class _Validation:
             made_by=f"tc-deploy {__version__}",
             date=dt.datetime.now(dt.UTC).date().isoformat(),
             hardware=hardware_line(),
-            bundle=self.path.resolve().name,
+            bundle=real_path(self.path).name,
             manifest_sha256=sha256_of_file(self.path / MANIFEST),
             backend=self.backend,
             backend_version=self.target.backend_version,

@@ -41,7 +41,7 @@ batch_size = 2
 samples = 2
 
 [search]
-full_steps = [0.5]
+full_steps = [0.25, 0.75]
 keep_ratio = [0.5]
 confirmation_samples = 2
 latency_rounds = 2
@@ -98,7 +98,7 @@ STAGES = {
         Stage(name="calibrate", words=_CALIBRATE, output="cal", found=_MODEL, goes_on=True),
         Stage(name="calibrate over", words=_CALIBRATE, output="cal", found={**_MODEL, "cal": "other"}, goes_on=True),
         Stage(name="plan", words=SEARCH, output="cal", found=_MODEL, goes_on=True),
-        Stage(name="plan again", words=("plan", "cal", "--target-psnr", 20), output="cal", found={"cal": "search"}),
+        Stage(name="plan again", words=("plan", "cal", "--target-psnr", 45), output="cal", found={"cal": "search"}),
         Stage(name="export", words=_EXPORT, output="bundle", found={"model": "model", "cal": "plan"}),
         Stage(
             name="export over", words=_EXPORT, output="bundle", found={"model": "model", "cal": "plan", "bundle": "old"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import zoo
 from bundles import recipe_of, run_cli
 from safetensors.numpy import save_file
 
-from tc_deploy.errors import ModelError
+import tc_deploy
+from tc_deploy.errors import INTERNAL_EXIT_CODE, ModelError
 from tc_deploy.models.hub import local_folder
 from tc_deploy.plan import PromptsRecord, load_plan
 
@@ -125,3 +127,36 @@ def scheduler_of(folder: Path) -> Path:
 
     diffusers.DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
     return folder / "scheduler"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "loop"),
+        ("serve", "loop"),
+        ("serve", "engines/loop"),
+        ("export-triton", "loop", "-o", "made"),
+        ("generate", "loop", "-o", "made.png"),
+        ("build", "loop"),
+        ("validate", "loop"),
+        ("export", "loop", "-o", "made"),
+        ("calibrate", "loop", "-o", "made"),
+    ],
+    ids=" ".join,
+)
+def test_a_link_to_itself_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("engines").mkdir()
+    Path("engines/loop").symlink_to("loop")
+    answer = run_cli(*words)
+    assert answer.code not in (0, INTERNAL_EXIT_CODE), answer.err
+    assert "loop" in answer.err
+    assert not Path("made").exists()
+
+
+def test_links_are_followed_in_one_way() -> None:
+    """``Path.resolve`` raises a RuntimeError for links in a circle before Python 3.13; ``real_path`` does not."""
+    package = Path(tc_deploy.__file__).parent
+    found = [str(file) for file in package.rglob("*.py") if re.search(r"\.resolve\(", file.read_text())]
+    assert found == []

@@ -26,7 +26,7 @@ from tc_deploy.backends.tensorrt.options import (
 )
 from tc_deploy.backends.tensorrt.rtx import RtxExtras
 from tc_deploy.backends.tensorrt.run import TrtDevice
-from tc_deploy.bundle import MANIFEST, check_files, read_document
+from tc_deploy.bundle import MANIFEST, check_files, read_document, real_path
 from tc_deploy.errors import BackendError, BundleError, UsageError, first_line
 from tc_deploy.libraries import imported
 from tc_deploy.manifest import (
@@ -116,7 +116,7 @@ class TensorRt:
                 continue
             job = EngineJob(
                 module=self._module,
-                onnx=str((bundle / file).resolve()),
+                onnx=str(real_path(bundle / file)),
                 engine=str(engine),
                 timing_cache=None if self._ahead_of_time else str(folder / TIMING_CACHE),
                 identity=identity,
