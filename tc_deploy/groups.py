@@ -8,7 +8,7 @@ knows a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class TokenGroup:
 
     number: int
     blocks: tuple[int, ...]
-    keep_counts: Mapping[int, int]
+    keep_counts: Mapping[int, int] = field(hash=False)
     """By variant, the tokens that each of the blocks keeps."""
 
     @property

@@ -31,6 +31,14 @@ def test_blocks_with_equal_counts_in_every_variant_are_a_group() -> None:
     assert [names_of(group.inputs) for group in groups] == [("token_index.0", "computed.0"), ("token_index.1",)]
 
 
+def test_equal_groups_are_one_and_the_same_key() -> None:
+    """Graphs that are to be exported are looked up by what they compute."""
+    one, same = (token_groups(cache((0, 4), (4, 6)), (1, 2), TOKENS) for _ in range(2))
+    other = token_groups(cache((0, 3), (4, 6)), (1, 2), TOKENS)
+    assert {one: "graph"}.get(same) == "graph"
+    assert {one: "graph"}.get(other) is None
+
+
 def test_a_phase_that_skips_the_model_or_has_no_cached_step_plays_no_part() -> None:
     skipping = cache((0, 0), (4, 0), skip=Skip.MODEL)
     assert running_variants(skipping, (1, 2)) == (FULL, 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tc_deploy.bench.clock import Run
 from tc_deploy.bench.spread import DIGITS, latency_of, median_of, ratio_of
-from tc_deploy.manifest import SOLVER, variant_name
+from tc_deploy.manifest import PROLOGUE_GRAPHS, SOLVER, variant_name
 from tc_deploy.plan import Plan
 from tc_deploy.schedule import FULL
 
@@ -61,13 +61,17 @@ def variants_report(runs: Sequence[Run], plan: Plan, rows: int) -> dict[str, dic
         rows: the model's batch.
 
     Returns:
-        By graph, the full step's first and the solver last: calls per run, latency, FLOPs, the ratios of time and FLOPs
-        to the full step's, and ``compile_efficiency``, the speed-up in time over the speed-up in FLOPs (1 means that
-        pruning costs nothing but what is computed). Where one has no meaning it is None and ``note`` says why.
+        By graph, the full step's first, then the solver and what runs before the first step: calls per run, latency,
+        FLOPs, the ratios of time and FLOPs to the full step's, and ``compile_efficiency``, the speed-up in time over
+        the speed-up in FLOPs (1 means that pruning costs nothing but what is computed). Where one has no meaning it is
+        None and ``note`` says why.
     """
     flops = (plan.cost.full_flops, *plan.cost.cached_flops)
     variants = {variant_name(variant): variant for variant in (FULL, *plan.phases_used())}
-    medians_ms = {name: [statistics.median(run.calls_ms[name]) for run in runs] for name in (*variants, SOLVER)}
+    before = [name for name in PROLOGUE_GRAPHS if name in runs[0].calls_ms]
+    medians_ms = {
+        name: [statistics.median(run.calls_ms[name]) for run in runs] for name in (*variants, SOLVER, *before)
+    }
     found: dict[str, dict[str, Any]] = {}
     for name in medians_ms:
         variant = variants.get(name)

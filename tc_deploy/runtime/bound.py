@@ -44,18 +44,19 @@ def bound_program(
     prologue: Sequence[Call], program: Sequence[ProgramStep], binder: Binder, device: Device, watch: Watch | None
 ) -> BoundProgram:
     """Bind a program's graphs, and capture every step, as a watch has made its graphs, and all steps."""
-    before = [binder.bind(call) for call in prologue]
-    steps, calls = [], list(before)
+    calls: list[BoundGraph] = []
+
+    def seen(call: Call) -> BoundGraph:
+        bound = binder.bind(call)
+        calls.append(bound)
+        return bound if watch is None else watch(call.graph, bound, binder.buffers[next(iter(call.outputs.values()))])
+
+    before = [seen(call) for call in prologue]
+    steps = []
     for step in program:
-        seen = []
-        for call in (step.model, step.solver):
-            bound = binder.bind(call)
-            calls.append(bound)
-            output = binder.buffers[next(iter(call.outputs.values()))]
-            seen.append(bound if watch is None else watch(call.graph, bound, output))
-        model, solver = seen
+        model, solver = seen(step.model), seen(step.solver)
         latents = binder.buffers[step.latents]
-        whole = device.capture(seen)
+        whole = device.capture([model, solver])
         steps.append(BoundStep(variant=step.variant, model=model, solver=solver, whole=whole, latents=latents))
     return BoundProgram(
         prologue=device.capture(before) if before else None, steps=tuple(steps), whole=device.capture(calls)
