@@ -33,9 +33,8 @@ from tc_deploy.serving.simulation import Cost, Traffic, costs_of, poisson_arriva
 
 ENDLESS = 10**9
 WAYS = {
-    "steps, fullest first": Policy.FULLEST_FIRST,
-    "steps, oldest first": Policy.OLDEST_FIRST,
     "steps, aligned": Policy.ALIGNED,
+    "steps, oldest first": Policy.OLDEST_FIRST,
     "requests": None,
     "none": None,
 }

@@ -44,10 +44,10 @@ MOST_SLOTS, MOST_QUEUE, MOST_SECONDS = 256, 100_000, 86_400.0
 @option(
     "--policy",
     advanced=True,
-    type=click.Choice(["fullest-first", "oldest-first", "aligned"]),
-    default="fullest-first",
+    type=click.Choice(["aligned", "oldest-first"]),
+    default="aligned",
     show_default=True,
-    help="Which step is next: the fullest call, or the oldest image's; aligned: who fits in gets a slot first.",
+    help="Which step is next: the cheapest, so that images meet at full ones, or the oldest image's.",
 )
 @option(
     "--watchdog",

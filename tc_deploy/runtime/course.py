@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from tc_deploy.manifest import Role, TensorRecord, variant_name
 from tc_deploy.runtime.binding import Bundle
@@ -41,11 +40,6 @@ class Course:
     def steps(self) -> int:
         """T."""
         return len(self.kinds)
-
-    @cached_property
-    def shares_index(self) -> bool:
-        """Whether some steps are one call only for samples that started together."""
-        return any(kind is not None and kind.index is not None for kind in self.kinds)
 
     def following(self, step: int) -> int:
         """The next step after this one that runs the model; T where there is none."""

@@ -127,7 +127,7 @@ class Engine:
         load: Callable[[], Maker],
         *,
         queue: int,
-        policy: Policy = Policy.FULLEST_FIRST,
+        policy: Policy = Policy.ALIGNED,
         watch: Watch | None = None,
         failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:

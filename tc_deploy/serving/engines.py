@@ -30,7 +30,7 @@ class EngineSettings:
     """Pictures that are made at a time."""
     queue: int
     """Pictures that may wait for a slot."""
-    policy: Policy = Policy.FULLEST_FIRST
+    policy: Policy = Policy.ALIGNED
     backend: str | None = None
     """Which of a bundle's targets; None takes the only one."""
     require_signature: Path | None = None

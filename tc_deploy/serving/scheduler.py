@@ -7,14 +7,12 @@ A tick is of one kind of step, with as many of the jobs that stand there as one 
 passed over for longer than a bound: who has waited that long at a step goes before. Otherwise the policy says which
 kind:
 
-fullest-first
-    The one whose call would come nearest to what the engine does best; of equals the one of the oldest job. Where a
-    kind is as cheap alone as together it is never made to wait.
+aligned
+    The one whose call costs least, so that jobs gather where it costs most, at full steps. While as many wait as there
+    are slots, a job starts only where whoever runs shares its cached steps, too: those of another phase are other
+    calls, and would divide every tick from then on. It waits no longer than they run.
 oldest-first
     The one of the oldest job, whoever comes along.
-aligned
-    As fullest-first; but whoever waits for a slot gets one only when its first step can be one call with somebody who
-    runs already, or when it has waited as long as the bound.
 """
 
 from __future__ import annotations
@@ -26,14 +24,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tc_deploy.runtime.course import Course, Place, StepKind, Tick
+from tc_deploy.schedule import FULL
 
 
 class Policy(enum.StrEnum):
     """See the module."""
 
-    FULLEST_FIRST = "fullest-first"
-    OLDEST_FIRST = "oldest-first"
     ALIGNED = "aligned"
+    OLDEST_FIRST = "oldest-first"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,7 +80,7 @@ class Scheduler:
         call_s: Mapping[tuple[int, int], float],
         queue: int,
         patience_s: float,
-        policy: Policy = Policy.FULLEST_FIRST,
+        policy: Policy = Policy.ALIGNED,
     ) -> None:
         self._sizes, self._call_s = tuple(sizes), call_s
         self._queue_limit, self.patience_s, self._policy = queue, patience_s, policy
@@ -154,7 +152,7 @@ class Scheduler:
         elif self._policy is Policy.OLDEST_FIRST:
             kinds = kinds[:1]
         alike = {kind: [job for job in running if job.kind == kind] for kind in kinds}
-        kind = max(kinds, key=lambda kind: self._fullness(kind.variant, len(alike[kind])))
+        kind = min(kinds, key=lambda kind: self._call_s[kind.variant, self._sizes[0]])
         size = self._size(kind.variant, len(alike[kind]))
         jobs = alike[kind][:size]
         return Tick(kind=kind, size=size, places=tuple(Place(slot=int(job.slot or 0), step=job.step) for job in jobs))
@@ -176,19 +174,17 @@ class Scheduler:
                 finished.append(job)
         return finished
 
-    def _may_start(self, job: Job, now_s: float) -> bool:
-        if self._policy is not Policy.ALIGNED or now_s - job.since_s > self.patience_s or not self.running:
+    def _may_start(self, job: Job, now_s: float) -> bool:  # noqa: ARG002 - a way to batch requests asks the time
+        own = _next_cached(job)
+        if self._policy is not Policy.ALIGNED or own is None or len(self._waiting) < len(self._slots):
             return True
-        if job.course.shares_index:
-            return any(other.step == 0 for other in self.running)
-        return any(other.kind == job.kind for other in self.running)
+        return all(_next_cached(other) in (own, None) for other in self.running)
 
     def _size(self, variant: int, jobs: int) -> int:
         """The call that serves the most of so many jobs per second; of equals the smaller."""
         return max(self._sizes, key=lambda size: (min(jobs, size) / self._call_s[variant, size], -size))
 
-    def _fullness(self, variant: int, jobs: int) -> float:
-        """What that call does per second, as a share of what the best call of the variant does."""
-        size = self._size(variant, jobs)
-        best = max(size / self._call_s[variant, size] for size in self._sizes if size <= len(self._slots))
-        return min(jobs, size) / self._call_s[variant, size] / best
+
+def _next_cached(job: Job) -> StepKind | None:
+    """The next cached step of a job that runs the model; None where there is none."""
+    return next((kind for kind in job.course.kinds[job.step :] if kind is not None and kind.variant != FULL), None)

@@ -92,7 +92,7 @@ class Bench:
             guidance_scale=asked.guidance_scale if self.manifest.guided else None,
         )
 
-    def run(self, asked: Sequence[tuple[float, Asked]], policy: Policy = Policy.FULLEST_FIRST) -> list[FloatArray]:
+    def run(self, asked: Sequence[tuple[float, Asked]], policy: Policy = Policy.ALIGNED) -> list[FloatArray]:
         """Samples that arrive at their times, to their last latents."""
         scheduler, now = self.scheduler(policy=policy), 0.0
         coming = collections.deque(sorted(enumerate(asked), key=lambda each: each[1][0]))

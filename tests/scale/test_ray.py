@@ -124,7 +124,7 @@ def test_one_of_two_replicas_is_killed_and_nobody_is_answered_wrongly(
     assert set(statuses) <= {200, 429, 500, 503}
     # What the dead one had taken, and little more: the proxy learns at once that it is gone.
     assert statuses.count(500) + statuses.count(503) <= 4 * (SLOTS + QUEUE)
-    wait_until(lambda: len(replicas() - {min(before)}) == 2, "another replica")
+    wait_until(lambda: len(replicas() - {min(before)}) == 2, "another replica", PATIENT_S * 5)
     assert httpx.get(f"{url}/readyz", timeout=PATIENT_S).status_code == 200
 
 
@@ -163,7 +163,7 @@ def test_an_application_that_is_deleted_answers_what_it_had_taken(ray: Any, url:
     # Refused because it is gone, or because one replica had too many; nothing that was taken is lost.
     assert set(statuses) <= {200, 404, 429, 503}
     assert statuses.count(200) > 20
-    wait_until(lambda: not replicas(), "the end of the replicas")
+    wait_until(lambda: not replicas(), "the end of the replicas", PATIENT_S * 5)
 
 
 def command(pixel: MadeByCommands, file: Path, folder: Path) -> list[str]:
@@ -183,8 +183,11 @@ def test_rows_are_spread_and_a_job_that_was_killed_goes_on(
     first = subprocess.Popen(command(pixel, file, folder), env=environment, stdout=subprocess.DEVNULL)
     with first:
         journal = folder / RESULTS
-        wait_until(lambda: first.poll() is not None or (journal.exists() and journal.stat().st_size), "a row")
-        first.kill()
+        try:
+            begun = lambda: first.poll() is not None or (journal.exists() and journal.stat().st_size)  # noqa: E731
+            wait_until(begun, "a row", PATIENT_S * 5)
+        finally:
+            first.kill()
     made = journal.read_bytes().count(b"\n")
     assert 0 < made < 399, "it was killed in the middle"
     second = subprocess.run(
@@ -192,7 +195,7 @@ def test_rows_are_spread_and_a_job_that_was_killed_goes_on(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENT_S * 4,
+        timeout=PATIENT_S * 5,
         check=False,
     )
     assert second.returncode == 2, second.stderr

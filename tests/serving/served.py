@@ -23,9 +23,9 @@ from tc_deploy.serving.metrics import Metrics
 PATIENT_S = 60.0
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> None:
+def wait_until(condition: Callable[[], Any], what: str, patience_s: float = PATIENT_S) -> None:
     """Wait for what another thread does."""
-    end_s = time.monotonic() + PATIENT_S
+    end_s = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end_s, f"{what} never came"
         time.sleep(0.005)

@@ -35,9 +35,7 @@ CALLS: Mapping[tuple[int, int], float] = {
 }
 
 
-def scheduler(
-    slots: int = 4, queue: int = 8, patience_s: float = 30.0, policy: Policy = Policy.FULLEST_FIRST
-) -> Scheduler:
+def scheduler(slots: int = 4, queue: int = 8, patience_s: float = 30.0, policy: Policy = Policy.ALIGNED) -> Scheduler:
     sizes = [size for size in (1, 2, 4, 8) if size <= slots]
     return Scheduler(slots=slots, sizes=sizes, call_s=CALLS, queue=queue, patience_s=patience_s, policy=policy)
 
@@ -179,38 +177,36 @@ def test_the_same_events_give_the_same_ticks(arrivals: list[Arrival], policy: Po
     assert (first.ticks, first.finished) == (second.ticks, second.finished)
 
 
-def test_the_fullest_call_is_served_and_takes_along_who_stands_there() -> None:
+def test_the_cheapest_call_is_served_so_that_all_meet_at_a_full_step() -> None:
     one = scheduler()
-    enter(one, CYCLE, CYCLE)
+    enter(one, CYCLE)
     first = one.tick(0.0)
     assert first is not None
-    assert (first.kind, first.size, slots_of(first)) == (FULL, 2, [0, 1])
-    one.done(first, 6.0)
-    # A third comes at a full step; the two stand at a cached one, and make the fuller call.
-    enter(one, CYCLE, now_s=6.0)
-    assert slots_of(one.tick(6.0)) == [0, 1]
-    for now_s in (6.0, 7.5):
+    assert (first.kind, first.size, slots_of(first)) == (FULL, 1, [0])
+    one.done(first, 5.0)
+    # Two more come at a full step; the first stands at two cached ones, which cost less even alone.
+    enter(one, CYCLE, CYCLE, now_s=5.0)
+    for now_s in (5.0, 6.25):
         tick = one.tick(now_s)
         assert tick is not None
-        assert tick.kind == CACHED
-        one.done(tick, now_s + 1.5)
+        assert (tick.kind, slots_of(tick)) == (CACHED, [0])
+        one.done(tick, now_s + 1.25)
     # Now all three stand at a full step; a call of four costs less per sample than two.
-    tick = one.tick(9.0)
+    tick = one.tick(7.5)
     assert tick is not None
     assert (tick.kind, tick.size, slots_of(tick)) == (FULL, 4, [0, 1, 2])
 
 
 def test_the_oldest_goes_first_where_that_is_asked_for() -> None:
     steps = {}
-    for policy in (Policy.FULLEST_FIRST, Policy.OLDEST_FIRST):
+    for policy in Policy:
         one = scheduler(policy=policy)
-        enter(one, CYCLE)
+        enter(one, FULL_ONLY, CYCLE)
         tick = one.tick(0.0)
         assert tick is not None
-        one.done(tick, 5.0)
-        enter(one, CYCLE, CYCLE, now_s=5.0)
-        steps[policy] = slots_of(one.tick(5.0))
-    assert steps == {Policy.FULLEST_FIRST: [1, 2], Policy.OLDEST_FIRST: [0]}
+        one.done(tick, 6.0)
+        steps[policy] = slots_of(one.tick(6.0))
+    assert steps == {Policy.ALIGNED: [1], Policy.OLDEST_FIRST: [0]}
 
 
 def test_who_has_waited_for_the_bound_goes_before_the_oldest() -> None:
@@ -225,47 +221,48 @@ def test_who_has_waited_for_the_bound_goes_before_the_oldest() -> None:
     tick = one.tick(9.5)
     assert tick is not None
     one.done(tick, 10.5)
-    assert slots_of(one.tick(10.5)) == [1]
+    assert slots_of(one.tick(10.5)) == [1]  # though the other's cached step would cost less
 
 
-def test_aligned_admission_waits_for_somebody_at_a_full_step_but_not_for_ever() -> None:
-    one = scheduler(policy=Policy.ALIGNED, patience_s=10.0)
-    enter(one, CYCLE)
-    tick = one.tick(0.0)
-    assert tick is not None
-    one.done(tick, 4.0)
-    [late] = enter(one, CYCLE, now_s=4.0)
-    assert (late.slot, one.waiting) == (None, 1)
-    for now_s in (4.0, 5.0):
+def phases() -> Course:
+    """``F c F c | F d F d``: the phases' cached steps are other calls."""
+    variants = (0, 1, 0, 1, 0, 2, 0, 2)
+    return Course(name="phases", variants=variants, kinds=tuple(StepKind(variant=variant) for variant in variants))
+
+
+def in_the_second_phase(policy: Policy) -> Scheduler:
+    """Two slots, one of them with a job that is past its first phase."""
+    calls = {**CALLS, **{(2, size): CALLS[1, size] for size in (1, 2, 4, 8)}}
+    one = Scheduler(slots=2, sizes=(1, 2), call_s=calls, queue=8, patience_s=1e9, policy=policy)
+    enter(one, phases())
+    for now_s in range(4):
         tick = one.tick(now_s)
         assert tick is not None
         one.done(tick, now_s + 1.0)
-    assert one.admit(6.0) == [late]
-    assert slots_of(one.tick(6.0)) == [0, 1]
-
-    impatient = scheduler(policy=Policy.ALIGNED, patience_s=10.0)
-    enter(impatient, CYCLE)
-    tick = impatient.tick(0.0)
-    assert tick is not None
-    impatient.done(tick, 4.0)
-    [late] = enter(impatient, CYCLE, now_s=4.0)
-    assert impatient.admit(14.0) == []
-    assert impatient.admit(14.1) == [late]
+    return one
 
 
-def test_samples_that_share_an_index_are_aligned_at_their_first_step() -> None:
+def test_who_shares_no_cached_step_with_those_that_run_starts_at_once_while_few_wait() -> None:
+    one = in_the_second_phase(Policy.ALIGNED)
+    [late] = enter(one, phases(), now_s=4.0)
+    assert late.slot == 1
+
+
+def test_where_a_whole_call_s_worth_wait_a_phase_is_not_divided() -> None:
+    one = in_the_second_phase(Policy.ALIGNED)
+    late = enter(one, phases(), phases(), now_s=4.0)
+    assert [job.slot for job in late] == [None, None]
+    for now_s in range(4, 8):
+        tick = one.tick(now_s)
+        assert tick is not None
+        one.done(tick, now_s + 1.0)
+    assert one.admit(8.0) == late
+    divided = in_the_second_phase(Policy.OLDEST_FIRST)
+    assert [job.slot for job in enter(divided, phases(), phases(), now_s=4.0)] == [1, None]
+
+
+def test_steps_at_different_rows_of_a_shared_index_are_never_one_call() -> None:
     shared = course("F c F c", shared=True)
-    one = scheduler(policy=Policy.ALIGNED)
-    enter(one, shared, shared)
-    for now_s, kinds in ((0.0, FULL), (6.0, StepKind(variant=1, index=1))):
-        tick = one.tick(now_s)
-        assert tick is not None
-        assert (tick.kind, slots_of(tick)) == (kinds, [0, 1])
-        one.done(tick, now_s + 1.0)
-    # They stand at a full step again, but the cached one after it would be another than the newcomer's.
-    [late] = enter(one, shared, now_s=8.0)
-    assert late.slot is None
-    # Rows of cached steps at different indices are never one call.
     mixed = scheduler()
     enter(mixed, shared)
     tick = mixed.tick(0.0)
