@@ -183,7 +183,7 @@ class SearchRecipe(Document):
     budget_minutes: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """After so long no further baseline is built; half of it is for placing full steps. None: until all is done."""
     baselines: Literal["none", "static", "all"] = "static"
-    """What runs beside: nothing but the full run, what a plan can express, or cache-dit in PyTorch too."""
+    """What runs beside: nothing but the full run, what a plan can express, or Spectrum and cache-dit in PyTorch too."""
 
     @model_validator(mode="after")
     def _check_lists(self) -> Self:

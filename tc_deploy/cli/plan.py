@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--baselines",
     "search__baselines",
     type=click.Choice(["none", "static", "all"]),
-    help="What runs beside the plans: nothing, what a plan can express (the default), or cache-dit too.",
+    help="What runs beside the plans: nothing, what a plan can express (the default), or Spectrum and cache-dit too.",
 )
 @recipe_options
 @device_option

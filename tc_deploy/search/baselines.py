@@ -1,8 +1,9 @@
 """What users try first, as plans: run on the same engines, from the same noise, in the same search.
 
 Fewer steps; a better solver at fewer steps; whole steps skipped at one interval for the whole run, their output reused
-(the idea of FORA, arXiv 2407.01425) or forecast, or every branch forecast (what TaylorSeer does, arXiv 2503.06923). And
-for a point that keeps tokens: the same budget on random tokens, and the same budget spread evenly over the blocks.
+(the idea of FORA, arXiv 2407.01425) or forecast, or every branch forecast (what TaylorSeer does, arXiv 2503.06923). For
+a placed point: its steps with polynomials and with reuse, and a solver that is fitted at as many calls of the model.
+For a point that keeps tokens: the same budget on random tokens, and the same budget spread evenly over the blocks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import numpy as np
 
 from tc_deploy.calibrate.calibration import assemble_plan
 from tc_deploy.calibrate.converged import CONVERGED
+from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.measure import own_arguments, with_steps
 from tc_deploy.errors import ExportError, ModelError
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import CacheRecord, OriginRecord, Plan
-from tc_deploy.schedule import Schedule, full_schedule, tprr
+from tc_deploy.schedule import FULL, Schedule, full_schedule, tprr
 from tc_deploy.search.built_points import PlannedPoint
 from tc_deploy.search.record import Kind
 from tc_deploy.tables import StepTables
@@ -104,6 +106,20 @@ class Baselines:
         reuse = point.plan.cache.model_copy(update={"forecast_order": 0})
         yield self.cached(schedule, reuse, f"output reused {name}", Kind.SKIP_REUSE)
 
+    def fitted_solver(self, point: PlannedPoint, fits: Fits) -> PlannedPoint:
+        """A solver fitted to the full run, at as many calls of the model as a placed point, evenly spaced.
+
+        NeuralSolver's idea (arXiv 2505.21114). Between two calls every update is a sum of latents and of the last
+        outputs, so all of them together are one update of a multistep solver, whose numbers are fitted.
+        """
+        steps, cache = self.sampling.steps, point.plan.cache
+        number = point.plan.run_schedule().full_steps
+        full = {round(call * steps / number) for call in range(number)}
+        schedule = Schedule(variants=tuple(FULL if step in full else 1 for step in range(steps)))
+        tables = StepTables(forecast_weights=fits.weights(schedule, cache))
+        name = f"fitted solver, {number} calls"
+        return self._point(self.sampling, schedule, cache, name, Kind.BETTER_SOLVER, None, tables, fits.seeds)
+
     def twins(self, point: PlannedPoint, importance: FloatArray) -> Iterator[PlannedPoint]:
         """The same budget as a point's spent otherwise; nothing where it keeps no token.
 
@@ -160,14 +176,24 @@ class Baselines:
         name: str,
         kind: Kind,
         importance: FloatArray | None,
+        steps: StepTables | None = None,
+        fit_seeds: range = range(0),
     ) -> PlannedPoint:
         blocks, tokens = len(self.model.blocks), self.model.geometry.tokens
         if importance is None:
             importance = np.stack([spread_importance(blocks, tokens, step) for step in range(schedule.steps)])
         index = token_index_from_importance(importance, cache.keep_counts, schedule)
         origin = OriginRecord(method="baseline", seed=self.seed, settings={"kind": kind.value, "name": name})
-        steps = StepTables.polynomial(schedule, cache.forecast_order, index)
-        plan, tables = assemble_plan(self.model, sampling, schedule, cache, steps, importance=None, origin=origin)
+        plan, tables = assemble_plan(
+            self.model,
+            sampling,
+            schedule,
+            cache,
+            steps or StepTables.polynomial(schedule, cache.forecast_order, index),
+            importance=None,
+            origin=origin,
+            fit_seeds=fit_seeds,
+        )
         return PlannedPoint(name=name, kind=kind, plan=plan, tables=tables)
 
 

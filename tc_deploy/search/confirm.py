@@ -1,4 +1,4 @@
-"""Plans to points: pictures of seeds that the search did not see, latencies in turn with the full run, and cache-dit.
+"""Plans to points: pictures of seeds that the search did not see, latencies in turn with the full run, and peers.
 
 In: plans, the full run first. Out: points, and samples of their pictures. Never: chooses one.
 """
@@ -26,9 +26,11 @@ from tc_deploy.quality.compare import compare
 from tc_deploy.quality.metrics import drift, image_psnr_db
 from tc_deploy.runtime.request import noise_of
 from tc_deploy.search.built_points import Images, Latency, PlannedPoint, PointMaker, asked_conditions
-from tc_deploy.search.peer import PeerRun, cache_dit_runs
+from tc_deploy.search.in_pytorch import PeerRun
+from tc_deploy.search.peer import cache_dit_runs
 from tc_deploy.search.record import FULL_POINT, Kind, PointRecord, SettingsRecord
 from tc_deploy.search.remarks import front_names
+from tc_deploy.search.spectrum import spectrum_runs
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray
 
@@ -165,23 +167,27 @@ class Confirmation:
         self.report(what, done, total)
 
     def _peers(self) -> tuple[PeerRun, ...]:
-        """cache-dit in PyTorch on the same noise and conditions; nothing where it is not installed."""
-        return cache_dit_runs(
-            self.model,
-            self.sampling,
-            torch.from_numpy(noise_of(self.model.geometry.latent_shape, FIRST_SEED, self.asked.count)),
-            tensors_of(self.asked),
-            batch_size=self.maker.batch_size,
-            rounds=self.rounds,
-            kept=self.maker.work / "peers",
-            progress=lambda done, total: self.report("sampling under cache-dit", done, total),
-        )
+        """Spectrum and, where it is installed, cache-dit, in PyTorch on the same noise and conditions."""
+        noise = torch.from_numpy(noise_of(self.model.geometry.latent_shape, FIRST_SEED, self.asked.count))
+        found: list[PeerRun] = []
+        for name, runs in (("Spectrum", spectrum_runs), ("cache-dit", cache_dit_runs)):
+            found += runs(
+                self.model,
+                self.sampling,
+                noise,
+                tensors_of(self.asked),
+                batch_size=self.maker.batch_size,
+                rounds=self.rounds,
+                kept=self.maker.work / "peers",
+                progress=partial(self.report, f"sampling under {name}"),
+            )
+        return tuple(found)
 
     def _peer_point(self, run: PeerRun, full: Images, exact: Images | None) -> PointRecord:
         ratio = run.cost_in_full_steps / self.sampling.steps if run.latency_ratio is None else run.latency_ratio
         return PointRecord(
             name=run.name,
-            kind=Kind.CACHE_DIT,
+            kind=run.kind,
             runtime="pytorch",
             settings=None,
             steps_full=run.steps_full,

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,19 +26,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tc_deploy.bench.clock import Clock
-from tc_deploy.bench.interleave import interleaved
-from tc_deploy.bench.spread import ratio_of
 from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.errors import BackendError
 from tc_deploy.libraries import imported
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.tokencache.sampler import Sampling, denoise, device_of
+from tc_deploy.search.in_pytorch import FULL, PeerRun, batches_of, ratios_to_full, sample
+from tc_deploy.search.record import Kind
+from tc_deploy.tokencache.sampler import Sampling, device_of
 
 FIRST_BLOCKS = 1
 """Blocks that DBCache computes in every step, and judges by whether to compute the others."""
-FULL = "full"
-"""PyTorch's own full run, among the runs that are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +81,6 @@ SETTINGS = (
 that were found for the digits in 50 steps, all with TaylorSeer of order 2 and a short warm-up."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeerRun:
-    """What one setting made of the noise."""
-
-    name: str
-    latents: Tensor
-    """(n, C, H, W)."""
-    latency_ratio: float | None
-    """Of a run over PyTorch's own full run, median over rounds in which both ran; None where nothing was timed."""
-    latency_iqr: float | None
-    cost_in_full_steps: float
-    """FLOPs over those of one full step; mean over batches."""
-    steps_full: int
-    steps_cached: int
-    """Median over batches, each of which cache-dit decides for anew."""
-
-
 def why_no_peer(model: DiffusionTransformer | None = None) -> str | None:
     """What keeps :func:`cache_dit_runs` from running, with any model or this one; None where nothing does."""
     try:
@@ -144,7 +123,7 @@ def cache_dit_runs(
     """
     if why_no_peer(model) is not None:
         return ()
-    batches = list(_batches(noise, conditions, batch_size))
+    batches = list(batches_of(noise, conditions, batch_size))
     untimed = len(settings) * len(batches)
     total = untimed + rounds * (1 + len(settings))
     with _quiet():
@@ -155,11 +134,13 @@ def cache_dit_runs(
             path = kept / f"{_key([setting], len(noise), batch_size)}.safetensors"
             sampled[setting] = _sampled(peer, sampling, batches, len(noise), path)
             progress(len(sampled) * len(batches), total)
-        requests: dict[str, Callable[[], object]] = {FULL: partial(_sample, model, sampling, *batches[0])}
+        requests: dict[str, Callable[[], object]] = {FULL: partial(sample, model, sampling, *batches[0])}
         for setting, peer in peers.items():
             requests[setting.name] = partial(_sample_anew, peer, sampling, *batches[0])
         path = kept / f"{_key(settings, batch_size, rounds)}.json"
-        ratios = _ratios(requests, rounds, path, lambda done, _: progress(untimed + done, total)) if rounds else {}
+        ratios = (
+            ratios_to_full(requests, rounds, path, lambda done, _: progress(untimed + done, total)) if rounds else {}
+        )
     return tuple(
         _peer_run(setting, found, sampling.steps, cached_step_cost, ratios.get(setting.name, {}))
         for setting, found in sampled.items()
@@ -174,15 +155,6 @@ class _Sampled:
     """(n, C, H, W)."""
     cached_steps: list[int]
     """By batch."""
-
-
-def _batches(
-    noise: Tensor, conditions: Mapping[str, Tensor], batch_size: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Noise and conditions in batches, all of one size."""
-    for start in range(0, len(noise), batch_size):
-        rows = torch.arange(start, start + batch_size) % len(noise)
-        yield noise[rows], {name: given[rows] for name, given in conditions.items()}
 
 
 def _key(settings: Sequence[PeerSetting], *numbers: int) -> str:
@@ -214,23 +186,6 @@ def _sampled(
     return _Sampled(latents=latents, cached_steps=cached_steps)
 
 
-def _ratios(
-    requests: Mapping[str, Callable[[], object]], rounds: int, path: Path, progress: Callable[[int, int], None]
-) -> dict[str, dict[str, float]]:
-    """Each request's time over that of the full run, unless that was taken before: ``median`` and ``iqr`` by name."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        pass
-    interleaved(requests, 1)  # the first run of each allocates, and picks kernels
-    timed = {name: partial(Clock().timed, request, graphs=False) for name, request in requests.items()}
-    runs = interleaved(timed, rounds, progress)
-    times_ms = {name: [run.wall_ms for run in found] for name, found in runs.items()}
-    ratios = {name: ratio_of(times_ms[name], times_ms[FULL]) for name in requests if name != FULL}
-    write_state(path, canonical_json(ratios).encode())
-    return ratios
-
-
 def _peer_run(
     setting: PeerSetting,
     found: _Sampled,
@@ -242,6 +197,7 @@ def _peer_run(
     cached = statistics.median_low(found.cached_steps)
     return PeerRun(
         name=setting.name,
+        kind=Kind.CACHE_DIT,
         latents=found.latents,
         latency_ratio=ratio.get("median"),
         latency_iqr=ratio.get("iqr"),
@@ -290,11 +246,7 @@ def _sample_anew(
     import cache_dit
 
     cache_dit.refresh_context(peer.module)
-    return _sample(peer, sampling, noise, conditions)
-
-
-def _sample(model: DiffusionTransformer, sampling: Sampling, noise: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    return denoise(model, sampling, noise, conditions, lambda _, inputs: model.forward(inputs))
+    return sample(peer, sampling, noise, conditions)
 
 
 def _cached_steps(peer: DiffusionTransformer) -> int:

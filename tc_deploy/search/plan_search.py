@@ -202,6 +202,8 @@ class _Search:
         candidates = Candidates(self.recipe, self.model, self.sampling, fits, settings)
         ours = list(candidates.placed(deadline))
         twins = [twin for point in ours for twin in self.baselines.placed_twins(point)]
+        if self.recipe.search.baselines != "none":
+            twins += [self.baselines.fitted_solver(point, fits) for point in ours]
         if any(self.recipe.search.keep_ratio):
             importance = token_importance(
                 self.recipe, self.model, self.sampling, self.folder / "predictor", self.report

@@ -36,10 +36,11 @@ class Kind(StrEnum):
     RANDOM_TOKENS = "random tokens"
     UNIFORM_BLOCKS = "uniform blocks"
     CACHE_DIT = "cache-dit"
+    SPECTRUM = "Spectrum"
 
 
 class SettingsRecord(Document):
-    """What makes a point, so that its plan can be written again; None where it is no plan (cache-dit)."""
+    """What makes a point, so that its plan can be written again; None where it is no plan (a peer in PyTorch)."""
 
     scheduler_class: str
     schedule: AnySchedule

@@ -14,7 +14,8 @@ SLACK = 1.05
 """Latency ratios are measured; what is five per cent over a limit counts as at it, ours and others alike."""
 
 OURS = (Kind.TOKEN_CACHE,)
-BASELINES = (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.SKIP_REUSE, Kind.SKIP_FORECAST, Kind.CACHE_DIT)
+PEERS = (Kind.CACHE_DIT, Kind.SPECTRUM)
+BASELINES = (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.SKIP_REUSE, Kind.SKIP_FORECAST, *PEERS)
 TWINS = {
     Kind.RANDOM_TOKENS: "the same number of random tokens",
     Kind.UNIFORM_BLOCKS: "the same budget spread evenly over the blocks",

@@ -122,7 +122,7 @@ def test_a_batch_that_the_noise_does_not_fill_is_filled_up_from_its_start(drawn,
 
 
 def test_without_rounds_nothing_is_timed(drawn, runs, monkeypatch):
-    monkeypatch.setattr("tc_deploy.search.peer.interleaved", None)
+    monkeypatch.setattr("tc_deploy.search.in_pytorch.interleaved", None)
     (run,) = runs(drawn, ALWAYS)
     assert run.latency_ratio is None
     assert run.latency_iqr is None
@@ -135,7 +135,7 @@ def test_pytorch_is_warm_when_it_is_timed(drawn, runs, monkeypatch):
         seen.append((len(actions), rounds))
         return interleaved(actions, rounds, *more)
 
-    monkeypatch.setattr("tc_deploy.search.peer.interleaved", counting)
+    monkeypatch.setattr("tc_deploy.search.in_pytorch.interleaved", counting)
     runs(drawn, ALWAYS, rounds=3)
     assert seen == [(2, 1), (2, 3)]
 
@@ -143,7 +143,7 @@ def test_pytorch_is_warm_when_it_is_timed(drawn, runs, monkeypatch):
 def test_what_was_kept_runs_no_more(drawn, runs, monkeypatch):
     before = runs(drawn, ALWAYS, FORECAST, rounds=2)
     calls = []
-    monkeypatch.setattr("tc_deploy.search.peer._sample", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("tc_deploy.search.peer.sample", lambda *arguments: calls.append(arguments))
     after = runs(drawn, ALWAYS, FORECAST, rounds=2)
     assert not calls
     for one, other in zip(before, after, strict=True):

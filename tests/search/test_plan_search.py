@@ -90,7 +90,8 @@ def test_every_baseline_runs_beside_our_points(searched: Searched) -> None:
     for point in record.points:
         steps = point.settings.schedule.steps if point.settings else STEPS
         assert point.steps_full + point.steps_cached == steps
-        assert (point.drift is None) == (point.kind in (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.CACHE_DIT))
+        same_steps = point.settings is not None and steps == STEPS
+        assert (point.drift is None) != same_steps
         assert f": {point.name}" in searched.answer.out
 
 
@@ -99,12 +100,18 @@ def test_points_that_keep_no_token_are_fitted_and_what_they_are_compared_with_is
         if point.settings is not None:
             slug = re.sub(r"[^a-z0-9.]+", "-", point.name.lower()).strip("-")
             plan, _ = load_plan(searched.folder / POINTS / slug)
-            ours = point.kind is Kind.TOKEN_CACHE
-            # A baseline at our steps bears the name of the point that placed them.
-            own = point.name.partition(", at the steps of")[0]
-            assert (plan.forecast is not None) == ours == ("fitted" in own)
+            fitted = point.kind is Kind.TOKEN_CACHE or point.name.startswith("fitted solver")
+            assert (plan.forecast is not None) == fitted == ("fitted" in point.name)
             assert plan.forecast is None or (plan.forecast.first_seed, plan.forecast.samples) == (0, 8)
     assert any("fitted" in point.name for point in searched.record.points)
+
+
+def test_a_fitted_solver_calls_the_model_as_often_as_ours_and_evenly(searched: Searched) -> None:
+    fitted = {point.name: point for point in searched.record.points if point.name.startswith("fitted solver")}
+    assert sorted(fitted) == ["fitted solver, 2 calls", "fitted solver, 3 calls"]
+    found = [point.settings.schedule.schedule().variants for _, point in sorted(fitted.items()) if point.settings]
+    assert found == [(0, 1, 1, 0, 1, 1), (0, 1, 0, 1, 0, 1)]
+    assert {point.kind for point in fitted.values()} == {Kind.BETTER_SOLVER}
 
 
 def test_latency_by_flops_says_so_and_is_the_cost(searched: Searched) -> None:
