@@ -106,6 +106,8 @@ def command(
 
 
 def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: bool) -> None:
+    from tc_deploy.search.remarks import is_disturbed
+
     measured = record.latency_source == "measured"
     source = f"{record.backend} {record.backend_version}, batch {record.batch_size}" if measured else "FLOPs"
     click.echo(f"latency by {source}, on {record.hardware}; {record.confirmation_seeds} unseen seeds; {record.date}")
@@ -120,7 +122,7 @@ def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: b
         mark = ">" if point.name == chosen.name else "*" if point.on_front else " "
         columns = (
             _number(point.latency_ratio, 8, 3),
-            _number(point.latency_iqr, 7, 3),
+            _number(point.latency_iqr, 6, 3) + ("~" if is_disturbed(point) else " "),
             _number(point.latency_ms, 9, 1),
             _number(quality.psnr_db, 9, 1),
             _number(quality.ssim, 8, 4),
@@ -137,6 +139,8 @@ def _print(record: SearchRecord, chosen: PointRecord, output: Path, *, pareto: b
     click.echo(
         "  pictures; read: share that the classifier reads as asked; exact: PSNR to a run of four times the steps"
     )
+    if any(map(is_disturbed, record.points)):
+        click.echo("  ~ timed while something else ran, so that it says little")
     if measured and any(point.runtime == "pytorch" for point in record.points):
         click.echo("  in PyTorch: latency is a ratio to PyTorch's own full run, and not to that of the engines")
     for remark in record.remarks:

@@ -37,6 +37,7 @@ from tc_deploy.planned.prompts import conditions_of, takes_prompts
 from tc_deploy.runtime.batches import Step
 from tc_deploy.runtime.pipeline import Pipeline
 from tc_deploy.search.record import Kind
+from tc_deploy.search.remarks import DISTURBED
 from tc_deploy.search.turns import times_in_turn
 from tc_deploy.tokencache.sampler import Sampling
 from tc_deploy.types import FloatArray, IntArray
@@ -44,10 +45,8 @@ from tc_deploy.types import FloatArray, IntArray
 IMAGE_BATCH = 8
 """Pictures that engines make at a time, as many as TensorRT's are built for unasked; none depends on it."""
 
-DISTURBED = 0.1
-"""A latency whose rounds are spread by more than this share is measured again."""
 TRIES = 3
-"""So often at most; the calmest counts."""
+"""So often at most a latency is measured that something disturbs; the calmest counts."""
 TOGETHER = 6
 """Points that are timed in the same rounds, so that the full run is not timed once for each."""
 

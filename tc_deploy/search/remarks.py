@@ -13,6 +13,9 @@ CLOSE_DB = 1.0
 SLACK = 1.05
 """Latency ratios are measured; what is five per cent over a limit counts as at it, ours and others alike."""
 
+DISTURBED = 0.1
+"""A latency whose rounds are spread by more than this share says little."""
+
 OURS = (Kind.TOKEN_CACHE,)
 PEERS = (Kind.CACHE_DIT, Kind.SPECTRUM)
 BASELINES = (Kind.FEWER_STEPS, Kind.BETTER_SOLVER, Kind.SKIP_REUSE, Kind.SKIP_FORECAST, *PEERS)
@@ -40,6 +43,7 @@ def remarks_of(points: Sequence[PointRecord], latency_source: LatencySource = "m
     for point in points:
         if point.kind in OURS:
             said += _beaten(point, points)
+    said += _disturbed(points)
     foreign = dict.fromkeys(point.kind for point in points if point.runtime == "pytorch")
     what = {"measured": "to PyTorch's own full run", "flops": "of FLOPs, as all are"}[latency_source]
     said += [
@@ -48,6 +52,31 @@ def remarks_of(points: Sequence[PointRecord], latency_source: LatencySource = "m
         for kind in foreign
     ]
     return tuple(said)
+
+
+def is_beaten_by(point: PointRecord, other: PointRecord) -> bool:
+    """Whether another is better in a figure and worse in none; by more than their spread, where only times tell."""
+    closer = other.psnr_db > point.psnr_db
+    return dominates(other, point) and (closer or point.latency_ratio - other.latency_ratio > _spread(other, point))
+
+
+def _spread(one: PointRecord, other: PointRecord) -> float:
+    """What two times must differ by to be told apart: the larger of their interquartile ranges."""
+    return max(one.latency_iqr, other.latency_iqr)
+
+
+def is_disturbed(point: PointRecord) -> bool:
+    """Whether a point's times are spread so far that they say little: all tries were."""
+    return point.latency_iqr > DISTURBED * point.latency_ratio
+
+
+def _disturbed(points: Sequence[PointRecord]) -> list[str]:
+    names = [point.name for point in points if is_disturbed(point)]
+    if not names:
+        return []
+    share = f"{DISTURBED:.0%}"
+    said = f"Something else ran while these were timed, again and again: their ratios are spread by more than {share}"
+    return [f"{said}, and say little: {', '.join(names)}. Search again on a machine that does nothing else."]
 
 
 def _beaten(point: PointRecord, points: Sequence[PointRecord]) -> list[str]:
@@ -63,7 +92,7 @@ def _beaten(point: PointRecord, points: Sequence[PointRecord]) -> list[str]:
         better = [
             other
             for other in points
-            if other.runtime == runtime and other.kind in (Kind.FULL, *BASELINES) and dominates(other, point)
+            if other.runtime == runtime and other.kind in (Kind.FULL, *BASELINES) and is_beaten_by(point, other)
         ]
         if better:
             other = max(better, key=lambda other: other.psnr_db)
@@ -74,7 +103,7 @@ def _beaten(point: PointRecord, points: Sequence[PointRecord]) -> list[str]:
 
 def _how(better: PointRecord, point: PointRecord) -> str:
     """In which of the two figures a point is better than one that it dominates."""
-    if better.latency_ratio == point.latency_ratio:
+    if point.latency_ratio - better.latency_ratio <= _spread(better, point):
         return "as fast and closer"
     return f"faster and {'closer' if better.psnr_db > point.psnr_db else 'as close'}"
 

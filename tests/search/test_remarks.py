@@ -113,3 +113,31 @@ def test_tokens_that_are_not_clearly_better_than_random_ones_are_not_recommended
         assert unproven_tokens(points) == {"ours c"}
         assert "ours c is not recommended: its tokens are not shown to be 1 dB better than random ones" in said(*points)
     assert unproven_tokens([FULL, SLOW]) == set()
+
+
+def timed(name: str, ratio: float, psnr_db: float, iqr: float, kind: Kind = Kind.TOKEN_CACHE) -> PointRecord:
+    return point(kind, name, ratio, psnr_db).model_copy(update={"latency_iqr": iqr})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "psnr_db", "how"),
+    [
+        (0.39, 45.0, None),
+        (0.37, 45.0, "faster and as close"),
+        (0.39, 45.1, "as fast and closer"),
+        (0.37, 45.1, "faster and closer"),
+        (0.41, 46.0, None),
+    ],
+)
+def test_times_within_their_spread_are_told_apart_by_no_verdict(theirs: float, psnr_db: float, how: str | None) -> None:
+    baseline = timed("theirs", theirs, psnr_db, 0.02, Kind.FEWER_STEPS)
+    text = said(FULL, timed("ours", 0.4, 45.0, 0.01), baseline)
+    assert ("ours is not recommended" in text) == (how is not None)
+    if how is not None:
+        assert f"fewer steps (theirs) is {how}." in text
+
+
+def test_points_whose_times_were_disturbed_are_named() -> None:
+    text = said(FULL, timed("calm", 0.4, 45.0, 0.03), timed("wild", 0.3, 44.0, 0.04))
+    assert "spread by more than 10%, and say little: wild. Search again" in text
+    assert "Something else ran" not in said(FULL, timed("calm", 0.4, 45.0, 0.03))
