@@ -5,7 +5,6 @@ In: plans, the full run first. Out: points, and samples of their pictures. Never
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,14 +97,23 @@ class Confirmation:
         Raises:
             NotFiniteError: the full run's pictures are not finite.
         """
-        full = self.maker.images(planned[0], self.asked, FIRST_SEED)
+        keys = {point.name: self.maker.graphs_key(point) for point in planned}
+        ours = [point for point in planned if point.kind in OURS]
+        self.maker.staying = {keys[point.name] for point in ours}
+        full = self._images("the full run", planned[0])
         if not np.isfinite(full.latents).all():
             where = f"{self.model.source} on {self.maker.backend}"
             raise NotFiniteError(f"{where}: the full run's pictures are not finite; use another backend")
-        made, latencies = self._made(planned, deadline)
+        made, latencies = self._made("plans", ours, keys, None)
+        exact = None
+        if converged is not None and not _is_over(deadline):
+            exact = self._images("the converged run", converged)
+            exact = exact if np.isfinite(exact.latents).all() else None
+        others = [point for point in planned if point.kind not in OURS]
+        more, more_latencies = self._made("baselines", others, keys, deadline)
+        made, latencies = made | more, latencies | more_latencies
         late = tuple(point.name for point in planned if point.name not in made)
         planned = [point for point in planned if point.name in made]
-        exact = None if converged is None or _is_over(deadline) else self._exact(converged)
         times_ms = [latency.full_ms for latency in latencies.values()]
         full_ms = float(np.median(times_ms)) if times_ms else None
         peers = self._peers() if self.with_peers and not _is_over(deadline) else ()
@@ -127,30 +135,31 @@ class Confirmation:
             samples={name: np.ascontiguousarray(latents[name][:SAMPLE_IMAGES]) for name in latents if name in found},
         )
 
-    def _exact(self, converged: PlannedPoint) -> Images | None:
-        what = "making the converged run's pictures"
-        self.report(what, 0, 1)
-        exact = self.maker.images(converged, self.asked, FIRST_SEED, lambda done, total: self.report(what, done, total))
-        return exact if np.isfinite(exact.latents).all() else None
+    def _images(self, whose: str, point: PlannedPoint) -> Images:
+        what = f"making {whose}'s pictures"
+        return self.maker.images(point, self.asked, FIRST_SEED, partial(self.report, what))
 
     def _made(
-        self, planned: Sequence[PlannedPoint], deadline: float | None
+        self, which: str, planned: Sequence[PlannedPoint], keys: Mapping[str, str], deadline: float | None
     ) -> tuple[dict[str, Images], dict[str, Latency]]:
-        """Pictures and, where they are measured, latencies by name: baselines last, as long as there is time.
+        """Pictures and, where they are measured, latencies by name, as long as there is time.
 
-        Points that share engines come one after another.
+        Args:
+            which: what messages call the points.
+            planned: the points; those that share engines come one after another.
+            keys: of their graphs, by name.
+            deadline: after which no further one is built; None: none.
         """
-        what = "making pictures with plans and baselines" + (", timing them" if self.rounds else "")
+        what = f"making pictures with {which}" + (", timing them" if self.rounds else "")
         pictures: dict[str, Images] = {}
         latencies: dict[str, Latency] = {}
-        keys = {point.name: self.maker.graphs_key(point) for point in planned}
-        self.maker.staying = {keys[point.name] for point in planned if point.kind in OURS}
-        places = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
-        order = sorted(planned, key=lambda point: (point.kind not in OURS, places[keys[point.name]]))
-        for _, alike in itertools.groupby(order, key=lambda point: (point.kind in OURS, keys[point.name])):
+        alike: dict[str, list[PlannedPoint]] = {}
+        for point in planned:
+            alike.setdefault(keys[point.name], []).append(point)
+        for points in alike.values():
             made = []
-            for point in alike:
-                if point.kind not in OURS and _is_over(deadline):
+            for point in points:
+                if _is_over(deadline):
                     break
                 said = partial(self._still_there, what, len(pictures), len(planned))
                 said()
@@ -159,8 +168,9 @@ class Confirmation:
             if self.rounds:
                 said = partial(self._still_there, what, len(pictures), len(planned))
                 latencies |= self.maker.latencies(made, self.rounds, said)
-        self.report(what, len(planned), len(planned))
-        return {point.name: pictures[point.name] for point in planned if point.name in pictures}, latencies
+        if planned:
+            self.report(what, len(planned), len(planned))
+        return pictures, latencies
 
     def _still_there(self, what: str, done: int, total: int, *of_a_point: object) -> None:  # noqa: ARG002
         """Say how far all is; told of every step of a point, so that nothing falls silent."""
