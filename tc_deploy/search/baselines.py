@@ -116,7 +116,7 @@ class Baselines:
         number = point.plan.run_schedule().full_steps
         full = {round(call * steps / number) for call in range(number)}
         schedule = Schedule(variants=tuple(FULL if step in full else 1 for step in range(steps)))
-        tables = StepTables(forecast_weights=fits.weights(schedule, cache))
+        tables = fits.tables(schedule, cache)
         name = f"fitted solver, {number} calls"
         return self._point(self.sampling, schedule, cache, name, Kind.BETTER_SOLVER, None, tables, fits.seeds)
 
