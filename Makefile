@@ -33,13 +33,14 @@ calibrate-demo: $(INSTALLED) ## Make the digits model's plan again (it is commit
 test: $(INSTALLED) ## Check the style, the types and the imports, and run the tests beside that
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint pytest
 
-# A file's tests share bundles that take long to make, so a file stays in one process.
+# A file's tests share bundles that take long to make, so a file stays in one process. As collected: sorted by their number
+# of tests the few slow ones of search would come last, and leave the other process idle.
 pytest: $(INSTALLED)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What only a GPU runs is left out, by the list in pyproject.toml.
 cover: $(INSTALLED) ## Print which lines of tc_deploy the tests run, and which not
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report term-missing:skip-covered
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report term-missing:skip-covered
 
 slow: $(INSTALLED) ## Run the tests that take long
 	$(BIN)/pytest -m slow --hypothesis-profile thorough

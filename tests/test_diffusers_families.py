@@ -153,6 +153,7 @@ CASES = {
         pipeline=_pixart(diffusers.PixArtAlphaPipeline, 4),
         size={"height": 64, "width": 96},
         arguments=_masked(96),
+        slow=True,
     ),
     "sd3": Case(
         model="sd3",
@@ -190,8 +191,8 @@ CASES = {
     ),
     "qwen-image": Case(
         model="qwen-image",
-        changes={"num_layers": 2},
-        keep=(8, 0),
+        changes={"num_layers": 1},
+        keep=(8,),
         scheduler=FLUX_SCHEDULER,
         pipeline=_bare(diffusers.QwenImagePipeline),
         size={"height": 64, "width": 96},

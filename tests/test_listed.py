@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 5,
     "sampling": {"num_inference_steps": 10, "guidance_scale": 2.0},
     "schedule": {"variants": LINE},
-    "cache": {"keep_counts": ((0, 0), (8, 4)), "forecast_order": 1},
+    "cache": {"keep_counts": ((0,), (8,)), "forecast_order": 1},
 }
 LABELS = [3, 9]
 
@@ -36,7 +36,7 @@ LABELS = [3, 9]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, save_dit: Callable[..., Path]) -> Made:
     folder = tmp_path_factory.mktemp("listed")
-    model = save_dit(folder / "model", num_layers=2)
+    model = save_dit(folder / "model", num_layers=1)
     plan = make_plan(model, folder / "plan", **SETTINGS)
     export_bundle(plan, folder / "bundle")
     build_target(folder / "bundle", options={"threads": 1})

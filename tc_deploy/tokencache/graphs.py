@@ -91,7 +91,8 @@ class ModelGraph(NamedGraph):
     @property
     def identity(self) -> tuple[Hashable, ...]:
         """Two graphs of one model that have the same compute the same."""
-        return (self.inputs, self.outputs, self.cache.reuse, self.cache.attention, self.groups)
+        open_blocks = tuple(group.blocks for group in self.groups)
+        return (self.inputs, self.outputs, self.cache.reuse, self.cache.attention, open_blocks)
 
     def is_shared(self, tensor: TensorName) -> bool:
         """Whether an input has no batch axis: the token index of a family whose samples share it."""

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from bundles import Made, run_cli
+from bundles import Made, SaveDit, run_cli
 
 from tc_deploy.errors import UsageError
 from tc_deploy.manifest import ONNX_FOLDER, read_manifest
@@ -14,11 +14,12 @@ from tc_deploy.plan import load_plan
 
 
 def test_deploy_runs_the_commands_that_it_shows(
-    tiny_dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_dit: SaveDit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    model = save_dit(tmp_path / "models" / "dit", num_layers=1)
     words = ("--steps", 6, "--cache-interval-early", 3, "--cache-interval-late", 3, "--skip", "blocks", "--samples", 2)
-    answer = run_cli("-q", "deploy", tiny_dit_folder, *words, "-o", "engines/tiny")
+    answer = run_cli("-q", "deploy", model, *words, "-o", "engines/tiny")
     assert answer.code == 0, answer.err
     assert answer.out.splitlines()[-1] == "PASSED"
     shown = [shlex.split(line.removeprefix("$ ")) for line in answer.out.splitlines() if line.startswith("$ ")]
@@ -32,7 +33,7 @@ def test_deploy_runs_the_commands_that_it_shows(
     assert (program, name, calibrates[0], calibrates[-2:]) == (
         "tc-deploy",
         "calibrate",
-        str(tiny_dit_folder),
+        str(model),
         ["-o", "calibration/tiny"],
     )
     assert load_plan(Path("calibration/tiny"))[0].run_schedule().line() == "F c1 c1 | F c2 c2"

@@ -43,7 +43,7 @@ STATIC = ("z-image", "chroma")
 """Forwards that fix the batch."""
 BATCH = 2
 QUICK = [
-    *(("pixart", 1), ("sd35", 1), ("flux", FULL), ("flux", 1), ("wan", 1), ("uvit", 1)),
+    *(("pixart", FULL), ("pixart", 1), ("sd35", 1), ("flux", 1), ("wan", 1), ("uvit", 1)),
     *(("qwen-image", 1), ("z-image", 1)),
 ]
 """An export takes seconds: what these leave out runs with the slow tests."""
@@ -181,10 +181,10 @@ def draw_variant(graph: OpenStepGraph, variant: int, batch: int) -> dict[str, Te
 @pytest.mark.parametrize(
     ("name", "keep", "reuse", "attention"),
     [
-        ("wan", ((5, 0), (0, 5)), Reuse.BRANCH, Attention.KEPT),
+        pytest.param("wan", ((5, 0), (0, 5)), Reuse.BRANCH, Attention.KEPT, marks=pytest.mark.slow),
         pytest.param("sd35", ((5, 0, 5), (0, 5, None)), Reuse.BRANCH, Attention.ALL, marks=pytest.mark.slow),
         pytest.param("flux", ((0, 5, 5, 0), (5, 0, None, 5)), Reuse.RESIDUAL, Attention.KEPT, marks=pytest.mark.slow),
-        pytest.param("uvit", ((0, 5, 5), (5, 0, 0)), Reuse.RESIDUAL, Attention.ALL, marks=pytest.mark.slow),
+        ("uvit", ((0, 5, 5), (5, 0, 0)), Reuse.RESIDUAL, Attention.ALL),
     ],
 )
 def test_the_graph_of_all_variants_computes_what_pytorch_does(
