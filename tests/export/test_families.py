@@ -184,7 +184,8 @@ def draw_variant(graph: OpenStepGraph, variant: int, batch: int) -> dict[str, Te
         pytest.param("wan", ((5, 0), (0, 5)), Reuse.BRANCH, Attention.KEPT, marks=pytest.mark.slow),
         pytest.param("sd35", ((5, 0, 5), (0, 5, None)), Reuse.BRANCH, Attention.ALL, marks=pytest.mark.slow),
         pytest.param("flux", ((0, 5, 5, 0), (5, 0, None, 5)), Reuse.RESIDUAL, Attention.KEPT, marks=pytest.mark.slow),
-        ("uvit", ((0, 5, 5), (5, 0, 0)), Reuse.RESIDUAL, Attention.ALL),
+        pytest.param("uvit", ((0, 5, 5), (5, 0, 0)), Reuse.RESIDUAL, Attention.ALL, marks=pytest.mark.slow),
+        ("flux-schnell", ((5,), (3,)), Reuse.BRANCH, Attention.KEPT),
     ],
 )
 def test_the_graph_of_all_variants_computes_what_pytorch_does(
