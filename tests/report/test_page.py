@@ -134,6 +134,16 @@ def test_a_plan_with_a_search(searched: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_every_kind_of_point_has_a_shape_and_a_colour(searched: Path, tmp_path: Path) -> None:
+    draw(searched, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for kind in set(Kind) - {Kind.FULL}:
+        name = kind.name.lower().replace("_", "-")
+        assert f'<path id="{name}"' in page
+        assert f".mark.{name} {{ fill: var(--{name}); }}" in page
+        assert page.count(f"--{name}: #") == 2  # on light paper and on dark
+
+
 def test_what_is_beaten_is_folded_and_the_picture_comes_first(tmp_path: Path) -> None:
     page = draw(write_search(tmp_path / "digits"), tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
