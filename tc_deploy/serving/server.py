@@ -27,6 +27,7 @@ from tc_deploy.serving.engines import EngineSettings, keys_from_environment, mak
 from tc_deploy.serving.fleet import Fleet
 from tc_deploy.serving.gate import log_fields
 from tc_deploy.serving.metrics import Metrics
+from tc_deploy.serving.protocol import HeadInTime
 
 LOG = logging.getLogger(__name__)
 LOOK_S = 0.05
@@ -111,6 +112,7 @@ class _Process:
             app,
             host=settings.host,
             port=settings.port,
+            http=HeadInTime,
             log_config=None,
             access_log=False,
             server_header=False,

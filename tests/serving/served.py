@@ -19,6 +19,7 @@ from tc_deploy.serving.engine import Engine, State
 from tc_deploy.serving.fleet import Fleet
 from tc_deploy.serving.maker import Maker
 from tc_deploy.serving.metrics import Metrics
+from tc_deploy.serving.protocol import HeadInTime
 
 PATIENT_S = 60.0
 
@@ -46,7 +47,7 @@ class Served:
         self.app = app_of(self.fleet, self.metrics, **settings)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(self.app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(self.app, http=HeadInTime, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
