@@ -52,11 +52,6 @@ def single_flow_sigmas(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {"sigmas": torch.linspace(1.0, 1 / steps, steps).tolist()}
 
 
-def sigmas_to_zero(config: Mapping[str, Any], steps: int) -> dict[str, Any]:  # noqa: ARG001
-    """T of the T + 1 sigmas from 1 to 0."""
-    return {"sigmas": np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()}
-
-
 def whole_timesteps(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Timesteps without a fraction, and their sigmas."""
     most = config["num_train_timesteps"]

@@ -133,7 +133,6 @@ class _Validation:
         self.samples, self.saved = read_golden(path, self.manifest)
         self.precision = self.target.computes_in
         self.engines: Engines = load_target(path, self.manifest, self.backend)
-        self._checkpoint_error = ""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -1,10 +1,10 @@
 """The command line as a whole: fast, quiet about what it does not need, and one line for every error."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from tc_deploy.cli.failure import failure_of
 ROOT = Path(__file__).parents[2]
 CONSOLE_SCRIPT = Path(sys.executable).parent / "tc-deploy"
 HELP_LIMIT_S = 0.5
-"""So that a shell's completion and a user's curiosity are answered at once."""
+"""Of a processor's time, which other work does not lengthen: completion and curiosity are answered at once."""
 ENGINES = {"diffusers", "onnx", "onnxruntime", "torch", "transformers"}
 HEAVY = ENGINES | {"numpy", "pydantic", "rich"}
 
@@ -76,9 +76,10 @@ def raising(error: BaseException) -> Body:
 def test_help_is_instant() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         answer = run("--help")
-        times.append(time.perf_counter() - start)
+        end = os.times()
+        times.append(end.children_user + end.children_system - start.children_user - start.children_system)
         assert answer.returncode == 0
     assert min(times) < HELP_LIMIT_S
 
