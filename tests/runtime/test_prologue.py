@@ -22,7 +22,7 @@ from tc_deploy import Pipeline
 from tc_deploy.backends.build import build_target
 from tc_deploy.bundle import MANIFEST
 from tc_deploy.consistency import read_documents
-from tc_deploy.errors import BackendError, BundleError, UsageError
+from tc_deploy.errors import BackendError, BundleError, ExportError, UsageError
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.export.options import ExportOptions
 from tc_deploy.inspect import inspect_path
@@ -239,3 +239,22 @@ def test_documents_that_contradict_each_other_are_refused(
     edit_resealed(bundle, MANIFEST, change)
     with pytest.raises(BundleError, match=message):
         read_documents(bundle)
+
+
+def test_graphs_of_another_bundle_have_no_prologue(prologue: Made, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="export anew to have a prologue"):
+        ExportOptions(prologue=True, graphs_from=(prologue.bundle,))
+    with pytest.raises(UsageError, match="or they read a prologue of its own; export anew"):
+        export_bundle(prologue.plan, tmp_path / "bundle", ExportOptions(graphs_from=(prologue.bundle,)))
+
+
+@pytest.mark.slow
+def test_a_model_without_one_is_refused_in_a_line(tmp_path: Path) -> None:
+    """U-ViT's time and label are tokens among the picture's."""
+    module = zoo.uvit().build(zoo.uvit().CONFIG)
+    zoo.uvit().save(tmp_path / "model" / "transformer", module)
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "model" / "scheduler")
+    plan = make_plan(tmp_path / "model", tmp_path / "plan", sampling={"num_inference_steps": 4})
+    with pytest.raises(ExportError, match="no product of the steps' graphs follows from timestep and conditions alone"):
+        export_bundle(plan, tmp_path / "bundle", ExportOptions(prologue=True, check=False))
+    assert not (tmp_path / "bundle").exists()
