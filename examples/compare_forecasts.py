@@ -1,9 +1,11 @@
 """What fitting and placing are worth, beside fewer steps and better solvers, at the same number of full steps.
 
     python examples/compare_forecasts.py MODEL --full-steps 6 12 22 --guidance-scale 2 --work WORK
+    python examples/compare_forecasts.py MODEL --full-steps 24 12 6 --guidance-scale 2 --work WORK --target converged
 
 Cached steps skip the model. PSNR in dB to the model's own full run, and to the converged run of four times the steps,
-on seeds that no fit saw. What was done is kept in WORK: an interrupted run goes on.
+on seeds that no fit saw. With --target converged the fits are towards that, and the solver's table is fitted too. What
+was done is kept in WORK: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from tc_deploy.calibrate.asked import sampling_from_recipe
 from tc_deploy.calibrate.fits import Fits
-from tc_deploy.calibrate.fitting import OwnRuns, own_runs
+from tc_deploy.calibrate.fitting import OwnRuns
 from tc_deploy.calibrate.measure import with_steps
 from tc_deploy.calibrate.recipe import Recipe, ScheduleRecipe
 from tc_deploy.models.family import DiffusionTransformer
@@ -27,10 +29,9 @@ from tc_deploy.schedule import Schedule, tprr
 from tc_deploy.search.baselines import Baselines
 from tc_deploy.tables import StepTables
 from tc_deploy.tokencache.sampler import Sampling, TokenCachedSteps, denoise
-from tc_deploy.types import Attention, Reuse, Skip
+from tc_deploy.types import Attention, FitTarget, Reuse, Skip
 
 JUDGED_FROM = 3_000_000
-CONVERGED = 4
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--full-steps", type=int, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--target", choices=list(FitTarget), default=FitTarget.FULL, help="of the fits")
     parser.add_argument("--fit-samples", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32, help="to judge by")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="for each placement")
@@ -61,17 +63,11 @@ def main() -> None:
         keep_counts=(nothing, nothing),
         skip=Skip.MODEL,
     )
-    seeds = range(JUDGED_FROM, JUDGED_FROM + asked.samples)
-    own = own_runs(model, sampling, seeds)
-    full, noise = own.latents[-1], own.latents[0]
-    pixels = model.geometry.pixels
-    converged = denoise(
-        model,
-        with_steps(model, sampling, CONVERGED * asked.steps),
-        noise,
-        own.conditions,
-        lambda _, inputs: model.forward(inputs),
-    )
+    seeds, judged = range(JUDGED_FROM, JUDGED_FROM + asked.samples), asked.work / "judged"
+    judged.mkdir(exist_ok=True)
+    own, exact = (Fits(model, sampling, seeds, lambda: judged, say_nothing, target).own for target in FitTarget)
+    full, noise, converged = own.latents[-1], own.latents[0], exact.latents[-1]
+    pixels, target = model.geometry.pixels, FitTarget(asked.target)
 
     def show(name: str, count: int, latents: Tensor) -> None:
         figures = [image_psnr_db(latents, other, pixels=pixels) for other in (full, converged)]
@@ -79,24 +75,30 @@ def main() -> None:
         print(f"| {count} | {name} | {figures[0]:.1f} | {figures[1]:.1f} | {alike or float('nan'):.4f} |", flush=True)
 
     def run(cache: CacheRecord, schedule: Schedule, tables: StepTables) -> Tensor:
-        return denoise(model, sampling, noise, own.conditions, TokenCachedSteps(model, cache, schedule, tables))
+        steps = TokenCachedSteps(model, cache, schedule, tables)
+        return denoise(model, sampling.under(tables), noise, own.conditions, steps)
 
     print("| full steps | what | to the full run | to the converged run | SSIM |\n|---|---|---|---|---|")
     show("full run", asked.steps, full)
-    fits = Fits(model, sampling, range(asked.fit_samples), lambda: asked.work, lambda what, done, total: None)
+    fits = Fits(model, sampling, range(asked.fit_samples), lambda: asked.work, say_nothing, target)
     for count in asked.full_steps:
         show("fewer steps", count, own_run(model, with_steps(model, sampling, count), own))
         for name, solver in Baselines(model, sampling, 0).better_solvers((count / asked.steps,)):
             show(name, count, own_run(model, solver, own))
         robin = round_robin(asked.steps, count)
-        show("round-robin, polynomial", count, run(cache, robin, StepTables.polynomial(robin, 2)))
-        show("round-robin, fitted", count, run(cache, robin, StepTables(forecast_weights=fits.weights(robin, cache))))
         placed = fits.place(ScheduleRecipe(full_steps=count, budget_minutes=asked.budget), 2).schedule
-        reuse = cache.model_copy(update={"forecast_order": 0})
-        show("placed, reused", count, run(reuse, placed, StepTables.polynomial(placed, 0)))
-        show("placed, polynomial", count, run(cache, placed, StepTables.polynomial(placed, 2)))
-        show("placed, fitted", count, run(cache, placed, StepTables(forecast_weights=fits.weights(placed, cache))))
+        if target is FitTarget.FULL:
+            reuse = cache.model_copy(update={"forecast_order": 0})
+            show("round-robin, polynomial", count, run(cache, robin, StepTables.polynomial(robin, 2)))
+            show("placed, reused", count, run(reuse, placed, StepTables.polynomial(placed, 0)))
+            show("placed, polynomial", count, run(cache, placed, StepTables.polynomial(placed, 2)))
+        show("round-robin, fitted", count, run(cache, robin, fits.tables(robin, cache)))
+        show("placed, fitted", count, run(cache, placed, fits.tables(placed, cache)))
         print(f"placed: {placed.line()}", flush=True)
+
+
+def say_nothing(what: str, done: int, total: int) -> None:
+    """Of the progress of a part."""
 
 
 def own_run(model: DiffusionTransformer, sampling: Sampling, own: OwnRuns) -> Tensor:

@@ -25,7 +25,7 @@ from tc_deploy.diffusers import EngineTransformer
 from tc_deploy.errors import BundleError, PlanError, UsageError
 from tc_deploy.export.bundle_export import export_bundle
 from tc_deploy.models.loading import load_model
-from tc_deploy.plan import PLAN, TABLES, load_plan
+from tc_deploy.plan import PLAN, TABLES, MeasuredRecord, check_plan, content_sha256, load_plan
 from tc_deploy.planned.model import sampling_from_plan
 from tc_deploy.runtime.course import HD
 from tc_deploy.tables import SOLVER_COEFFICIENTS
@@ -229,6 +229,30 @@ def test_a_solver_and_what_is_said_of_it_come_together(made: Made, tmp_path: Pat
     (plan / PLAN).write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(PlanError, match="says no fitted solver under forecast, and has a table solver_coefficients"):
         load_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[:-1], r"expected finite float32 \(10, 4\)"),
+        (lambda table: table[:, :3], r"expected finite float32 \(10, 2\), found float32 \(10, 3\)"),
+        (lambda table: table * np.float32(np.nan), "found values that are not"),
+        (lambda table: np.roll(table, -3, axis=0), "a step reads from before step 0"),
+    ],
+)
+def test_a_bad_table_is_refused(made: Made, change: Callable[[Any], Any], message: str) -> None:
+    plan, tables = load_plan(made.plan)
+    with pytest.raises(PlanError, match=f"plan: table solver_coefficients: .*{message}.*; calibrate again"):
+        check_plan(plan, tables | {SOLVER_COEFFICIENTS: change(tables[SOLVER_COEFFICIENTS])}, "plan")
+
+
+def test_a_measurement_by_another_run_than_the_fit_s_target_is_refused(made: Made) -> None:
+    plan, tables = load_plan(made.plan)
+    measured = MeasuredRecord(
+        plan_sha256=content_sha256(plan), seeds=(1_000_000,), psnr_db=1.0, fewer_steps=6, fewer_steps_psnr_db=1.0
+    )
+    with pytest.raises(PlanError, match="fitted towards a run of 40 steps, and measured by the full run"):
+        check_plan(plan.model_copy(update={"measured": measured}), tables, "plan")
 
 
 def test_a_table_of_another_history_than_the_graph_s_is_refused(made: Made, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ from tc_deploy.types import FitTarget, FloatArray
 RIDGE = 1e-5
 """Towards the polynomial, of the normal equations' mean diagonal: neighbouring outputs are alike, and the equations
 nearly singular."""
+SOLVER_RIDGE = 1e-4
+"""The same where the solver is fitted too: the converged run cannot be come so near to that more freedom would help."""
 FITTED_HISTORY = 1
 """A fitted solver looks back so far, at least: on the digits the last output is worth 1.8 dB, those before nothing."""
 BATCH = 16
@@ -286,7 +288,7 @@ class Fitter:
         missing = _rows(self.own.latents[step + 1] - following, self.learn)
         columns = np.stack([of_output * _rows(value, self.learn) for value in values], axis=1)
         gram = columns.T @ columns
-        ridge = RIDGE * gram.diagonal().mean() * np.eye(len(gram))
+        ridge = (SOLVER_RIDGE if self.fits_solver else RIDGE) * gram.diagonal().mean() * np.eye(len(gram))
         # Not solve: where all values are zero, so are the equations.
         change: DoubleArray = np.linalg.lstsq(gram + ridge, columns.T @ missing, rcond=None)[0]
         return change
