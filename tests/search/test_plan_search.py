@@ -194,9 +194,9 @@ def test_a_search_goes_on_where_it_was_killed_and_ends_in_the_same_bytes(
     monkeypatch.setattr("tc_deploy.search.baselines.TAYLOR_ORDERS", (2,))
     exported: list[str] = []
 
-    def export(folder: Path, bundle: Path, options: ExportOptions) -> Any:
+    def export(folder: Path, bundle: Path, options: ExportOptions, *more: Any) -> Any:
         exported.append(bundle.name)
-        return export_bundle(folder, bundle, options)
+        return export_bundle(folder, bundle, options, *more)
 
     def interrupted(what: str, done: int, total: int) -> None:
         if what.startswith("making pictures with") and done == 4:
