@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import base64
 import importlib.util
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from bundles import MadeByCommands
+from bundles import MadeByCommands, run_cli
+from PIL import Image
 from serving.served import Served, wait_until
 from serving.test_scheduler import CALLS, CYCLE, scheduler
 
@@ -17,7 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "load_server.py"
 
 
 @pytest.fixture(scope="module")
-def load() -> Callable[[list[str]], int]:
+def load_server() -> Any:
     spec = importlib.util.spec_from_file_location("load_server", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -26,7 +33,12 @@ def load() -> Callable[[list[str]], int]:
 
     sys.modules["load_server"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    main: Callable[[list[str]], int] = module.main
+    return module
+
+
+@pytest.fixture(scope="module")
+def load(load_server: Any) -> Callable[[list[str]], int]:
+    main: Callable[[list[str]], int] = load_server.main
     return main
 
 
@@ -40,6 +52,29 @@ def test_whatever_comes_is_answered_rightly(
         wait_until(lambda: server.engine.samples == (0, 0), "the end of all orders")
         assert server.ask(prompt="7").status_code == 200
     assert "'200':" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_64_clients_for_a_minute_get_their_own_picture_or_a_time_to_come_back(
+    pixel: MadeByCommands, load_server: Any, tmp_path: Path
+) -> None:
+    with Served({"pixel": pixel.bundle}, slots=4, queue=16) as server:
+        options = argparse.Namespace(
+            url=server.url, prompt="7", clients=64, requests=10**6, seconds=60.0, bad=0.0, hang_up=0.0, seed=0
+        )
+        counts = asyncio.run(load_server.load(options))
+        wait_until(lambda: server.engine.samples == (0, 0), "the end of all orders")
+    assert counts.wrong == []  # another status, or a 429 without Retry-After
+    assert counts.statuses.keys() == {"200", "429"}
+    words = ("generate", pixel.bundle, "--class-label", 7, "-n", load_server.SEEDS, "-o", tmp_path / "x.png")
+    assert run_cli(*words).code == 0
+    assert counts.images.keys() == set(range(load_server.SEEDS))
+    for seed, images in counts.images.items():
+        with Image.open(tmp_path / f"x-{seed:02}.png") as picture:
+            expected = np.asarray(picture, int)
+        for image in images:
+            with Image.open(io.BytesIO(base64.b64decode(image))) as picture:
+                assert np.abs(np.asarray(picture, int) - expected).max() <= 1
 
 
 def test_only_this_machine_is_loaded(load: Callable[[list[str]], int]) -> None:
