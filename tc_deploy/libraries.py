@@ -6,6 +6,7 @@ that works from a wheel, from a clone, and whatever the package is called in an 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -17,6 +18,7 @@ from typing import Any
 from tc_deploy.errors import BackendError, causes, first_line
 
 DISTRIBUTION = "tc-deploy"
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 EXTRA_BY_MODULE = {
     "accelerate": "compile",
     "diffusers": "compile",
@@ -119,7 +121,12 @@ def import_failure(module: str, error: BaseException) -> str:
     command = install_command(EXTRA_BY_MODULE[library], _ALONE.get(library))
     if is_missing(module, error):
         return f"{library} is not installed: {command}"
-    return f"{library} is installed but does not load: {_root_cause(error)}; install it again: {command}"
+    short = any(
+        isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in _SHORT)
+        for cause in causes(error)
+    )
+    cure = "give the process more memory and files (ulimit -v, -n)" if short else f"install it again: {command}"
+    return f"{library} is installed but does not load: {_root_cause(error)}; {cure}"
 
 
 def is_missing(module: str, error: BaseException) -> bool:

@@ -80,6 +80,15 @@ def test_a_library_that_is_broken_is_not_missing(
     assert "not installed" not in message
 
 
+@pytest.mark.parametrize("body", ["raise OSError(24, 'Too many open files')", "raise MemoryError"])
+def test_a_library_that_lacks_what_it_needs_is_not_to_be_installed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    broken(tmp_path, monkeypatch, "openvino", body)
+    with pytest.raises(BackendError, match=r"give the process more memory and files \(ulimit -v, -n\)$"):
+        imported("openvino")
+
+
 def test_the_doctor_tells_broken_from_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(tmp_path, monkeypatch, "openvino", "raise OSError('libtbb.so.12: no such file')")
     assert gather_facts().openvino_error == (

@@ -163,8 +163,10 @@ def _end(code: int) -> NoReturn:
     """End the process without the interpreter's own tidying up.
 
     That would free engines and their threads in whatever order their objects are found, in which OpenVINO's crash, and
-    by then a signal kills instead of interrupting. What was registered to be done at the end is done.
+    by then a signal kills instead of interrupting. What was registered to be done at the end is done, and what fails of
+    that is not told: it is a library's own business, such as PyTorch's statistics, and all has been said.
     """
+    sys.unraisablehook = lambda unraisable: None
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -125,6 +125,19 @@ def test_what_cannot_be_imported_is_one_line_of_an_internal_error(tmp_path: Path
     assert answer.stderr == "error: tc-deploy cannot be started: ImportError: half of it\n"
 
 
+def test_what_a_library_does_at_the_end_is_not_told() -> None:
+    """PyTorch counts its compilations there, with a traceback where no file can be opened any more."""
+    program = (
+        "import atexit, sys; from tc_deploy import cli; atexit.register(lambda: print('done', flush=True));"
+        " atexit.register(lambda: 1 / 0); sys.argv = ['tc-deploy', 'inspect', 'no/such']; cli.main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert answer.returncode == errors.BundleError.exit_code
+    assert answer.stdout == "done\n"
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 SLEEPS = """
