@@ -25,6 +25,7 @@ from tc_deploy.serving.engine import End, Engine, Event, Full, Order, State, Una
 from tc_deploy.serving.fleet import Fleet
 from tc_deploy.serving.gate import HUNG_UP, Gate
 from tc_deploy.serving.metrics import Metrics
+from tc_deploy.serving.traces import traced
 from tc_deploy.serving.wire import ApiError, Asked, ErrorBody, ImagesAnswer, ImagesBody, asked_of, encoded
 
 LOOK_S = 0.2
@@ -210,7 +211,13 @@ def _ordered(engine: Engine, asked: Asked, deadline_s: float) -> tuple[asyncio.Q
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    order = Order(request=asked.request, course=asked.course, deadline_s=deadline_s, tell=tell, previews=asked.previews)
+    order = Order(
+        request=asked.request,
+        course=asked.course,
+        deadline_s=deadline_s,
+        tell=traced(tell, model=engine.name, quality=asked.course, count=asked.request.count),
+        previews=asked.previews,
+    )
     try:
         engine.submit(order)
     except Full:
