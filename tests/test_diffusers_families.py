@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -322,20 +322,8 @@ CASES = {
         arguments=_prompts(24),
         plan={"latent_size": (3, 4, 8)},
     ),
-    "wan, a timestep per token": Case(
-        model="wan",
-        changes={"num_layers": 1},
-        keep=(8,),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        pipeline=_wan_ti2v,
-        size={"height": 32, "width": 64, "num_frames": 9},
-        arguments=_prompts(24),
-        plan={"latent_size": (3, 4, 8)},
-        slow=True,
-    ),
 }
+CASES["wan, a timestep per token"] = replace(CASES["wan"], pipeline=_wan_ti2v, slow=True)
 
 
 @dataclass(frozen=True, kw_only=True)
