@@ -40,7 +40,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     "--cache-interval-early", "schedule__cache_interval_early", type=int, help="Phase 1: one step in so many is full."
 )
 @option("--cache-interval-late", "schedule__cache_interval_late", type=int, help="Phase 2, likewise.")
-@option("--full-steps", "schedule__full_steps", type=int, help="Place so many full steps, and fit the forecasts.")
+@option("--full-steps", "schedule__full_steps", type=int, help="Place so many full steps, and fit forecasts.")
 @option("--budget", "schedule__budget_minutes", type=Number(0), metavar="MINUTES", help="For placing them.")
 @option(
     "--keep-ratio",
@@ -76,7 +76,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: tuple[str
     "--target",
     "forecast__target",
     type=click.Choice([target.value for target in FitTarget]),
-    help="Fit towards the full run, or a run of four times the steps (the solver too; not for diffusers pipelines).",
+    help="Run to fit to; converged: 4 times the steps.",
 )
 @option("--samples", "measure__samples", type=int, help="Pictures to measure the plan on; 0: not.")
 @json_option

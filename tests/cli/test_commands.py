@@ -451,7 +451,7 @@ def test_an_option_of_another_engine_kind(mixed: Made, options: tuple[object, ..
 
 
 def test_every_option_of_a_build_belongs_to_an_engine_kind() -> None:
-    names = {parameter.name for parameter in build.command.params} - {"bundle", "backend", "as_json"}
+    names = {parameter.name for parameter in build.command.params} - {"bundle", "backend", "as_json", "config"}
     assert set(build.TAKEN_BY) == names
     for name, kinds in build.TAKEN_BY.items():
         assert set(kinds) <= set(BACKENDS), name

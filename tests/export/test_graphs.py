@@ -31,6 +31,7 @@ from tc_deploy.export.check import check_graph, check_solver_graph, example_inpu
 from tc_deploy.export.golden import samples_of
 from tc_deploy.export.graphs import _quiet
 from tc_deploy.export.options import ExportOptions
+from tc_deploy.export.rows import PrologueRows
 from tc_deploy.export.weights import INLINE_BYTES, PAGE_BYTES
 from tc_deploy.golden import POLYGRAPHY, SCRIPT, GoldenGraph, Trajectory
 from tc_deploy.manifest import ONNX_FOLDER, SOLVER, WEIGHTS, Role, read_manifest, variant_name
@@ -39,6 +40,7 @@ from tc_deploy.models.loading import load_model
 from tc_deploy.models.solver import read_solver
 from tc_deploy.plan import Plan, load_plan
 from tc_deploy.planned.model import sampling_from_plan
+from tc_deploy.precisions import Precision
 from tc_deploy.schedule import FULL
 from tc_deploy.tables import pruned_blocks
 from tc_deploy.tokencache.graphs import StepGraph
@@ -127,7 +129,8 @@ def test_a_model_on_another_device_is_sampled_and_compared_as_on_the_cpu(mixed: 
 
     def made(model: DiffusionTransformer) -> tuple[dict[str, GoldenGraph], Trajectory]:
         graphs = {variant: step_graph(model, plan, variant) for variant in (FULL, 1, 2)}
-        return samples_of(graphs, records, plan, steps, sampling, solver, 2)
+        prologue = PrologueRows(mixed.bundle, records, Precision.FP32)
+        return samples_of(graphs, records, prologue, plan, steps, sampling, solver, 2)
 
     # One kernel for both: which one attention takes depends on the device.
     with sdpa_kernel(SDPBackend.MATH):

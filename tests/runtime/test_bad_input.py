@@ -139,7 +139,9 @@ def test_a_file_outside_the_folder_is_refused(bundle: Path, how: str) -> None:
     rename_a_graph_s_file(bundle, name)
     error = refusal(bundle)
     assert isinstance(error, BundleError)
-    assert ("lies outside the folder" if how == "link" else f"{name!r} names no file inside the folder") in str(error)
+    assert ("lies outside the folder" if how == "link" else f"{name[:80]!r} names no file inside the folder") in str(
+        error
+    )
 
 
 def test_a_bundle_without_engines_names_the_command_that_builds_them(bundle: Path) -> None:

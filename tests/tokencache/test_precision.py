@@ -364,9 +364,7 @@ def test_an_unknown_precision_is_refused(mixed: Made, tmp_path: Path) -> None:
 
 
 def test_graphs_of_another_precision_are_not_taken(fp16: Made, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match="another batch or precision, or one graph where there should be several; export anew"
-    ):
+    with pytest.raises(UsageError, match="another batch or precision, or one graph where there should be several"):
         export_bundle(fp16.plan, tmp_path / "bundle", ExportOptions(graphs_from=(fp16.bundle,)))
     assert snapshot(tmp_path) == {}
 

@@ -97,9 +97,9 @@ def test_boundary_off_by_one(planted: Callable[..., ValidationRecord]) -> None:
 
 
 def test_cache_stale_by_one_step(planted: Callable[..., ValidationRecord], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stale(*arguments: Any) -> tuple[ProgramStep, ...]:
+    def stale(*arguments: Any, **options: Any) -> tuple[ProgramStep, ...]:
         steps = []
-        for step in program_of(*arguments):
+        for step in program_of(*arguments, **options):
             inputs = dict(step.model.inputs)
             if CACHE in inputs:
                 inputs[CACHE] = inputs[f"{CACHE}.1"]
