@@ -18,7 +18,7 @@ from tc_deploy.calibrate.calibration import assemble_plan
 from tc_deploy.calibrate.converged import CONVERGED
 from tc_deploy.calibrate.fits import Fits
 from tc_deploy.calibrate.measure import own_arguments, with_steps
-from tc_deploy.errors import ExportError, ModelError
+from tc_deploy.errors import ExportError, ModelError, counted
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.models.loading import scheduler_from_config
 from tc_deploy.plan import CacheRecord, OriginRecord, Plan
@@ -204,7 +204,7 @@ def settings_name(plan: Plan) -> str:
     kept = [sum(counts) / max(plan.model.blocks * plan.model.tokens, 1) for counts in cache.keep_counts]
     with_tokens = cache.token_phases(schedule)
     steps = (
-        f"{schedule.full_steps} full steps"
+        counted(schedule.full_steps, "full step")
         if rule is None
         else f"K=({rule.cache_interval_early}, {rule.cache_interval_late}), phase start {rule.phase_start}"
     )
