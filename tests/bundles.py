@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 from kept import Keep
 
@@ -116,6 +117,13 @@ def build_rtx(made: Made, folder: Path) -> tuple[Made, Answer]:
     answer = run_cli("build", bundle, "--backend", "tensorrt-rtx", *words)
     assert answer.code == 0, answer.err
     return Made(model=made.model, plan=made.plan, bundle=bundle), answer
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """The largest departure of an array or a tensor, over the largest number that is expected."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from bundles import Made, make_plan, run_cli
+from bundles import Made, make_plan, relative_error, run_cli
 from diffusers_pipelines import CachedTransformer, tiny_autoencoder
 from tolerances import tolerance
 from validate import faults
@@ -55,10 +55,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_dit: Callable[..., Path]
     export_bundle(plan, folder / "bundle")
     build_target(folder / "bundle", options={"threads": 1})
     return Made(model=model, plan=plan, bundle=folder / "bundle")
-
-
-def error_of(found: Any, expected: Any) -> float:
-    return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max())
 
 
 # ------------------------------------------------------------------------------------------------------------ calibrate
@@ -151,8 +147,8 @@ def test_engines_make_what_pytorch_makes_with_the_plan_s_weights_and_no_others(m
         )
         for each in (steps, usual)
     )
-    assert error_of(found, fitted) <= EQUAL
-    assert error_of(polynomial, fitted) > VISIBLE
+    assert relative_error(found, fitted) <= EQUAL
+    assert relative_error(polynomial, fitted) > VISIBLE
 
 
 def test_validation_passes_and_finds_other_weights_than_the_plan_was_exported_with(made: Made, tmp_path: Path) -> None:
@@ -192,10 +188,10 @@ def images(pipe: diffusers.DiTPipeline, transformer: Any, guidance_scale: float 
 
 def test_a_diffusers_pipeline_runs_with_the_plan_s_weights(made: Made, pipe: diffusers.DiTPipeline) -> None:
     expected = images(pipe, CachedTransformer(made.plan, made.model))
-    assert error_of(images(pipe, EngineTransformer(made.bundle)), expected) <= EQUAL
+    assert relative_error(images(pipe, EngineTransformer(made.bundle)), expected) <= EQUAL
     without = CachedTransformer(made.plan, made.model)
     without.tables = StepTables.polynomial(without.plan.run_schedule(), 1, without.tables.token_index)
-    assert error_of(images(pipe, without), expected) > VISIBLE
+    assert relative_error(images(pipe, without), expected) > VISIBLE
 
 
 def test_another_guidance_scale_is_a_warning_that_names_the_fit(

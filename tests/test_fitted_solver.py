@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import Made, make_plan, run_cli
+from bundles import Made, make_plan, relative_error, run_cli
 from runtime.test_slots import Asked, Bench
 from tolerances import tolerance
 from torch import Tensor
@@ -52,10 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_dit: Callable[..., Path]
     export_bundle(plan, folder / "bundle")
     build_target(folder / "bundle", options={"threads": 1})
     return Made(model=model, plan=plan, bundle=folder / "bundle")
-
-
-def error_of(found: Any, expected: Any) -> float:
-    return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max())
 
 
 @torch.no_grad()
@@ -148,14 +144,14 @@ def test_engines_and_pytorch_run_by_the_plan_s_tables(made: Made) -> None:
         noise = torch.from_numpy(pipeline.noise(40, 2))
         found = pipeline(class_labels=LABELS, seed=40).latents
     expected = by_hand(made, noise)
-    assert error_of(found, expected) <= EQUAL
+    assert relative_error(found, expected) <= EQUAL
     labels = {"class_labels": torch.tensor(LABELS, dtype=torch.int32)}
     planned, own = (
         denoise(model, sampling, noise, labels, TokenCachedSteps(model, plan.cache, plan.run_schedule(), steps))
         for sampling in (sampling_from_plan(plan).under(steps), sampling_from_plan(plan))
     )
-    assert error_of(planned, expected) <= EQUAL
-    assert error_of(own, expected) > VISIBLE
+    assert relative_error(planned, expected) <= EQUAL
+    assert relative_error(own, expected) > VISIBLE
 
 
 def test_every_step_full_is_solved_as_the_scheduler_does(made: Made) -> None:
@@ -164,7 +160,7 @@ def test_every_step_full_is_solved_as_the_scheduler_does(made: Made) -> None:
         before = pipeline(class_labels=LABELS, seed=40, full=True).latents
         pipeline(class_labels=LABELS, seed=40)
         after = pipeline(class_labels=LABELS, seed=40, full=True).latents
-    assert error_of(before, own_full_run(made, noise)) <= EQUAL
+    assert relative_error(before, own_full_run(made, noise)) <= EQUAL
     np.testing.assert_array_equal(before, after)
 
 
@@ -172,9 +168,9 @@ def test_slots_serve_both_each_by_its_own_solver(made: Made) -> None:
     bench = Bench(made.bundle)
     asked = [Asked(seed=1), Asked(seed=1, course=HD)]
     for each in asked:
-        assert error_of(bench.alone(each), bench.by_pipeline(each)) <= EQUAL
+        assert relative_error(bench.alone(each), bench.by_pipeline(each)) <= EQUAL
     planned, full = (bench.alone(each) for each in asked[:2])
-    assert error_of(planned, full) > VISIBLE
+    assert relative_error(planned, full) > VISIBLE
 
 
 # ------------------------------------------------------------------------------------------------------------- validate

@@ -7,18 +7,21 @@ Never: knows a method.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tc_deploy.bench.clock import Clock
 from tc_deploy.bench.interleave import interleaved
 from tc_deploy.bench.spread import ratio_of
-from tc_deploy.bundle import canonical_json, write_state
+from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.search.record import Kind
 from tc_deploy.tokencache.sampler import Sampling, denoise
@@ -52,6 +55,22 @@ def batches_of(
     for start in range(0, len(noise), batch_size):
         rows = torch.arange(start, start + batch_size) % len(noise)
         yield noise[rows], {name: given[rows] for name, given in conditions.items()}
+
+
+def key_of(facts: Sequence[Any]) -> str:
+    """What a kept result is called, by what it depends on beside what its folder stands for."""
+    return sha256_of_bytes(canonical_json(facts).encode())[:16]
+
+
+def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was made before, or is made now and kept."""
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError):
+        pass
+    made = make()
+    write_state(path, safetensors.torch.save(made))
+    return made
 
 
 def ratios_to_full(

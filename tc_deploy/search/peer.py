@@ -19,18 +19,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.errors import BackendError
 from tc_deploy.libraries import imported
 from tc_deploy.models.family import DiffusionTransformer
-from tc_deploy.search.in_pytorch import FULL, PeerRun, batches_of, ratios_to_full, sample
+from tc_deploy.search.in_pytorch import FULL, PeerRun, batches_of, kept_tensors, key_of, ratios_to_full, sample
 from tc_deploy.search.record import Kind
 from tc_deploy.tokencache.sampler import Sampling, device_of
 
@@ -160,8 +157,7 @@ class _Sampled:
 def _key(settings: Sequence[PeerSetting], *numbers: int) -> str:
     """What a kept result depends on, beside what its folder stands for."""
     version = importlib.metadata.version("cache-dit")
-    facts = [version, FIRST_BLOCKS, *numbers, *map(dataclasses.asdict, settings)]
-    return sha256_of_bytes(canonical_json(facts).encode())[:16]
+    return key_of([version, FIRST_BLOCKS, *numbers, *map(dataclasses.asdict, settings)])
 
 
 def _sampled(
@@ -172,18 +168,16 @@ def _sampled(
     path: Path,
 ) -> _Sampled:
     """Make the pictures of one setting, unless that was done before."""
-    try:
-        stored = safetensors.torch.load_file(path)
-        return _Sampled(latents=stored["latents"], cached_steps=stored["cached_steps"].tolist())
-    except (OSError, SafetensorError):
-        pass
-    made, cached_steps = [], []
-    for batch in batches:
-        made.append(_sample_anew(peer, sampling, *batch))
-        cached_steps.append(_cached_steps(peer))
-    latents = torch.cat(made)[:count].contiguous()
-    write_state(path, safetensors.torch.save({"latents": latents, "cached_steps": torch.tensor(cached_steps)}))
-    return _Sampled(latents=latents, cached_steps=cached_steps)
+
+    def make() -> dict[str, Tensor]:
+        made, cached_steps = [], []
+        for batch in batches:
+            made.append(_sample_anew(peer, sampling, *batch))
+            cached_steps.append(_cached_steps(peer))
+        return {"latents": torch.cat(made)[:count].contiguous(), "cached_steps": torch.tensor(cached_steps)}
+
+    stored = kept_tensors(path, make)
+    return _Sampled(latents=stored["latents"], cached_steps=stored["cached_steps"].tolist())
 
 
 def _peer_run(

@@ -15,17 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
-from tc_deploy.bundle import canonical_json, sha256_of_bytes, write_state
 from tc_deploy.models.family import DiffusionTransformer
 from tc_deploy.schedule import FULL as FULL_STEP
 from tc_deploy.schedule import Schedule
-from tc_deploy.search.in_pytorch import FULL, PeerRun, batches_of, ratios_to_full, sample
+from tc_deploy.search.in_pytorch import FULL, PeerRun, batches_of, kept_tensors, key_of, ratios_to_full, sample
 from tc_deploy.search.record import Kind
 from tc_deploy.tokencache.sampler import Sampling, denoise
 
@@ -122,31 +119,32 @@ def spectrum_runs(
     Returns:
         One per setting that skips a step.
     """
-    settings = [setting for setting in settings if setting.schedule(sampling.steps).full_steps < sampling.steps]
+    schedules = {setting: setting.schedule(sampling.steps) for setting in settings}
+    schedules = {setting: schedule for setting, schedule in schedules.items() if schedule.full_steps < sampling.steps}
     batches = list(batches_of(noise, conditions, batch_size))
-    total = len(settings) * len(batches) + rounds * (1 + len(settings))
+    untimed = len(schedules) * len(batches)
+    total = untimed + rounds * (1 + len(schedules))
     latents: dict[SpectrumSetting, Tensor] = {}
     requests: dict[str, Callable[[], object]] = {FULL: partial(sample, model, sampling, *batches[0])}
-    for setting in settings:
-        run = partial(_sampled, model, sampling, setting.schedule(sampling.steps))
-        path = kept / f"{_key([setting], len(noise), batch_size)}.safetensors"
-        try:
-            latents[setting] = safetensors.torch.load_file(path)["latents"]
-        except (OSError, SafetensorError):
+    for setting, schedule in schedules.items():
+        run = partial(_sampled, model, sampling, schedule, spectrum_weights(schedule))
+
+        def make(run: Callable[..., Tensor] = run) -> dict[str, Tensor]:
             made = []
             for batch in batches:
                 made.append(run(*batch))
                 progress(len(latents) * len(batches) + len(made), total)
-            latents[setting] = torch.cat(made)[: len(noise)].contiguous()
-            write_state(path, safetensors.torch.save({"latents": latents[setting]}))
+            return {"latents": torch.cat(made)[: len(noise)].contiguous()}
+
+        path = kept / f"{_key([setting], len(noise), batch_size)}.safetensors"
+        latents[setting] = kept_tensors(path, make)["latents"]
         requests[setting.name] = partial(run, *batches[0])
-    path = kept / f"{_key(settings, batch_size, rounds)}.json"
-    done_before = len(settings) * len(batches)
-    told = lambda done, _: progress(done_before + done, total)  # noqa: E731
-    ratios = ratios_to_full(requests, rounds, path, told) if rounds and settings else {}
+    path = kept / f"{_key([*schedules], batch_size, rounds)}.json"
+    told = lambda done, _: progress(untimed + done, total)  # noqa: E731
+    ratios = ratios_to_full(requests, rounds, path, told) if rounds and schedules else {}
     found = []
-    for setting in settings:
-        schedule, ratio = setting.schedule(sampling.steps), ratios.get(setting.name, {})
+    for setting, schedule in schedules.items():
+        ratio = ratios.get(setting.name, {})
         found.append(
             PeerRun(
                 name=setting.name,
@@ -166,10 +164,11 @@ def _sampled(
     model: DiffusionTransformer,
     sampling: Sampling,
     schedule: Schedule,
+    weights: NDArray[np.float64],
     noise: Tensor,
     conditions: Mapping[str, Tensor],
 ) -> Tensor:
-    weights, outputs = spectrum_weights(schedule), list[Tensor]()
+    outputs = list[Tensor]()
 
     def output(step: int, inputs: Mapping[str, Tensor]) -> Tensor:
         if schedule.variants[step] == FULL_STEP:
@@ -184,5 +183,6 @@ def _sampled(
 
 def _key(settings: Sequence[SpectrumSetting], *numbers: int) -> str:
     """What a kept result depends on, beside what its folder stands for."""
-    facts = ["Spectrum", DEGREE, RIDGE, LOCAL_SHARE, FIRST_INTERVAL, *numbers, *map(dataclasses.asdict, settings)]
-    return sha256_of_bytes(canonical_json(facts).encode())[:16]
+    return key_of(
+        ["Spectrum", DEGREE, RIDGE, LOCAL_SHARE, FIRST_INTERVAL, *numbers, *map(dataclasses.asdict, settings)]
+    )

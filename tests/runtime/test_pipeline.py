@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import PIXEL_BATCH, Made, MadeByCommands
+from bundles import PIXEL_BATCH, Made, MadeByCommands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import tolerance
@@ -41,11 +41,6 @@ FIRST_OF_SEED_0 = [0.059911035, 0.015559634, -1.1644385, -0.13264713]
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 BUNDLES = ("mixed", "multistep", "pixel")
 each_bundle = pytest.mark.parametrize("bundle", BUNDLES)
-
-
-def relative_error(found: FloatArray, expected: FloatArray) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def assert_close(found: FloatArray, expected: FloatArray) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from bundles import Made, edit_resealed, make_plan, run_cli
+from bundles import Made, edit_resealed, make_plan, relative_error, run_cli
 from kept import Keep
 from numpy.typing import NDArray
 from tolerances import tolerance
@@ -51,11 +51,6 @@ PROMPTED = {
     "cache": {"keep_counts": ((8,), (0,)), "forecast_order": 1},
 }
 """F c1 F c1 F c1"""
-
-
-def relative_error(found: FloatArray, expected: FloatArray) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def in_pytorch(made: Made, noise: FloatArray, conditions: dict[str, NDArray[Any]], *, full: bool) -> FloatArray:

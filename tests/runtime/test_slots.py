@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import Made, MadeByCommands
+from bundles import Made, MadeByCommands, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kept import Keep
@@ -132,11 +132,6 @@ class Bench:
             latents = noise_of(self.manifest.latent_shape, asked.seed, 1)
             made: FloatArray = pipeline(**arguments, latents=latents, full=asked.course == HD, decode=False).latents[0]
         return made
-
-
-def relative_error(found: FloatArray, expected: FloatArray) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module", params=["mixed", pytest.param("pixart", marks=pytest.mark.slow), "flux"])
